@@ -1,0 +1,185 @@
+"""The one record of spa_jax: an episode that somebody played.
+
+Exploration writes trajectories, the progress estimator annotates them, PPO
+reads them, evaluation and the report read them.  On disk a trajectory is one
+line of JSON (`spa_jax.store`).
+
+One integer a token says who wrote it:
+
+    token_ids  <user> You see a mug. <assistant> take mug <eot> \n <user> ...
+    step_id    -1     -1  -1 -1 -1   -1          0    0   0     -1 -1     ...
+
+`step_id[i] == -1` is context (instructions, observations, template tokens,
+forced ends of turn); `step_id[i] == k` is a token that the policy wrote in
+step `k`.  Masks, step ends, values a step and grounding are all derived from
+it (`spa_jax.batching`).
+"""
+
+import dataclasses
+import enum
+from typing import Any
+
+from spa_jax.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+class TrajectoryError(UserError):
+    """A record that is not a trajectory of this schema; says which field and what to do."""
+
+
+class Status(str, enum.Enum):
+    """How an episode ended.  `ENV_ERROR` is nobody's outcome: it never reaches a loss."""
+
+    SUCCESS = "success"  # the environment paid the full reward
+    FAILURE = "failure"  # the environment ended the episode with less
+    MAX_STEPS = "max_steps"  # the limit on environment steps was reached
+    MAX_TOKENS = "max_tokens"  # the policy did not end its turn within the limit
+    CONTEXT_FULL = "context_full"  # the next turn would not fit into the context
+    DEADLINE = "deadline"  # a turn took longer than its wall-clock limit
+    ENV_ERROR = "env_error"  # the environment failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens were drawn.  The policy is softmax(logits / temperature).
+
+    `temperature == 0` is greedy decoding; `top_k == 0` and `top_p == 1` cut nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One environment step: what the policy read, what it wrote, what came of it.
+
+    Attributes:
+      observation: the text that the policy read before it acted (without the
+        instruction, which the trajectory holds once).
+      response: the text that the policy wrote, without the end-of-turn token.
+      action: the command that was read out of `response` and sent to the
+        environment; empty if none could be read.
+      grounded: whether the environment could execute the action.
+      policy_version: the update count of the weights that wrote the step.
+      contribution: c_k of the progress estimator; None until annotated.
+      reward: the fused reward of the step; None until annotated.
+    """
+
+    observation: str
+    response: str
+    action: str
+    grounded: bool
+    policy_version: int = 0
+    contribution: float | None = None
+    reward: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One episode.
+
+    Attributes:
+      env: the environment's name, such as "alfworld".
+      task: the environment's own name of the task.
+      task_type: its kind, for tables by type; may be empty.
+      split: the data split that the task came from.
+      seed: the seed of the rollout; (task, seed, attempt) is the key.
+      attempt: the rollout's index among those of the same task and seed.
+      retry: how many environment errors came before; not part of the key.
+      policy: who played: "expert", or the policy's path.
+      status: how the episode ended.
+      final_reward: R in [0, 1], paid by the environment at the end.
+      instruction: the text before the first observation, shown once.
+      steps: the environment steps, in order.
+      final_observation: what the environment answered to the last action.
+      sampling: how tokens were drawn; None for a scripted policy.
+      token_ids: exactly the ids that the policy read and wrote (empty for a
+        scripted policy: `chat.encode_trajectory` makes them).
+      step_id: the step that wrote each token, -1 for context; same length.
+      log_probs: log softmax(logits / temperature)[token] of each policy token
+        when it was drawn, 0 for context; same length.
+      ref_log_probs: the same under the reference policy; None until annotated.
+      schema: SCHEMA_VERSION.
+    """
+
+    env: str
+    task: str
+    split: str
+    seed: int
+    attempt: int
+    policy: str
+    status: Status
+    final_reward: float
+    instruction: str
+    steps: tuple[Step, ...]
+    final_observation: str = ""
+    task_type: str = ""
+    retry: int = 0
+    sampling: Sampling | None = None
+    token_ids: tuple[int, ...] = ()
+    step_id: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
+    ref_log_probs: tuple[float, ...] | None = None
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """(task, seed, attempt): what exactly-once exploration counts."""
+        return (self.task, self.seed, self.attempt)
+
+    @property
+    def success(self) -> bool:
+        """Whether the environment paid the full reward."""
+        return self.status is Status.SUCCESS
+
+
+def to_json(trajectory: Trajectory) -> dict[str, Any]:
+    """The trajectory as plain JSON values."""
+    return dataclasses.asdict(trajectory) | {"status": trajectory.status.value}
+
+
+def from_json(record: Any) -> Trajectory:
+    """Reads back what `to_json` made.
+
+    Raises:
+      TrajectoryError: if the record is of another schema version, lacks a field,
+        has an unknown one, or its per-token lists differ in length.
+    """
+    if not isinstance(record, dict):
+        raise TrajectoryError(f"expected a JSON object, got {type(record).__name__}")
+    if record.get("schema") != SCHEMA_VERSION:
+        raise TrajectoryError(
+            f"trajectory schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}; "
+            "explore again, or read it with the version that wrote it"
+        )
+    try:
+        sampling = record.get("sampling")
+        fields = record | {
+            "status": Status(record["status"]),
+            "steps": tuple(Step(**step) for step in record["steps"]),
+            "sampling": None if sampling is None else Sampling(**sampling),
+        }
+        for name in ("token_ids", "step_id", "log_probs", "ref_log_probs"):
+            if fields.get(name) is not None:
+                fields[name] = tuple(fields[name])
+        trajectory = Trajectory(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrajectoryError(f"not a trajectory: {error}") from error
+    _check(trajectory)
+    return trajectory
+
+
+def _check(trajectory: Trajectory) -> None:
+    length = len(trajectory.token_ids)
+    for name in ("step_id", "log_probs", "ref_log_probs"):
+        values = getattr(trajectory, name)
+        if values is not None and len(values) != length:
+            raise TrajectoryError(f"{name} has {len(values)} entries for {length} token_ids")
+    if length and max(trajectory.step_id) >= len(trajectory.steps):
+        raise TrajectoryError(
+            f"step_id names step {max(trajectory.step_id)} of {len(trajectory.steps)} steps"
+        )
