@@ -1,0 +1,172 @@
+"""Trajectories on disk: one line of JSON each, in append-only files.
+
+Exactly-once exploration rests on this file: an episode is on disk when its
+line, *with its newline*, is.  An append is one `write` under a lock followed
+by `fsync`, so whatever kills the process, at most the last line is torn, and
+`repair` cuts it off at the next start.  Readers sort by key, so that nothing
+depends on the order in which episodes happened to finish.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+
+from spa_jax import trajectory as trajectory_lib
+from spa_jax.errors import UserError
+from spa_jax.trajectory import Trajectory
+
+Key = tuple[str, int, int]
+
+
+def append(path: str | os.PathLike[str], record: Trajectory) -> None:
+    """Adds one episode at the end of `path` and waits until the disk has it.
+
+    Args:
+      path: the JSON-lines file; made, with its folder, if it is not there.
+      record: the trajectory.
+
+    Raises:
+      UserError: if the file ends in a torn line (call `repair` at start).
+    """
+    path = pathlib.Path(path)
+    line = _line(record)
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not _ends_with_newline(file):
+            raise UserError(
+                f"{path}: the last line is not complete, and appending would spoil it for good; "
+                "start the stage again, which repairs the file first"
+            )
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        _sync_folder(path.parent)
+
+
+def repair(path: str | os.PathLike[str]) -> int:
+    """Cuts an unterminated last line off; returns how many bytes went.
+
+    To be called when a stage starts, before anything is read or appended.  A
+    file that is not there, or ends in a newline, stays as it is.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return 0
+    with path.open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if _ends_with_newline(file):
+            return 0
+        size = file.seek(0, os.SEEK_END)
+        keep = _last_newline(file, size) + 1
+        file.truncate(keep)
+        os.fsync(file.fileno())
+    return size - keep
+
+
+def read(path: str | os.PathLike[str]) -> list[Trajectory]:
+    """All episodes of a file, sorted by their key (task, seed, attempt).
+
+    Raises:
+      UserError: if the file is not there, a line is not a trajectory of this
+        schema (names file and line), or two lines have the same key.
+    """
+    path = pathlib.Path(path)
+    found: dict[Key, tuple[int, Trajectory]] = {}
+    for number, trajectory in _parse(path):
+        if trajectory.key in found:
+            raise UserError(
+                f"{path}:{number}: the episode {trajectory.key} is already in line "
+                f"{found[trajectory.key][0]}; delete one of the two lines"
+            )
+        found[trajectory.key] = (number, trajectory)
+    return [found[key][1] for key in sorted(found)]
+
+
+def keys(path: str | os.PathLike[str]) -> set[Key]:
+    """The keys of the episodes in a file; empty if the file is not there.
+
+    Raises:
+      UserError: as `read`.
+    """
+    path = pathlib.Path(path)
+    return {trajectory.key for trajectory in read(path)} if path.exists() else set()
+
+
+def write(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> None:
+    """Writes a whole file at once: under a temporary name, then renamed."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for trajectory in trajectories:
+                file.write(_line(trajectory))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _line(trajectory: Trajectory) -> bytes:
+    # allow_nan=False: NaN is not JSON, and a NaN log-probability is a bug to stop at, not to store.
+    text = json.dumps(trajectory_lib.to_json(trajectory), allow_nan=False, separators=(",", ":"))
+    return text.encode("ascii") + b"\n"
+
+
+def _parse(path: pathlib.Path) -> Iterator[tuple[int, Trajectory]]:
+    """(line number from 1, trajectory) of each line."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run the stage that writes it first")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                raise UserError(
+                    f"{path}:{number}: the line is not complete (a run was killed while writing "
+                    "it); start that stage again, which repairs the file, or delete the line"
+                )
+            try:
+                yield number, trajectory_lib.from_json(json.loads(line))
+            except trajectory_lib.TrajectoryError as error:
+                raise UserError(f"{path}:{number}: {error}") from error
+            except ValueError as error:
+                raise UserError(
+                    f"{path}:{number}: not JSON ({error}); delete the line to play this episode "
+                    "again"
+                ) from error
+
+
+def _ends_with_newline(file) -> bool:
+    """Whether an open binary file is empty or ends in a newline."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _last_newline(file, size: int, block: int = 1 << 20) -> int:
+    """Offset of the last newline before `size`, or -1; reads backwards."""
+    end = size
+    while end > 0:
+        start = max(0, end - block)
+        file.seek(start)
+        offset = file.read(end - start).rfind(b"\n")
+        if offset >= 0:
+            return start + offset
+        end = start
+    return -1
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Makes a new name in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
