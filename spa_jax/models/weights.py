@@ -1,0 +1,629 @@
+"""Weights on disk: Hugging Face folders and GGUF files to and from parameter trees.
+
+The one file in `models/` that touches a disk.  Only safetensors and GGUF are
+read: both are plain arrays with a header.  A pickle file can run any code when
+it is opened, and is refused.
+
+    GGUF file --import_gguf--> Hugging Face folder <--load/save_pretrained--> parameters
+
+Tensors are moved one at a time, so that the peak of host memory is the model
+and its largest tensor.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import gguf
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from spa_jax import tokenizer as tokenizer_lib
+from spa_jax.errors import UserError
+from spa_jax.models.transformer import ModelConfig
+
+Params = Any  # a pytree of arrays
+Shape = tuple[int, ...]
+# A tensor that is made when it is written: its shape, its dtype, and how to get it.
+Lazy = tuple[Shape, np.dtype, Callable[[], np.ndarray]]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEADS = "heads.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
+)
+
+# Ours -> (Hugging Face's name in a layer, GGUF's name in a block). Kernels are transposed:
+# Hugging Face and GGUF store a linear layer as [out, in], Flax as [in, out].
+_LAYER = {
+    ("attn_norm", "scale"): ("input_layernorm", "attn_norm"),
+    ("q", "kernel"): ("self_attn.q_proj", "attn_q"),
+    ("k", "kernel"): ("self_attn.k_proj", "attn_k"),
+    ("v", "kernel"): ("self_attn.v_proj", "attn_v"),
+    ("o", "kernel"): ("self_attn.o_proj", "attn_output"),
+    ("mlp_norm", "scale"): ("post_attention_layernorm", "ffn_norm"),
+    ("gate", "kernel"): ("mlp.gate_proj", "ffn_gate"),
+    ("up", "kernel"): ("mlp.up_proj", "ffn_up"),
+    ("down", "kernel"): ("mlp.down_proj", "ffn_down"),
+}
+_TOP = {
+    ("embed", "embedding"): ("model.embed_tokens.weight", "token_embd.weight"),
+    ("norm", "scale"): ("model.norm.weight", "output_norm.weight"),
+    ("unembed", "kernel"): ("lm_head.weight", "output.weight"),
+}
+_DTYPES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+
+
+def load_pretrained(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
+    """Reads a Hugging Face folder of a Llama-architecture model.
+
+    Args:
+      folder: holds `config.json` and `model.safetensors` (or shards and their index).
+
+    Returns:
+      The model's shape, and its parameters as float32 numpy arrays in the tree of
+      `models.transformer` (layers stacked on a leading axis, kernels [in, out]).
+
+    Raises:
+      UserError: a missing file, shard or tensor, a tensor of another shape, an architecture that
+        is not supported, a damaged file, or pickled weights.
+    """
+    folder = pathlib.Path(folder)
+    config = _read_config(folder)
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(folder, stack)
+        shapes = _hf_shapes(config)
+        _check_names(folder, shapes, tensors, config)
+
+        def get(name: str) -> np.ndarray:
+            path, file = tensors[name]
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != shapes[name]:
+                raise UserError(
+                    f"{path}: tensor {name} has shape {list(shape)}, "
+                    f"{folder / 'config.json'} asks for {list(shapes[name])}"
+                )
+            return _get_float32(path, file, name)
+
+        return config, _stack(config, get)
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    tokenizer_from: str | os.PathLike[str],
+) -> None:
+    """Writes a Hugging Face folder that transformers (and `load_pretrained`) can load.
+
+    The folder appears whole or not at all: it is written under a temporary name and renamed. One
+    that is already there is replaced if it holds a model, and left alone otherwise.
+
+    Args:
+      folder: where to write.
+      config: the model's shape.
+      params: the parameter tree of `models.transformer`; numpy or JAX arrays, float32, float16 or
+        bfloat16, written bit for bit.
+      tokenizer_from: a folder whose tokenizer files are copied.
+
+    Raises:
+      UserError: `tokenizer_from` has no tokenizer, `folder` is something else's, or a parameter
+        is missing or of another shape than `config` says.
+    """
+    tokenizer_from = pathlib.Path(tokenizer_from)
+    if not (tokenizer_from / "tokenizer.json").is_file():
+        raise UserError(f"{tokenizer_from / 'tokenizer.json'}: no such file; it is to be copied")
+    special = {}
+    if (tokenizer_from / "config.json").is_file():
+        source = _read_json(tokenizer_from / "config.json")
+        special = {k: v for k, v in source.items() if k in ("bos_token_id", "eos_token_id",
+                                                            "pad_token_id")}
+    with _new_folder(pathlib.Path(folder)) as new:
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, new / name)
+        tensors = _unstack(config, params)
+        dtype = next(iter(tensors.values()))[1]
+        _write_json(new / "config.json", _hf_config(config, dtype.name, special))
+        _write_safetensors(new / WEIGHTS, tensors)
+
+
+def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:
+    """Reads the value and progress heads beside a model; {} if there are none.
+
+    Returns:
+      {"value": tree, "progress": tree}, those that were saved, in their dtype.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = pathlib.Path(folder) / HEADS
+    if not path.is_file():
+        return {}
+    heads: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        file = _open_safetensors(path, stack)
+        for name in file.keys():
+            *parents, leaf = name.split("/")
+            node = heads
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = file.get_tensor(name)
+    return heads
+
+
+def save_heads(folder: str | os.PathLike[str], heads: Mapping[str, Params]) -> None:
+    """Writes heads beside a model, as `heads.safetensors` with names such as "value/kernel".
+
+    Args:
+      folder: an existing folder.
+      heads: name -> tree of nested dicts of arrays.
+    """
+    path = pathlib.Path(folder) / HEADS
+    flat = jax.tree_util.tree_flatten_with_path(dict(heads))[0]
+    tensors = {}
+    for keys, leaf in flat:
+        array = np.asarray(leaf)
+        name = "/".join(str(key.key) for key in keys)
+        tensors[name] = (array.shape, array.dtype, lambda array=array: array)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write_safetensors(temporary, tensors)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def import_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Turns a GGUF file of a Llama-architecture model into a Hugging Face folder, float32.
+
+    Tokenizer, chat template and special tokens come from the same file. Quantised tensors are
+    dequantised (the package `gguf`). GGUF pairs neighbouring rows of the query and key weights
+    for the rotary embedding, Hugging Face the two halves of a head: the order is undone.
+
+    Args:
+      gguf_path: the file.
+      folder: where to write; as `save_pretrained`.
+
+    Raises:
+      UserError: a missing or damaged file, an architecture or tokenizer that is not supported, a
+        missing tensor, or a tensor of another shape.
+    """
+    path = pathlib.Path(gguf_path)
+    reader = _open_gguf(path)
+    config = _gguf_config(path, reader)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    if "rope_freqs.weight" in stored:
+        raise UserError(f"{path}: scaled rotary embeddings (rope_freqs.weight) are not supported")
+    names = {hf: ggml for _, hf, ggml in _names(config)}
+    tensors = {}
+    for hf_name, shape in _hf_shapes(config).items():
+        if names[hf_name] not in stored:
+            raise UserError(f"{path}: tensor {names[hf_name]} is missing; fetch the file again")
+        tensor = stored[names[hf_name]]
+        found = tuple(int(n) for n in reversed(tensor.shape))
+        if found != shape:
+            raise UserError(
+                f"{path}: tensor {tensor.name} has shape {list(found)}, "
+                f"the file's own metadata ask for {list(shape)}"
+            )
+        get = _gguf_getter(tensor, _rotary_heads(hf_name, config))
+        tensors[hf_name] = (shape, np.dtype(np.float32), get)
+    extra = sorted(set(stored) - set(names.values()))
+    if extra:
+        raise UserError(f"{path}: tensor {extra[0]} is not part of the llama architecture")
+    with _new_folder(pathlib.Path(folder)) as new:
+        special = _write_gguf_tokenizer(path, reader, config, new)
+        _write_json(new / "config.json", _hf_config(config, "float32", special))
+        _write_json(new / "generation_config.json", {"_from_model_config": True} | special)
+        _write_safetensors(new / WEIGHTS, tensors)
+
+
+# --- Names and shapes ---------------------------------------------------------------------------
+
+
+def _names(config: ModelConfig) -> Iterator[tuple[tuple, str, str]]:
+    """(our path, with the layer last; Hugging Face's name; GGUF's name) of every tensor."""
+    for path, (hf, ggml) in _TOP.items():
+        if path[0] != "unembed" or not config.tie_embeddings:
+            yield (*path, None), hf, ggml
+    for i in range(config.num_layers):
+        for path, (hf, ggml) in _LAYER.items():
+            yield (*path, i), f"model.layers.{i}.{hf}.weight", f"blk.{i}.{ggml}.weight"
+
+
+def _our_shape(path: tuple, config: ModelConfig) -> Shape:
+    """The shape of a parameter (of one layer)."""
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    kernels = {
+        "embed": (config.vocab_size, d), "unembed": (d, config.vocab_size),
+        "q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d),
+        "gate": (d, f), "up": (d, f), "down": (f, d),
+    }  # fmt: skip
+    return kernels.get(path[0], (d,))
+
+
+def _hf_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Hugging Face's name -> shape of every tensor of the model."""
+    shapes = {}
+    for path, name, _ in _names(config):
+        shape = _our_shape(path, config)
+        shapes[name] = shape[::-1] if path[1] == "kernel" else shape
+    return shapes
+
+
+def _stack(config: ModelConfig, get: Callable[[str], np.ndarray]) -> Params:
+    """The parameter tree, from a function that returns a Hugging Face tensor by name."""
+    params: dict[str, Any] = {"layers": {}}
+    for (module, leaf, layer), name, _ in _names(config):
+        array = get(name)
+        array = array.T if leaf == "kernel" else array
+        if layer is None:
+            params[module] = {leaf: np.ascontiguousarray(array)}
+            continue
+        if layer == 0:
+            stacked = np.empty((config.num_layers, *array.shape), np.float32)
+            params["layers"][module] = {leaf: stacked}
+        params["layers"][module][leaf][layer] = array
+    return params
+
+
+def _unstack(config: ModelConfig, params: Params) -> dict[str, Lazy]:
+    """Hugging Face's name -> tensor, to be made when it is written."""
+    tensors: dict[str, Lazy] = {}
+    for path, name, _ in _names(config):
+        module, leaf, layer = path
+        tree = params if layer is None else params["layers"]
+        try:
+            array = tree[module][leaf]
+        except KeyError as error:
+            raise UserError(f"parameter {module}/{leaf} is missing from the tree") from error
+        shape = _our_shape(path, config)
+        expected = shape if layer is None else (config.num_layers, *shape)
+        if array.shape != expected:
+            raise UserError(
+                f"parameter {module}/{leaf} has shape {list(array.shape)}, "
+                f"the model's config asks for {list(expected)}"
+            )
+
+        def get(array=array, layer=layer, leaf=leaf) -> np.ndarray:
+            array = np.asarray(array if layer is None else array[layer])
+            return array.T if leaf == "kernel" else array
+
+        tensors[name] = (shape[::-1] if leaf == "kernel" else shape, np.dtype(array.dtype), get)
+    return tensors
+
+
+# --- Hugging Face folders -----------------------------------------------------------------------
+
+
+def _read_config(folder: pathlib.Path) -> ModelConfig:
+    """ModelConfig of a folder's config.json."""
+    path = folder / "config.json"
+    if folder.suffix in PICKLES and folder.is_file():
+        raise UserError(_pickle_message(folder))
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; give a Hugging Face model folder "
+            "(python -m experiments.fetch_policy makes one for the quickstart)"
+        )
+    raw = _read_json(path)
+    if raw.get("model_type") != "llama":
+        raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported (llama is)")
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
+    rope = raw.get("rope_parameters") or {}
+    scaling = rope.get("rope_type", "default") if rope else raw.get("rope_scaling")
+    unsupported = {
+        "rope_scaling": scaling not in (None, "default"),
+        "attention_bias": bool(raw.get("attention_bias")),
+        "mlp_bias": bool(raw.get("mlp_bias")),
+        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+    }
+    for key, is_set in unsupported.items():
+        if is_set:
+            raise UserError(f"{path}: {key} as set there is not supported")
+    try:
+        heads = int(raw["num_attention_heads"])
+        return ModelConfig(
+            vocab_size=int(raw["vocab_size"]),
+            hidden_size=int(raw["hidden_size"]),
+            num_layers=int(raw["num_hidden_layers"]),
+            num_heads=heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
+            intermediate_size=int(raw["intermediate_size"]),
+            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_position=int(raw.get("max_position_embeddings", 2048)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error!r} is missing or not a number") from error
+
+
+def _hf_config(config: ModelConfig, dtype: str, special: Mapping[str, int]) -> dict[str, Any]:
+    """config.json of a Llama model; read by transformers 4 and 5."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": dtype,
+        **special,
+    }
+
+
+def _open_tensors(
+    folder: pathlib.Path, stack: contextlib.ExitStack
+) -> dict[str, tuple[pathlib.Path, Any]]:
+    """Tensor name -> (its file's path, the open file), of one file or of shards."""
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: weight_map is missing; fetch the file again")
+        names = sorted(set(weight_map.values()))
+    elif (folder / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    else:
+        pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
+        if pickles:
+            raise UserError(_pickle_message(pickles[0]))
+        raise UserError(f"{folder / WEIGHTS}: no such file, and no {INDEX}; fetch the model again")
+    tensors = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: this shard of {index} is missing; fetch it")
+        file = _open_safetensors(folder / name, stack)
+        tensors |= {tensor: (folder / name, file) for tensor in file.keys()}
+    return tensors
+
+
+def _check_names(
+    folder: pathlib.Path,
+    shapes: Mapping[str, Shape],
+    tensors: Mapping[str, Any],
+    config: ModelConfig,
+) -> None:
+    """Refuses a folder that lacks a tensor, or has one that the model would leave out."""
+    where = folder / (INDEX if (folder / INDEX).is_file() else WEIGHTS)
+    for name in shapes:
+        if name not in tensors:
+            raise UserError(f"{where}: tensor {name} is missing; fetch the model again")
+    for name in sorted(set(tensors) - set(shapes)):
+        # Old checkpoints store the rotary table; a tied output layer may be stored twice.
+        known = name.endswith("rotary_emb.inv_freq") or (
+            config.tie_embeddings and name == "lm_head.weight"
+        )
+        if not known:
+            raise UserError(
+                f"{where}: tensor {name} is not part of the llama architecture that "
+                f"{folder / 'config.json'} names"
+            )
+
+
+def _pickle_message(path: pathlib.Path) -> str:
+    return (
+        f"{path}: pickled weights are not read, because opening a pickle can run any code; "
+        "fetch the safetensors version of the model, or convert the file where you trust it"
+    )
+
+
+# --- GGUF files ---------------------------------------------------------------------------------
+
+
+def _open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as error:  # numpy's IndexError, ValueError, ... of a short memory map
+        raise UserError(
+            f"{path}: not a GGUF file, or a truncated one ({error}); fetch it again"
+        ) from error
+
+
+def _gguf_value(path: pathlib.Path, reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
+    """A metadata value; an absent one is an error unless there is a default."""
+    field = reader.get_field(key)
+    if field is not None:
+        return field.contents()
+    if default is None:
+        raise UserError(f"{path}: the metadata lack {key}; use another file of this model")
+    return default
+
+
+def _gguf_config(path: pathlib.Path, reader: gguf.GGUFReader) -> ModelConfig:
+    def value(key: str, default: Any = None) -> Any:
+        return _gguf_value(path, reader, key, default)
+
+    architecture = value("general.architecture")
+    if architecture != "llama":
+        raise UserError(f"{path}: architecture {architecture!r} is not supported (llama is)")
+    if value("llama.rope.scaling.type", "none") != "none":
+        raise UserError(f"{path}: scaled rotary embeddings are not supported")
+    hidden, heads = value("llama.embedding_length"), value("llama.attention.head_count")
+    # The file holds a float32; 1e-05 is what was meant by 9.999999747378752e-06.
+    eps = float(str(np.float32(value("llama.attention.layer_norm_rms_epsilon"))))
+    return ModelConfig(
+        vocab_size=len(value("tokenizer.ggml.tokens")),
+        hidden_size=hidden,
+        num_layers=value("llama.block_count"),
+        num_heads=heads,
+        num_kv_heads=value("llama.attention.head_count_kv", heads),
+        head_dim=value("llama.attention.key_length", hidden // heads),
+        intermediate_size=value("llama.feed_forward_length"),
+        rope_theta=float(str(np.float32(value("llama.rope.freq_base", 10_000.0)))),
+        rms_norm_eps=eps,
+        tie_embeddings=not any(tensor.name == "output.weight" for tensor in reader.tensors),
+        max_position=value("llama.context_length"),
+    )
+
+
+def _rotary_heads(hf_name: str, config: ModelConfig) -> int:
+    """How many rotary heads the rows of a weight hold; 0 if it is not rotated."""
+    if hf_name.endswith("q_proj.weight"):
+        return config.num_heads
+    return config.num_kv_heads if hf_name.endswith("k_proj.weight") else 0
+
+
+def _gguf_getter(tensor: gguf.ReaderTensor, heads: int) -> Callable[[], np.ndarray]:
+    def get() -> np.ndarray:
+        array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        return _uninterleave(array, heads) if heads else array
+
+    return get
+
+
+def _uninterleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from GGUF's rotary order to Hugging Face's.
+
+        GGUF           a0 b0 a1 b1 a2 b2     (a_i, b_i are rotated as a pair)
+        Hugging Face   a0 a1 a2 b0 b1 b2
+
+    Args:
+      weight: [heads * K, D].
+      heads: the number of heads.
+    """
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _write_gguf_tokenizer(
+    path: pathlib.Path, reader: gguf.GGUFReader, config: ModelConfig, folder: pathlib.Path
+) -> dict[str, int]:
+    """Writes the tokenizer files; returns the special ids under config.json's names."""
+
+    def value(key: str, default: Any = None) -> Any:
+        return _gguf_value(path, reader, f"tokenizer.ggml.{key}", default)
+
+    kind = (value("model"), value("pre", "default"))
+    if kind != ("gpt2", "smollm") or value("add_bos_token", False):
+        raise UserError(
+            f"{path}: tokenizer {kind[0]!r} with pre-tokenizer {kind[1]!r} is not supported "
+            "(gpt2 with smollm is); use the model's Hugging Face folder"
+        )
+    tokens, types = value("tokens"), value("token_type")
+    ids = {}
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            ids[role] = int(field.contents())
+    template = reader.get_field("tokenizer.chat_template")
+    tokenizer_lib.write_byte_level_bpe(
+        folder,
+        tokens=tokens,
+        merges=value("merges"),
+        special=[t for t, n in zip(tokens, types, strict=True) if n == gguf.TokenType.CONTROL],
+        roles={f"{role}_token": tokens[i] for role, i in ids.items()},
+        chat_template=None if template is None else template.contents(),
+        max_length=config.max_position,
+    )
+    return {f"{role}_token_id": i for role, i in ids.items() if role != "unk"}
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+
+def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
+    try:
+        return stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+    except Exception as error:  # SafetensorError: header too large, incomplete buffer, ...
+        raise UserError(
+            f"{path}: not a safetensors file, or a truncated one ({error}); fetch it again"
+        ) from error
+
+
+def _get_float32(path: pathlib.Path, file: Any, name: str) -> np.ndarray:
+    array = file.get_tensor(name)
+    if array.dtype not in _DTYPES:
+        raise UserError(f"{path}: tensor {name} is {array.dtype}; float32, float16 or bfloat16 is")
+    return array.astype(np.float32, copy=False)
+
+
+def _write_safetensors(path: pathlib.Path, tensors: Mapping[str, Lazy]) -> None:
+    """Writes tensors one at a time (the library's own writer copies all of them first).
+
+    The format: 8 bytes little-endian header length, a JSON header padded with spaces to 8 bytes,
+    the arrays in C order. https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype, _) in tensors.items():
+        if dtype not in _DTYPES:
+            raise UserError(f"parameter {name} is {dtype}; only {list(_DTYPES.values())} are saved")
+        end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, dtype, get in tensors.values():
+            array = np.ascontiguousarray(get(), dtype=dtype)
+            file.write(array.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder that takes `folder`'s name when the block ends well."""
+    if folder.exists() and not (folder / "config.json").is_file():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise UserError(f"{folder}: holds something else than a model; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex
+    new = folder.with_name(f".{folder.name}.{mark}.tmp")
+    old = folder.with_name(f".{folder.name}.{mark}.old")
+    new.mkdir()
+    try:
+        yield new
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; fetch the file again")
+    return value
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
