@@ -1,17 +1,21 @@
 """Tokenizers in Hugging Face's folder format: loading, and making one from a vocabulary."""
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from spa_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def load(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+
+def load(folder: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
     """The tokenizer of a Hugging Face folder, with its chat template.
 
     Args:
@@ -28,6 +32,10 @@ def load(folder: pathlib.Path) -> PreTrainedTokenizerFast:
                 f"{folder / name}: no such file; the folder must hold a Hugging Face tokenizer "
                 "(python -m experiments.fetch_policy makes one for the quickstart)"
             )
+    # Only tokenizers are used of transformers; without this it advises to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast
+
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # the Rust side raises plain Exception for a file it cannot parse

@@ -1,0 +1,290 @@
+"""The chat format: turns of an episode to token ids, appended and never rewritten.
+
+A `ChatFormat` is read off the tokenizer's own chat template with probe
+conversations.  What the template puts around the messages is cut into three
+literals, here for ChatML (`<|x|>` are special tokens, one id each):
+
+    opening   <|im_start|>system\\nYou are ...<|im_end|>\\n<|im_start|>user\\n
+    OBSERVATION
+    header    <|im_end|>\\n<|im_start|>assistant\\n
+    RESPONSE
+    between   <|im_end|>\\n<|im_start|>user\\n
+    OBSERVATION
+    header    ...
+
+`between` starts with the end-of-turn token, which the policy writes itself.
+Texts are put between the special tokens' ids and encoded run by run, each run
+once, so a conversation's ids are a prefix of the ids of its continuation, and
+they are those that the template gives for the whole conversation.  A special
+token's *name* inside an observation or a response stays plain text: nobody can
+forge the border of a turn.
+"""
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import tokenizers
+
+from spa_jax.errors import UserError
+from spa_jax.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Parts = tuple[int | str, ...]  # ids of special tokens, and text between them
+Turns = Sequence[tuple[str, str]]  # (observation, response) pairs
+
+_MARKS = ("spaprobeone", "spaprobetwo", "spaprobethree", "spaprobefour", "spaprobefive")
+# Conversations on which the format must give the template's own ids: digits, blanks and line
+# breaks at the borders (where tokens could merge), other scripts, and a thought, which some
+# templates drop from all but the last turn.
+_PROBES: tuple[Turns, ...] = (
+    (("You see a mug 1.", "take mug 1"), ("Nothing happens.", "go to shelf 12"), ("Done", "look")),
+    (("\n\n two\n", "Thought: x\nAction: y"), ("  tabs\t", "a  b"), ("1", "2")),
+    (("Caf\u00e9 \u8336", "\u00fcber"), ("-> [x]", "{y}"), ("...", "!")),
+    (("Go.", "<think>\nFirst look.\n</think>\n\nlook"), ("A desk.", "open desk"), ("?", "wait")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatFormat:
+    """How the turns of one tokenizer's conversations become ids; see the module's drawing.
+
+    Attributes:
+      end_of_turn: the id that ends each of the policy's turns.
+      opening: what comes before the first observation.
+      header: what comes between an observation and the policy's response.
+      between: what comes between the policy's end of turn (left out) and the next observation.
+      strip: whether the template strips the blanks around an observation.
+      special: the ids of all special tokens.
+      encoder: the tokenizer, which takes special tokens' names for plain text.
+    """
+
+    end_of_turn: int
+    opening: Parts
+    header: Parts
+    between: Parts
+    strip: bool
+    special: frozenset[int]
+    encoder: tokenizers.Tokenizer = dataclasses.field(repr=False, compare=False)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: "PreTrainedTokenizerFast") -> "ChatFormat":
+        """Reads the format off a tokenizer's chat template, and checks it.
+
+        Raises:
+          UserError: the tokenizer has no chat template, or one that is not append-only: it
+            changes, drops or moves earlier turns, ends no turn with a special token, or merges
+            tokens over the border of a turn.
+        """
+        rendered = _render(tokenizer, [*zip(_MARKS[::2], _MARKS[1::2], strict=False)], _MARKS[4])
+        opening, header, between = _cut(tokenizer, rendered)
+        names = {
+            token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        tail = _split(between, names)
+        if not tail or not isinstance(tail[0], int):
+            raise _not_append_only(
+                tokenizer, f"no special token ends an assistant turn; {between!r} follows it"
+            )
+        padded = _render(tokenizer, [], f" {_MARKS[0]} ")
+        fmt = cls(
+            end_of_turn=tail[0],
+            opening=_split(opening, names),
+            header=_split(header, names),
+            between=tail[1:],
+            strip=f" {_MARKS[0]} " not in padded,
+            special=frozenset(names.values()),
+            encoder=_plain_encoder(tokenizer),
+        )
+        _check(fmt, tokenizer, names)
+        return fmt
+
+    def first_turn(self, instruction: str, observation: str) -> list[int]:
+        """Everything up to where the policy writes its first response.
+
+        BOS and a default system message, if the template has them; a user turn with the
+        instruction, an empty line and the observation (without an instruction just that); the
+        header of the assistant's turn.
+        """
+        text = f"{instruction}\n\n{observation}" if instruction else observation
+        return self._encode([*self.opening, self._content(text), *self.header])
+
+    def next_turn(self, observation: str) -> list[int]:
+        """What follows the policy's end of turn: the next user turn and the assistant's header."""
+        return self._encode([*self.between, self._content(observation), *self.header])
+
+    def response(self, text: str) -> list[int]:
+        """The policy's tokens for a text: the text's ids and the end of turn."""
+        return [*self._encode([text]), self.end_of_turn]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a response, without special tokens."""
+        return self.encoder.decode([i for i in ids if i not in self.special])
+
+    def _content(self, text: str) -> str:
+        return text.strip() if self.strip else text
+
+    def _encode(self, parts: Iterable[int | str]) -> list[int]:
+        """Ids of parts; neighbouring texts are one run, encoded together."""
+        ids: list[int] = []
+        for is_text, run in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
+            if is_text:
+                ids += self.encoder.encode("".join(run), add_special_tokens=False).ids
+            else:
+                ids += run
+        return ids
+
+
+def encode_trajectory(fmt: ChatFormat, trajectory: Trajectory) -> Trajectory:
+    """Gives a scripted trajectory (an expert's, an imported one) its tokens.
+
+        token_ids  first_turn ...  response 0 <eot>  next_turn ...  response 1 <eot>
+        step_id    -1 -1 -1 -1 -1  0  0  0    0      -1 -1 -1 -1    1  1  1    1
+
+    The observation after the last action is not encoded.
+
+    Args:
+      fmt: the chat format.
+      trajectory: its texts are encoded; tokens that it already has are replaced.
+
+    Returns:
+      The trajectory with `token_ids`, `step_id` and zeros for `log_probs`.
+
+    Raises:
+      ValueError: the trajectory was sampled: what a policy wrote is never tokenised again.
+    """
+    if trajectory.sampling is not None:
+        raise ValueError(f"trajectory {trajectory.key} was sampled and keeps its own tokens")
+    ids: list[int] = []
+    step_id: list[int] = []
+    for k, step in enumerate(trajectory.steps):
+        context = (
+            fmt.next_turn(step.observation)
+            if k
+            else fmt.first_turn(trajectory.instruction, step.observation)
+        )
+        response = fmt.response(step.response)
+        ids += context + response
+        step_id += [-1] * len(context) + [k] * len(response)
+    return dataclasses.replace(
+        trajectory,
+        token_ids=tuple(ids),
+        step_id=tuple(step_id),
+        log_probs=(0.0,) * len(ids),
+        ref_log_probs=None,
+    )
+
+
+def _messages(turns: Turns, observation: str | None) -> list[dict[str, str]]:
+    messages = []
+    for user, assistant in turns:
+        messages.append({"role": "user", "content": user})
+        messages.append({"role": "assistant", "content": assistant})
+    if observation is not None:
+        messages.append({"role": "user", "content": observation})
+    return messages
+
+
+def _render(tokenizer: "PreTrainedTokenizerFast", turns: Turns, observation: str | None) -> str:
+    """The template's text of a conversation; with the assistant's header if the user spoke last."""
+    try:
+        return tokenizer.apply_chat_template(
+            _messages(turns, observation),
+            tokenize=False,
+            add_generation_prompt=observation is not None,
+        )
+    except Exception as error:  # no template; a Jinja error; the template's own raise_exception
+        raise UserError(
+            f"{_where(tokenizer)}: cannot write a conversation of user and assistant turns "
+            f"({error}); {_REMEDY}"
+        ) from error
+
+
+def _cut(tokenizer: "PreTrainedTokenizerFast", rendered: str) -> tuple[str, str, str]:
+    """(opening, header, between) of the text of a conversation of marks."""
+    literals = re.split("|".join(_MARKS), rendered)
+    if tuple(re.findall("|".join(_MARKS), rendered)) != _MARKS:
+        raise _not_append_only(tokenizer, "it drops, repeats or reorders the turns")
+    opening, header, between, header_2, between_2, prompt = literals
+    if header_2 != header or between_2 != between:
+        raise _not_append_only(tokenizer, "it writes earlier turns differently from later ones")
+    if prompt != header:
+        raise _not_append_only(
+            tokenizer,
+            f"it puts {prompt!r} before what the assistant is to write, "
+            f"but {header!r} before what it has written",
+        )
+    return opening, header, between
+
+
+def _split(literal: str, names: Mapping[str, int]) -> Parts:
+    """A template's literal as special ids and the texts between them."""
+    if not names:
+        return (literal,) if literal else ()
+    longest_first = sorted(names, key=len, reverse=True)
+    pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", literal)
+    return tuple(names.get(piece, piece) for piece in pieces if piece)
+
+
+def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer:
+    """A copy of the tokenizer for which special tokens' names are plain text."""
+    encoder = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+def _check(
+    fmt: ChatFormat, tokenizer: "PreTrainedTokenizerFast", names: Mapping[str, int]
+) -> None:
+    """Compares the format with the template itself, on token ids."""
+    for probe in _PROBES:
+        ids: list[int] = []
+        for k, (observation, response) in enumerate(probe):
+            ids += fmt.next_turn(observation) if k else fmt.first_turn("", observation)
+            whole = tokenizer.apply_chat_template(
+                _messages(probe[:k], observation), add_generation_prompt=True, return_dict=False
+            )
+            if ids != list(whole):
+                raise _not_append_only(
+                    tokenizer,
+                    f"with the turn {observation!r} added it gives other tokens for the "
+                    f"conversation than turn by turn: {_difference(fmt, ids, whole)}",
+                )
+            ids += fmt.response(response)
+    forged = fmt.special.intersection(fmt._encode([" ".join(names) + "".join(names)]))
+    if forged:
+        raise UserError(
+            f"{_where(tokenizer)}: special tokens {sorted(forged)} come out of plain text, so an "
+            f"observation could forge the border of a turn; {_REMEDY}"
+        )
+
+
+def _difference(fmt: ChatFormat, ours: Sequence[int], template: Sequence[int]) -> str:
+    """A few tokens of both from where they part, for the error message."""
+    same = len(os.path.commonprefix([list(ours), list(template)]))
+    show = [
+        fmt.encoder.decode(list(ids[same : same + 8]), skip_special_tokens=False)
+        for ids in (ours, template)
+    ]
+    return f"{show[0]!r} turn by turn, {show[1]!r} as a whole"
+
+
+_REMEDY = (
+    "choose an instruct model with a plain template, or set chat_template in the folder's "
+    "tokenizer_config.json to one that writes each turn the same way wherever it stands (ChatML)"
+)
+
+
+def _where(tokenizer: "PreTrainedTokenizerFast") -> str:
+    return f"{tokenizer.name_or_path}: the chat template"
+
+
+def _not_append_only(tokenizer: "PreTrainedTokenizerFast", reason: str) -> UserError:
+    return UserError(f"{_where(tokenizer)} is not append-only: {reason}; {_REMEDY}")
