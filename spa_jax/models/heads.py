@@ -10,8 +10,8 @@ advantage.
 every coordinate enters the MLP with mean 0 and variance 1.  Without it a few
 coordinates that are large and nearly constant hide the rest: on the frozen
 hidden states of SmolLM2-135M-Instruct, where the largest coordinate is 36 times
-the median one, a head that is fitted reaches the same loss in about four times
-fewer updates (docstring of `fit_norm`).
+the median one, a head that is fitted reaches the same training loss in 2.5 to 4
+times fewer updates (figures at `fit_norm`).
 """
 
 from typing import Any
@@ -73,7 +73,8 @@ def fit_norm(params: Params, hidden: jax.Array, mask: jax.Array) -> Params:
 
     Measured on 32 text-game episodes, width 256, Adam at 1e-4 to 1e-3: training
     loss after 20 updates 0.11 / 0.022 / 0.005 with it, 0.23 / 0.13 / 0.072 without
-    (variance of R 0.21), and a lower loss on 16 episodes held out.
+    (variance of R 0.21); after 100 updates 0.05-0.06 against 0.07-0.13 on 16 held-out
+    episodes.  One seed.
 
     Args:
       params: parameters of a ProgressHead or ValueHead.
