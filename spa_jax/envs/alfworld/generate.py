@@ -1,0 +1,423 @@
+"""Makes new ALFWorld games in the official layout, without any download.
+
+    python -m spa_jax.envs.alfworld.generate --out games/train --games 100 --seed 1
+
+then `--alfworld_data=games --split=train`.  A game is a function of (seed, index): rooms of
+a few receptacles, the wanted object somewhere that fits it, closed places included, and
+other objects beside it.  What fits where, what can be cleaned, heated or cooled, the
+goals and the task sentences are those of the alfworld package.  Each game is won by its
+walkthrough in the engine before it is put in place; a game that is there already is kept.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import multiprocessing
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from spa_jax.envs.alfworld.engine import AlfworldEngine
+from spa_jax.envs.alfworld.games import GAME_FILE, TASK_TYPES, TRAJECTORY_FILE, layout_hash
+from spa_jax.errors import UserError
+
+# isort: split
+# The engine sets alfworld's data folder first.
+from alfworld.gen import constants
+from alfworld.gen.goal_library import gdict
+from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+
+_FITS = constants.VAL_RECEPTACLE_OBJECTS
+_AFFORDANCES = {"cleanable": "Cleanable", "heatable": "Heatable", "coolable": "Coolable"}
+# Task type -> what the object must be able to, the command, and where that is done.
+_PROCESSES = {
+    "pick_clean_then_place_in_recep": ("Cleanable", "clean", "SinkBasin"),
+    "pick_heat_then_place_in_recep": ("Heatable", "heat", "Microwave"),
+    "pick_cool_then_place_in_recep": ("Coolable", "cool", "Fridge"),
+}
+_LAMP = "DeskLamp"
+_LAMP_PLACES = ("Desk", "SideTable", "Dresser", "CoffeeTable")
+
+
+@dataclasses.dataclass(frozen=True)
+class _RoomKind:
+    """What a kind of room can hold: receptacle types with their largest number, object types."""
+
+    receptacles: dict[str, int]
+    objects: tuple[str, ...]
+
+
+_ROOMS = {
+    "Kitchen": _RoomKind(
+        {
+            "Cabinet": 3, "CounterTop": 2, "Drawer": 3, "DiningTable": 1, "Fridge": 1,
+            "Microwave": 1, "SinkBasin": 1, "GarbageCan": 1, "Shelf": 2, "SideTable": 1,
+        },
+        tuple(
+            "Apple Bread Egg Lettuce Potato Tomato Bowl ButterKnife Cup DishSponge Fork "
+            "Glassbottle Kettle Knife Ladle Mug Pan PepperShaker Plate Pot SaltShaker "
+            "SoapBottle Spatula Spoon WineBottle".split()
+        ),
+    ),
+    "LivingRoom": _RoomKind(
+        {
+            "ArmChair": 2, "CoffeeTable": 1, "Sofa": 1, "SideTable": 2, "Shelf": 2, "Drawer": 3,
+            "Cabinet": 2, "DiningTable": 1, "Dresser": 1, "GarbageCan": 1, "Ottoman": 1, "Safe": 1,
+        },
+        tuple(
+            "Book CellPhone CreditCard KeyChain Laptop Newspaper Pillow RemoteControl Statue "
+            "TissueBox Vase Watch WateringCan Candle Pen Pencil".split()
+        ),
+    ),
+    "Bedroom": _RoomKind(
+        {
+            "Bed": 2, "Desk": 2, "Drawer": 3, "Dresser": 1, "SideTable": 2, "Shelf": 2,
+            "ArmChair": 1, "GarbageCan": 1, "Safe": 1,
+        },
+        tuple(
+            "AlarmClock BasketBall Book Bowl CD CellPhone CreditCard KeyChain Laptop Mug Pen "
+            "Pencil Pillow TennisRacket Watch".split()
+        ),
+    ),
+    "Bathroom": _RoomKind(
+        {
+            "BathtubBasin": 1, "CounterTop": 2, "Cabinet": 3, "Drawer": 2, "GarbageCan": 1,
+            "SinkBasin": 1, "Toilet": 1, "Shelf": 2, "SideTable": 1, "Cart": 1,
+        },
+        tuple(
+            "Candle Cloth DishSponge SoapBar SoapBottle SprayBottle TissueBox ToiletPaper "
+            "HandTowel".split()
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Thing:
+    """A receptacle or an object: the `number`-th of its type, shown as "mug 2"."""
+
+    type: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.type.lower()} {self.number}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Room:
+    """A whole game before it is written."""
+
+    task_type: str
+    kind: str
+    object: str
+    parent: str  # where it goes; "" in look_at_obj_in_light
+    receptacles: tuple[_Thing, ...]
+    places: dict[_Thing, _Thing]  # object -> receptacle
+
+    def of_type(self, kind: str) -> list[_Thing]:
+        return [r for r in self.receptacles if r.type == kind]
+
+
+def _number(types: Iterable[str]) -> tuple[_Thing, ...]:
+    counts: collections.Counter[str] = collections.Counter()
+    things = []
+    for kind in sorted(types):
+        counts[kind] += 1
+        things.append(_Thing(kind, counts[kind]))
+    return tuple(things)
+
+
+def _choose_goal(rng: random.Random, task_type: str) -> tuple[str, str, str, list[str]]:
+    """Draws (room kind, object type, parent type, receptacle types that must be there)."""
+    kinds = [k for k in sorted(constants.GOALS_VALID[task_type]) if k in _ROOMS]
+    affordance, _, appliance = _PROCESSES.get(task_type, ("", "", ""))
+    look = task_type == "look_at_obj_in_light"
+    while True:
+        kind = rng.choice(kinds)
+        room = _ROOMS[kind]
+        wanted = rng.choice(room.objects)
+        if affordance and wanted not in constants.VAL_ACTION_OBJECTS[affordance]:
+            continue
+        fitting = [r for r in room.receptacles if wanted in _FITS.get(r, ())]
+        parents = [r for r in fitting if r != appliance]
+        parent = rng.choice(parents) if parents and not look else ""
+        sources = [r for r in fitting if r != parent]
+        if not sources or not (parent or look):
+            continue
+        needed = [r for r in (parent, appliance) if r]
+        if look:
+            needed.append(rng.choice([r for r in _LAMP_PLACES if r in room.receptacles]))
+        source = rng.choice(sources)
+        return kind, wanted, parent, needed + ([source] if source not in needed else [])
+
+
+def _draw_room(rng: random.Random, task_type: str, fewest: int, most: int) -> _Room:
+    kind, wanted, parent, types = _choose_goal(rng, task_type)
+    size = max(rng.randint(fewest, most), len(types))
+    pool = [r for r, n in _ROOMS[kind].receptacles.items() for _ in range(n - types.count(r))]
+    types = types + rng.sample(pool, min(size - len(types), len(pool)))
+    receptacles = _number(types)
+    count = 2 if task_type == "pick_two_obj_and_place" else rng.choice((1, 1, 1, 2))
+    others = rng.sample([o for o in _ROOMS[kind].objects if o != wanted], rng.randint(2, 5))
+    objects = _number([wanted] * count + [o for o in others if rng.random() < 0.9])
+    places = {}
+    for thing in objects:
+        fitting = [r for r in receptacles if thing.type in _FITS.get(r.type, ())]
+        if thing.type == wanted:
+            fitting = [r for r in fitting if r.type != parent]
+        if fitting:
+            places[thing] = rng.choice(fitting)
+    if task_type == "look_at_obj_in_light":
+        stands = [r for r in receptacles if r.type in _LAMP_PLACES]
+        places[_Thing(_LAMP, 1)] = rng.choice(stands)
+    return _Room(task_type, kind, wanted, parent, receptacles, places)
+
+
+class _Names:
+    """PDDL names.  The engine numbers what is shown in falling order of these names."""
+
+    def __init__(self, room: _Room):
+        self._count = collections.Counter(t.type for t in (*room.receptacles, *room.places))
+
+    def __call__(self, thing: _Thing) -> str:
+        index = self._count[thing.type] + 1 - thing.number
+        if thing.type.endswith("Basin"):  # a sinkbasin is a part of a sink
+            return f"{thing.type.removesuffix('Basin')}_bar_{index}_bar_{thing.type}"
+        return f"{thing.type}_bar_{index}"
+
+
+def _facts(room: _Room, names: _Names) -> Iterator[str]:
+    where = {r: f"loc_bar_{i}" for i, r in enumerate(room.receptacles, 1)}
+    object_types = sorted({thing.type for thing in room.places})
+    yield "atLocation agent1 loc_bar_0"
+    for receptacle, location in where.items():
+        yield f"receptacleType {names(receptacle)} {receptacle.type}Type"
+        yield f"receptacleAtLocation {names(receptacle)} {location}"
+        if receptacle.type in constants.OPENABLE_CLASS_SET:
+            yield f"openable {names(receptacle)}"
+    for kind in sorted({r.type for r in room.receptacles}):
+        for held in object_types:
+            if held in _FITS.get(kind, ()):
+                yield f"canContain {kind}Type {held}Type"
+    for thing, place in room.places.items():
+        yield f"objectType {names(thing)} {thing.type}Type"
+        yield f"inReceptacle {names(thing)} {names(place)}"
+        yield f"objectAtLocation {names(thing)} {where[place]}"
+        if thing.type == _LAMP:
+            yield f"toggleable {names(thing)}"
+            continue
+        yield f"pickupable {names(thing)}"
+        if thing.type in constants.MOVABLE_RECEPTACLES_SET:
+            yield f"isReceptacleObject {names(thing)}"
+        for predicate, affordance in _AFFORDANCES.items():
+            if thing.type in constants.VAL_ACTION_OBJECTS[affordance]:
+                yield f"{predicate} {names(thing)}"
+
+
+def _problem(room: _Room, name: str) -> str:
+    names = _Names(room)
+    # The domain names these types whether the room has such a thing or not.
+    object_types = {thing.type for thing in room.places} | {"Knife", "ButterKnife"}
+    receptacle_types = {r.type for r in room.receptacles} | {"SinkBasin", "Microwave", "Fridge"}
+    objects = [
+        "agent1 - agent",
+        *(f"{kind}Type - otype" for kind in sorted(object_types)),
+        *(f"{kind}Type - rtype" for kind in sorted(receptacle_types)),
+        *(f"{names(thing)} - object" for thing in room.places),
+        *(f"{names(receptacle)} - receptacle" for receptacle in room.receptacles),
+        *(f"loc_bar_{i} - location" for i in range(len(room.receptacles) + 1)),
+    ]
+    goal = gdict[room.task_type]["pddl"].replace("#", "-")
+    goal = goal.format(obj=room.object, recep=room.parent, toggle=_LAMP)
+    facts = "\n".join(f"    ({fact})" for fact in _facts(room, names))
+    listed = "\n".join(f"    {entry}" for entry in objects)
+    return (
+        f"(define (problem {name})\n(:domain alfred)\n(:objects\n{listed}\n)\n"
+        f"(:init\n{facts}\n)\n{goal}"
+    )
+
+
+def _walkthrough(room: _Room) -> list[str]:
+    """What somebody who knows the room would do, in the official grammar's wording."""
+    commands: list[str] = []
+    opened: set[_Thing] = set()
+    at: list[_Thing] = []
+
+    def go(place: _Thing, open_it: bool = True) -> None:
+        if at[-1:] != [place]:  # going where one is cannot be executed
+            at.append(place)
+            commands.append(f"go to {place.name}")
+        if open_it and place.type in constants.OPENABLE_CLASS_SET and place not in opened:
+            opened.add(place)
+            commands.append(f"open {place.name}")
+
+    wanted = [thing for thing in room.places if thing.type == room.object]
+    for thing in wanted[: 2 if room.task_type == "pick_two_obj_and_place" else 1]:
+        go(room.places[thing])
+        commands.append(f"take {thing.name} from {room.places[thing].name}")
+        if room.task_type == "look_at_obj_in_light":
+            lamp = _Thing(_LAMP, 1)
+            go(room.places[lamp], open_it=False)
+            return [*commands, f"use {lamp.name}"]
+        _, verb, appliance = _PROCESSES.get(room.task_type, ("", "", ""))
+        if verb:
+            go(room.of_type(appliance)[0], open_it=False)
+            commands.append(f"{verb} {thing.name} with {room.of_type(appliance)[0].name}")
+        target = room.of_type(room.parent)[0]
+        go(target)
+        commands.append(f"move {thing.name} to {target.name}")
+    return commands
+
+
+def make_game(
+    seed: int, index: int, task_type: str, min_receptacles: int, max_receptacles: int
+) -> tuple[str, dict[str, object], dict[str, object]]:
+    """The game of (seed, index): its name "<game>/<trial>", game.tw-pddl and traj_data.json."""
+    rng = random.Random(f"{seed}/{index}/{task_type}/{min_receptacles}/{max_receptacles}")
+    room = _draw_room(rng, task_type, min_receptacles, max_receptacles)
+    toggle = _LAMP if task_type == "look_at_obj_in_light" else ""
+    sentence = rng.choice(gdict[task_type]["templates"]).format(
+        obj=room.object.lower(), recep=room.parent.lower(), toggle=toggle.lower(), mrecep=""
+    )
+    trial = f"trial_S{seed}_{index:06d}"
+    problem = _problem(room, f"plan_{trial}")
+    data = {
+        "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(),
+        "grammar": Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", sentence),
+        "pddl_problem": problem,
+        "solvable": True,
+        "walkthrough": _walkthrough(room),
+    }
+    trajectory = {
+        "task_id": trial,
+        "task_type": task_type,
+        "pddl_params": {
+            "object_target": room.object, "parent_target": room.parent, "toggle_target": toggle,
+            "mrecep_target": "", "object_sliced": False,
+        },
+        "scene": {"floor_plan": f"Generated{room.kind}", "scene_num": index},
+        "generator_seed": seed,
+        "generator_index": index,
+        "layout": layout_hash(problem),
+    }  # fmt: skip
+    game = f"{task_type}-{room.object}-None-{room.parent or toggle}-{index}"
+    return f"{game}/{trial}", data, trajectory
+
+
+_engine: AlfworldEngine | None = None  # one a process, as the engine demands
+
+
+def _check_won(folder: Path, walkthrough: Sequence[str]) -> None:
+    global _engine
+    _engine = _engine or AlfworldEngine()
+    observation = _engine.reset(folder)
+    for command in walkthrough:
+        observation = _engine.step(command)
+        if not observation.grounded:
+            raise RuntimeError(f"{folder}: {command!r} of the walkthrough is not executable")
+    if not observation.success:
+        raise RuntimeError(f"{folder} is not won by its walkthrough")
+
+
+def _write_game(job: tuple[Path, int, int, str, int, int]) -> str:
+    """Makes, checks and writes one game; returns its name."""
+    out, seed, index, task_type, fewest, most = job
+    name, data, trajectory = make_game(seed, index, task_type, fewest, most)
+    final = out / name
+    if final.is_dir():
+        return name
+    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=out))
+    try:
+        (scratch / GAME_FILE).write_text(json.dumps(data))
+        (scratch / TRAJECTORY_FILE).write_text(json.dumps(trajectory))
+        _check_won(scratch, data["walkthrough"])  # type: ignore[arg-type]
+        final.parent.mkdir(exist_ok=True)
+        scratch.chmod(0o755)
+        scratch.rename(final)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return name
+
+
+def generate(
+    out: str | Path,
+    games: int,
+    seed: int,
+    task_types: Sequence[str] = TASK_TYPES,
+    min_receptacles: int = 4,
+    max_receptacles: int = 8,
+    workers: int = 1,
+) -> list[str]:
+    """Writes `games` games into `out` and returns their names, in order of their index.
+
+    Task types take turns.  The games do not depend on `workers`.
+
+    Raises:
+      UserError: if a task type is unknown or the numbers make no room.
+    """
+    unknown = [name for name in task_types if name not in TASK_TYPES]
+    if unknown or not task_types:
+        raise UserError(
+            f"--task_types: {', '.join(unknown) or 'none given'}; choose from "
+            + ", ".join(TASK_TYPES)
+        )
+    if not 4 <= min_receptacles <= max_receptacles:
+        raise UserError(
+            f"--min_receptacles={min_receptacles} --max_receptacles={max_receptacles}: a room "
+            "needs at least 4, and the minimum cannot exceed the maximum"
+        )
+    if games < 1 or workers < 1:
+        raise UserError("--games and --workers must be at least 1")
+    root = Path(out)
+    root.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (root, seed, i, task_types[i % len(task_types)], min_receptacles, max_receptacles)
+        for i in range(games)
+    ]
+    bar = {"total": games, "desc": "games", "unit": "game"}
+    if workers == 1:
+        return list(tqdm(map(_write_game, jobs), **bar))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return list(tqdm(pool.imap(_write_game, jobs, chunksize=4), **bar))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m spa_jax.envs.alfworld.generate",
+        description="Make new ALFWorld games in the official layout.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", required=True, help="folder of the games; its name is the split")
+    parser.add_argument("--games", type=int, required=True, help="how many games")
+    parser.add_argument("--seed", type=int, required=True, help="other seeds, other games")
+    parser.add_argument("--task_types", default=",".join(TASK_TYPES), help="comma-separated")
+    parser.add_argument("--min_receptacles", type=int, default=4, help="fewest a room")
+    parser.add_argument("--max_receptacles", type=int, default=8, help="most a room")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    flags = parser.parse_args(argv)
+    start = time.monotonic()
+    try:
+        names = generate(
+            flags.out, flags.games, flags.seed, flags.task_types.split(","),
+            flags.min_receptacles, flags.max_receptacles, flags.workers,
+        )  # fmt: skip
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    seconds = time.monotonic() - start
+    print(f"RESULT games={len(names)} seconds={seconds:.1f} out={flags.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What travels between an environment server and its clients.
+
+The wire is OpenEnv's WebSocket session protocol: one JSON object a message.
+
+    client -> server   {"type": "reset", "data": {"task", "split", "seed", "prompt", "expert"}}
+                       {"type": "step", "data": {"text": ...}}
+                       {"type": "state"}   {"type": "close"}
+    server -> client   {"type": "observation", "data": {"observation": {...}, "reward", "done"}}
+                       {"type": "state", "data": {"episode_id", "step_count", ...}}
+                       {"type": "error", "data": {"message", "code", "retryable"}}
+
+One connection is one session, and one session owns one environment process.
+"""
+
+import dataclasses
+from typing import Any
+
+# Codes of OpenEnv's protocol that we send, and one of our own.
+INVALID_JSON = "INVALID_JSON"
+UNKNOWN_TYPE = "UNKNOWN_TYPE"
+VALIDATION_ERROR = "VALIDATION_ERROR"  # a message that makes no sense: do not send it again
+CAPACITY_REACHED = "CAPACITY_REACHED"  # every session is taken: try again later
+USER_ERROR = "USER_ERROR"  # the user's data or request is wrong
+ENV_ERROR = "ENV_ERROR"  # the environment failed: reset the session and try again
+
+
+class EnvError(Exception):
+    """The environment, or the way to it, failed; nobody's outcome.
+
+    Attributes:
+      code: one of the codes above.
+      retryable: whether a reset and another try can help.
+    """
+
+    def __init__(self, message: str, code: str = ENV_ERROR, retryable: bool = True):
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What the environment answers to a reset or a step.
+
+    Attributes:
+      text: the observation as the policy reads it.
+      reward: of this step; the full reward is 1.0, paid when the task is done.
+      done: whether the episode has ended.
+      success: whether the task was solved, now or earlier in the episode.
+      grounded: whether the action was executable; True after a reset.
+      instruction: how to play, at a reset; empty afterwards.
+      task: the task's name in its split.
+      task_type: its kind, for tables by type.
+      expert_action: what the expert would do next, if the reset asked for it.
+    """
+
+    text: str
+    reward: float
+    done: bool
+    success: bool
+    grounded: bool
+    instruction: str = ""
+    task: str = ""
+    task_type: str = ""
+    expert_action: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One game of a split.
+
+    Attributes:
+      task: its name, unique in the split.
+      split: the split.
+      task_type: its kind.
+      layout: a hash of receptacles, placements and goal: equal for games that are the
+        same room with the same goal.
+      seed: the generator's seed; None for games that were not generated.
+    """
+
+    task: str
+    split: str
+    task_type: str
+    layout: str
+    seed: int | None = None
+
+
+def observation_to_wire(observation: Observation) -> dict[str, Any]:
+    """The `data` of an observation message."""
+    fields = dataclasses.asdict(observation)
+    return {"reward": fields.pop("reward"), "done": fields.pop("done"), "observation": fields}
+
+
+def observation_from_wire(data: dict[str, Any]) -> Observation:
+    """Reads what `observation_to_wire` made.
+
+    Raises:
+      EnvError: if the server sent something else.
+    """
+    try:
+        return Observation(
+            reward=float(data["reward"] or 0.0), done=bool(data["done"]), **data["observation"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise EnvError(
+            f"the server's observation is not one of ours: {error}", VALIDATION_ERROR, False
+        ) from error
