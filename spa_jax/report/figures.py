@@ -9,11 +9,14 @@ import io
 import re
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # Stand-in colour -> CSS variable of template.html.
@@ -27,7 +30,7 @@ _CSS = {
     "#010209": "var(--minus)",
 }
 _TEXT, _MUTED, _LINE, _SERIES_1, _SERIES_2, _PLUS, _MINUS = _CSS
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
     "svg.hashsalt": "spa_jax",  # the same drawing has the same bytes
     "font.size": 8.0,
@@ -107,8 +110,9 @@ def outcome_histogram(wins: Sequence[float], failures: Sequence[float]) -> Marku
         for color, part in ((_MINUS, failures), (_PLUS, wins)):
             if len(part):
                 weights = np.full(len(part), 1 / len(part))
-                for kind, look in (("stepfilled", {"alpha": 0.4, "linewidth": 0}), ("step", {})):
-                    axes.hist(part, edges, weights=weights, histtype=kind, color=color, **look)
+                shares, _ = np.histogram(part, edges, weights=weights)
+                axes.stairs(shares, edges, fill=True, color=color, alpha=0.4, linewidth=0)
+                axes.stairs(shares, edges, color=color)
         for outcome in (0, 1):
             axes.axvline(outcome, color=_MUTED, linewidth=0.7, linestyle=(0, (2, 2)))
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -145,23 +149,25 @@ def running_sums(wins: Sequence[np.ndarray], failures: Sequence[np.ndarray]) -> 
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:
-    """[n] -> [n]: the mean over a tenth of the values around each, cut off at the two ends."""
-    values = np.asarray(values, np.float64)
-    half = max(1, len(values) // 20)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
+    """[n] -> [n]: the mean over a tenth of the values around each.
+
+    Towards the first value, where losses fall fast, the window shrinks on both
+    sides; at the end it is cut off, so that the last mean still is one.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
     here = np.arange(len(values))
-    first, last = np.maximum(here - half, 0), np.minimum(here + half + 1, len(values))
+    half = np.minimum(here, max(1, len(values) // 20))
+    first, last = here - half, np.minimum(here + half + 1, len(values))
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _axes(size: tuple[float, float]):
+def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
     # Figure itself and not pyplot: nothing global, and no window system.
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.02))
     return figure, figure.add_subplot()
 
 
-def _percent_axis(axes) -> None:
+def _percent_axis(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f}%"))
 
 

@@ -145,7 +145,6 @@ def _headline(
     both = len(shown) == 2
     return {
         "rows": [(name, evaluation_name(name), summary) for name, summary in shown.items()],
-        "same_games": len({summary.games for summary in shown.values()}) == 1,
         "gain": shown[SPA].success_rate - shown[BASE].success_rate if both else None,
         "paired": evaluation.paired(run.evaluations[BASE], run.evaluations[SPA]) if both else None,
     }
@@ -206,7 +205,9 @@ def _stages(run: Workdir) -> list[dict[str, Any]]:
 
 
 def _figure(panel: _Panel, runs: Sequence[Run]) -> dict[str, Any] | None:
-    lines, legend, borders = [], [], []
+    lines: list[figures.Curve] = []
+    legend: list[tuple[str, float]] = []
+    borders: list[float] = []
     for metric, label in zip(panel.metrics, panel.labels, strict=True):
         line, borders = _line(metric, runs)
         if line:
@@ -224,7 +225,9 @@ def _figure(panel: _Panel, runs: Sequence[Run]) -> dict[str, Any] | None:
 
 def _line(metric: str, runs: Sequence[Run]) -> tuple[figures.Curve, list[float]]:
     """The finite values of a metric, a part a round, one round after the other."""
-    parts, borders, start = [], [], 0
+    parts: list[tuple[list[float], list[float]]] = []
+    borders: list[float] = []
+    start = 0
     for run in runs:
         if run is not runs[0]:
             borders.append(start)
@@ -234,7 +237,7 @@ def _line(metric: str, runs: Sequence[Run]) -> tuple[figures.Curve, list[float]]
             if math.isfinite(record.get(metric, math.nan))
         ]
         if points:
-            parts.append(tuple(zip(*points, strict=True)))
+            parts.append(([x for x, _ in points], [y for _, y in points]))
         start += max(record["update"] for record in run.records)
     return parts, borders
 
@@ -259,7 +262,7 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
             "figures": evaluation.estimator_validity(
                 [s[-1] for s in sums],
                 [t.final_reward for t in annotated],
-                [np.diff(s) for s in sums],
+                [np.diff(s).tolist() for s in sums],
             ),
             "histogram": figures.outcome_histogram(
                 [s[-1] for s in wins], [s[-1] for s in failures]

