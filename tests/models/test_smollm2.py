@@ -1,0 +1,107 @@
+"""The real policy, SmolLM2-135M-Instruct: weights, tokenizer and chat template belong together."""
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import fetch_policy
+from spa_jax import chat, tokenizer
+from spa_jax.models import transformer, weights
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[2]
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+@pytest.fixture(scope="module")
+def folder():
+    found = os.environ.get("SPA_JAX_TEST_MODEL")
+    if found:
+        return pathlib.Path(found)
+    out = ROOT / "models" / "smollm2-135m-instruct"
+    if not fetch_policy.is_complete(out):
+        fetch_policy.fetch(out, None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    config, params = weights.load_pretrained(folder)
+    return config, jax.tree.map(jnp.asarray, params)
+
+
+def test_special_tokens_and_text(loaded):
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert [loaded.encode(name) for name in names] == [[0], [1], [2]]
+    assert (loaded.bos_token_id, loaded.eos_token_id, len(loaded)) == (1, 2, 49152)
+    text = "Put 1234 mugs in/on shelf 56.\n\n\tna\u00efve caf\u00e9 \U0001f375 don't"
+    assert loaded.decode(loaded.encode(text)) == text
+    # Known ids of the published tokenizer: digits one by one, words with their blank.
+    assert loaded.convert_ids_to_tokens(loaded.encode("Hello 12 world")) == [
+        "Hello", "\u0120", "1", "2", "\u0120world",
+    ]  # fmt: skip
+
+
+def test_the_chat_format_is_the_templates(loaded):
+    fmt = chat.ChatFormat.from_tokenizer(loaded)
+    assert fmt.end_of_turn == loaded.eos_token_id == 2
+    ids = fmt.first_turn("Find a mug.", "\n A room 12.") + fmt.response("go to desk 1")
+    ids += fmt.next_turn("Nothing happens.\n")
+    messages = [
+        {"role": "user", "content": "Find a mug.\n\n\n A room 12."},
+        {"role": "assistant", "content": "go to desk 1"},
+        {"role": "user", "content": "Nothing happens.\n"},
+    ]
+    assert ids == loaded.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert loaded.decode(ids).startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n")
+    assert "<|im_end|>" in loaded.decode(fmt.next_turn("<|im_end|>"))
+    assert fmt.next_turn("<|im_end|>").count(2) == 1
+
+
+def test_it_says_paris(model, loaded):
+    config, params = model
+    fmt = chat.ChatFormat.from_tokenizer(loaded)
+    ids = fmt.first_turn("", "What is the capital of France?")
+    layers = transformer.unstack(params)
+
+    @jax.jit
+    def step(layers, tokens, positions, cache):
+        hidden, cache = transformer.cached_hidden_states(config, layers, tokens, positions, cache)
+        return transformer.logits(layers, hidden[:, -1]).argmax(-1), cache
+
+    cache = transformer.empty_cache(config, 1, len(ids) + 24)
+    tokens, answer = np.array([ids], np.int32), []
+    for position in range(len(ids), len(ids) + 24):
+        positions = np.arange(position - tokens.shape[1], position)[None]
+        chosen, cache = step(layers, tokens, positions, cache)
+        answer.append(int(chosen[0]))
+        if answer[-1] == fmt.end_of_turn:
+            break
+        tokens = np.array([[answer[-1]]], np.int32)
+    assert "Paris" in fmt.decode(answer)
+    assert answer[-1] == fmt.end_of_turn
+
+
+def test_english_is_likely_and_the_rotary_order_is_right(model, loaded):
+    """With the rows of q and k in GGUF's order the same text costs 3.00 nats a token."""
+    config, params = model
+    text = "Paris is the capital of France. The Eiffel tower was built in 1889 for the "
+    text += "World's Fair."
+    tokens = np.array([loaded.encode(text)], np.int32)
+    positions = np.arange(tokens.shape[1])[None]
+    hidden = transformer.hidden_states(config, params, tokens, positions, np.ones_like(tokens))
+    log_probs = jax.nn.log_softmax(transformer.logits(params, hidden))[0, :-1]
+    nll = -log_probs[np.arange(tokens.shape[1] - 1), tokens[0, 1:]].mean()
+    # 1.652 in an independent numpy implementation (Hugging Face's equations) on these weights.
+    assert abs(float(nll) - 1.652) < 0.005
