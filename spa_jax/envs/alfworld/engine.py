@@ -177,4 +177,3 @@ class AlfworldEngine:
             instruction=instruction, task=self._task, task_type=self._task_type,
             expert_action=expert_action,
         )  # fmt: skip
-

@@ -1,0 +1,49 @@
+"""Serves an environment to trainers, here or on another machine.
+
+    python -m experiments.serve_env --alfworld_data=DIR
+
+`explore` and `evaluate` start one by themselves when no --env_address is given.
+"""
+
+import sys
+
+from absl import app, flags
+
+from spa_jax.errors import UserError
+
+_ENV = flags.DEFINE_enum("env", "alfworld", ["alfworld"], "Which environment.")
+_DATA = flags.DEFINE_string(
+    "alfworld_data", None, "Games: json_2.1.1, its parent, or a folder that holds splits.",
+    required=True,
+)  # fmt: skip
+_PROMPT = flags.DEFINE_string("prompt", "paper", "Instruction shown to the policy: paper, short.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
+_PORT = flags.DEFINE_integer("port", 8700, "Port to listen on; 0 takes a free one.")
+_SESSIONS = flags.DEFINE_integer("max_sessions", 16, "Sessions at once; each has a process.")
+_GAMES = flags.DEFINE_integer("games_per_worker", 40, "Games after which a process is replaced.")
+_RESET = flags.DEFINE_float("reset_deadline_s", 120.0, "Seconds that a reset may take.")
+_STEP = flags.DEFINE_float("step_deadline_s", 60.0, "Seconds that a step may take.")
+_PARENT = flags.DEFINE_bool("exit_with_parent", False, "End when standard input closes.")
+
+
+def main(argv: list[str]) -> None:
+    """Serves until it is told to stop."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    # Each environment process imports this file: what only the server needs is imported here.
+    from spa_jax.envs.server import ServerConfig, serve
+
+    config = ServerConfig(
+        data_dir=_DATA.value, prompt=_PROMPT.value, max_sessions=_SESSIONS.value,
+        games_per_worker=_GAMES.value, reset_deadline_s=_RESET.value,
+        step_deadline_s=_STEP.value,
+    )  # fmt: skip
+    try:
+        serve(config, _HOST.value, _PORT.value, _PARENT.value)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)
