@@ -21,11 +21,10 @@ forge the border of a turn.
 """
 
 import dataclasses
-import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
@@ -132,11 +131,16 @@ class ChatFormat:
     def _encode(self, parts: Iterable[int | str]) -> list[int]:
         """Ids of parts; neighbouring texts are one run, encoded together."""
         ids: list[int] = []
-        for is_text, run in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
-            if is_text:
-                ids += self.encoder.encode("".join(run), add_special_tokens=False).ids
-            else:
-                ids += run
+        text = ""
+        for part in (*parts, None):  # None ends the last run
+            if isinstance(part, str):
+                text += part
+                continue
+            if text:
+                ids += self.encoder.encode(text, add_special_tokens=False).ids
+                text = ""
+            if part is not None:
+                ids.append(part)
         return ids
 
 
@@ -193,10 +197,12 @@ def _messages(turns: Turns, observation: str | None) -> list[dict[str, str]]:
 def _render(tokenizer: "PreTrainedTokenizerFast", turns: Turns, observation: str | None) -> str:
     """The template's text of a conversation; with the assistant's header if the user spoke last."""
     try:
-        return tokenizer.apply_chat_template(
-            _messages(turns, observation),
-            tokenize=False,
-            add_generation_prompt=observation is not None,
+        return str(
+            tokenizer.apply_chat_template(
+                _messages(turns, observation),
+                tokenize=False,
+                add_generation_prompt=observation is not None,
+            )
         )
     except Exception as error:  # no template; a Jinja error; the template's own raise_exception
         raise UserError(
@@ -248,7 +254,7 @@ def _check(
         ids: list[int] = []
         for k, (observation, response) in enumerate(probe):
             ids += fmt.next_turn(observation) if k else fmt.first_turn("", observation)
-            whole = tokenizer.apply_chat_template(
+            whole: Any = tokenizer.apply_chat_template(
                 _messages(probe[:k], observation), add_generation_prompt=True, return_dict=False
             )
             if ids != list(whole):

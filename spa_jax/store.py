@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 from spa_jax import trajectory as trajectory_lib
 from spa_jax.errors import UserError
@@ -142,7 +143,7 @@ def _parse(path: pathlib.Path) -> Iterator[tuple[int, Trajectory]]:
                 ) from error
 
 
-def _ends_with_newline(file) -> bool:
+def _ends_with_newline(file: BinaryIO) -> bool:
     """Whether an open binary file is empty or ends in a newline."""
     if file.seek(0, os.SEEK_END) == 0:
         return True
@@ -150,7 +151,7 @@ def _ends_with_newline(file) -> bool:
     return file.read(1) == b"\n"
 
 
-def _last_newline(file, size: int, block: int = 1 << 20) -> int:
+def _last_newline(file: BinaryIO, size: int, block: int = 1 << 20) -> int:
     """Offset of the last newline before `size`, or -1; reads backwards."""
     end = size
     while end > 0:

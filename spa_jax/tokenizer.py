@@ -66,7 +66,7 @@ def write_byte_level_bpe(
     # No unk_token in the model itself: a byte that the vocabulary lacks (SmolLM has no token for
     # 21 bytes, which valid text hardly holds) is dropped, as llama.cpp and the original do,
     # instead of becoming a control token.
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs)
     )

@@ -11,6 +11,7 @@ and its largest tensor.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -301,12 +302,16 @@ def _unstack(config: ModelConfig, params: Params) -> dict[str, Lazy]:
                 f"the model's config asks for {list(expected)}"
             )
 
-        def get(array=array, layer=layer, leaf=leaf) -> np.ndarray:
-            array = np.asarray(array if layer is None else array[layer])
-            return array.T if leaf == "kernel" else array
-
-        tensors[name] = (shape[::-1] if leaf == "kernel" else shape, np.dtype(array.dtype), get)
+        is_kernel = leaf == "kernel"
+        get = functools.partial(_one_tensor, array, layer, is_kernel)
+        tensors[name] = (shape[::-1] if is_kernel else shape, np.dtype(array.dtype), get)
     return tensors
+
+
+def _one_tensor(array: Any, layer: int | None, is_kernel: bool) -> np.ndarray:
+    """Hugging Face's tensor of a parameter, or of one layer of a stacked one."""
+    array = np.asarray(array if layer is None else array[layer])
+    return array.T if is_kernel else array
 
 
 # --- Hugging Face folders -----------------------------------------------------------------------
@@ -397,7 +402,7 @@ def _open_tensors(
         if pickles:
             raise UserError(_pickle_message(pickles[0]))
         raise UserError(f"{folder / WEIGHTS}: no such file, and no {INDEX}; fetch the model again")
-    tensors = {}
+    tensors: dict[str, tuple[pathlib.Path, Any]] = {}
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: this shard of {index} is missing; fetch it")
