@@ -94,3 +94,15 @@ def fit_norm(params: Params, hidden: jax.Array, mask: jax.Array) -> Params:
     std = jnp.sqrt(jnp.sum(jnp.square(x - mean) * weight, axes) / jnp.sum(weight))
     std = jnp.maximum(std, 0.01 * jnp.median(std) + _EPSILON)
     return {**params, "norm": {"scale": 1.0 / std, "bias": -mean / std}}
+
+
+def progress(params: Params, hidden: jax.Array) -> jax.Array:
+    """Contributions [...] of hidden states [..., D] under a ProgressHead's parameters."""
+    head = ProgressHead(width=params["hidden"]["kernel"].shape[-1])
+    return head.apply({"params": params}, hidden)
+
+
+def value(params: Params, hidden: jax.Array) -> jax.Array:
+    """Values [...] of hidden states [..., D] under a ValueHead's parameters."""
+    head = ValueHead(width=params["hidden"]["kernel"].shape[-1])
+    return head.apply({"params": params}, hidden)

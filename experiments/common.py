@@ -1,0 +1,173 @@
+"""What the stage binaries share: an environment, a policy, a stage's folder."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import tqdm
+
+from spa_jax import chat, rollout, store, tokenizer
+from spa_jax.config import EnvConfig, SamplingConfig
+from spa_jax.envs.client import EnvClient
+from spa_jax.envs.server import LocalServer, ServerConfig
+from spa_jax.errors import UserError
+from spa_jax.models import weights
+from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.sampling.engine import Engine
+from spa_jax.trajectory import Sampling, Status, Trajectory
+
+EXPERT = "expert"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A policy read from its folder."""
+
+    folder: pathlib.Path
+    config: ModelConfig
+    params: Params
+    heads: dict[str, Params]
+    chat: chat.ChatFormat
+    version: int
+
+
+def load_policy(folder: str | os.PathLike[str]) -> Policy:
+    """Reads a Hugging Face folder, with the heads beside it if there are any."""
+    path = pathlib.Path(folder)
+    config, params = weights.load_pretrained(path)
+    version_file = path / "spa_jax.json"
+    version = json.loads(version_file.read_text())["version"] if version_file.exists() else 0
+    fmt = chat.ChatFormat.from_tokenizer(tokenizer.load(path))
+    return Policy(path, config, params, weights.load_heads(path), fmt, version)
+
+
+def save_policy(
+    folder: pathlib.Path, policy: Policy, params: Params, heads: dict[str, Params], version: int
+) -> None:
+    """Writes a policy that `load_policy` reads; its tokenizer is that of `policy`."""
+    weights.save_pretrained(folder, policy.config, params, policy.folder)
+    if heads:
+        weights.save_heads(folder, heads)
+    write_json(folder / "spa_jax.json", {"version": version})
+
+
+def make_engine(policy: Policy, sampling: SamplingConfig, slots: int, seed: int) -> Engine:
+    """The generation engine of a policy."""
+    return Engine(
+        policy.config,
+        policy.params,
+        slots=slots,
+        context_length=sampling.context_length,
+        sampling=Sampling(
+            sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_new_tokens
+        ),
+        end_of_turn=policy.chat.end_of_turn,
+        seed=seed,
+    )
+
+
+@contextlib.contextmanager
+def open_env(env: EnvConfig, sessions: int, log: pathlib.Path) -> Iterator[EnvClient]:
+    """A client of --env_address, or of a server of our own that ends with the block."""
+    if env.env_address:
+        client = EnvClient(env.env_address)
+        client.health()
+        yield client
+        return
+    if not env.alfworld_data:
+        raise UserError(
+            "--alfworld_data is not set: give the folder of ALFWorld games (make some with "
+            "python -m spa_jax.envs.alfworld.generate), or --env_address of a running server"
+        )
+    config = ServerConfig(data_dir=env.alfworld_data, prompt=env.prompt, max_sessions=sessions)
+    with LocalServer(config, log) as server:
+        yield EnvClient(server.address)
+
+
+def play_jobs(
+    client: EnvClient,
+    jobs: Sequence[rollout.Job],
+    folder: pathlib.Path,
+    env: EnvConfig,
+    engine: Engine | None,
+    policy: Policy | None,
+    title: str,
+) -> list[Trajectory]:
+    """Plays the jobs that `folder` does not hold yet; each episode is on disk when it ends.
+
+    Args:
+      client: the environments.
+      jobs: all episodes of the stage.
+      folder: gets trajectories.jsonl and failures.jsonl.
+      env: the environment's settings.
+      engine: the policy's engine; None for the expert.
+      policy: the policy; None for the expert.
+      title: of the progress bar.
+
+    Returns:
+      All episodes of the jobs, sorted by key.
+    """
+    path, failures = folder / "trajectories.jsonl", folder / "failures.jsonl"
+    store.repair(path)
+    done = store.keys(path)
+    todo = [job for job in jobs if job.key not in done]
+    bar = tqdm.tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=title, unit="episode")
+    wins, played = 0, 0
+
+    def on_done(trajectory: Trajectory) -> None:
+        nonlocal wins, played
+        if trajectory.status is Status.ENV_ERROR:
+            store.append(failures, trajectory)
+            return
+        store.append(path, trajectory)
+        wins, played = wins + trajectory.success, played + 1
+        bar.set_postfix(success=f"{wins / played:.2f}")
+        bar.update()
+
+    name = EXPERT if policy is None else str(policy.folder)
+    player = rollout.Player(
+        env.env, name, policy.version if policy else 0, env.max_steps, env.prompt, env.max_retries
+    )
+    if engine is None or policy is None:
+        rollout.play_expert(client, todo, player, on_done)
+    elif todo:
+        rollout.play(engine, policy.chat, client, todo, player, on_done)
+    bar.close()
+    wanted = {job.key for job in jobs}
+    return [t for t in (store.read(path) if path.exists() else []) if t.key in wanted]
+
+
+def is_done(folder: pathlib.Path, title: str) -> bool:
+    """Whether the stage of this folder has ended; says so."""
+    marker = folder / "done.json"
+    if marker.exists():
+        print(f"{title}: already done ({marker})", flush=True)
+    return marker.exists()
+
+
+def mark_done(folder: pathlib.Path, started: float, **results: Any) -> None:
+    """Marks the stage of this folder as ended."""
+    seconds = round(time.time() - started, 1)
+    write_json(folder / "done.json", {"seconds": seconds, **results})
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a file under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user has said where already."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path.home() / ".cache" / "spa_jax" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,77 @@
+"""absl flags from the frozen dataclasses of `spa_jax.config`: a default is written once."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from absl import app, flags
+
+from spa_jax import config as config_lib
+from spa_jax.errors import UserError
+
+Config = TypeVar("Config")
+
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/quickstart", "Folder of the run: every stage reads and writes below it."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random in the stage.")
+
+
+def define(*configs: type) -> None:
+    """Defines a flag for every field of the dataclasses."""
+    for config in configs:
+        for field in dataclasses.fields(config):
+            name, help_text = _flag(field), field.metadata["help"]
+            if field.metadata["choices"]:
+                flags.DEFINE_enum(name, field.default, list(field.metadata["choices"]), help_text)
+            elif field.type is bool or field.type == "bool":
+                flags.DEFINE_bool(name, field.default, help_text)
+            elif isinstance(field.default, int):
+                flags.DEFINE_integer(name, field.default, help_text)
+            elif isinstance(field.default, float):
+                flags.DEFINE_float(name, field.default, help_text)
+            else:
+                flags.DEFINE_string(name, field.default, help_text)
+
+
+def read(config: type[Config], **overrides: Any) -> Config:
+    """The dataclass with the flags' values, checked.
+
+    Raises:
+      UserError: if settings contradict each other.
+    """
+    values = {
+        field.name: flags.FLAGS[_flag(field)].value
+        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+    }
+    made = config(**(values | overrides))
+    config_lib.check(made)
+    return made
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """`app.run`, with a user's own mistake told in one line and exit code 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
+        try:
+            main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}; --help lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+
+def _flag(field: dataclasses.Field) -> str:
+    return field.metadata["flag"] or field.name

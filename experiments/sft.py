@@ -1,0 +1,148 @@
+"""Stage 1: clones a base agent from expert demonstrations.
+
+    python -m experiments.sft --workdir=W --policy=models/smollm2-135m-instruct
+
+Reads W/demos/{train,valid}.jsonl; writes W/sft/policy (a Hugging Face folder, the weights of
+the best held-out loss), metrics.jsonl and checkpoints.  Run again, it continues.
+"""
+
+import pathlib
+import time
+
+import jax
+import numpy as np
+import optax
+import tqdm
+from absl import flags
+
+from experiments import common
+from experiments import flags as flags_lib
+from spa_jax import batching, chat, store
+from spa_jax.config import RowsConfig, SftConfig
+from spa_jax.trajectory import Trajectory
+from spa_jax.training import metrics as metrics_lib
+from spa_jax.training import partition, schedule, sft_update
+from spa_jax.training import state as state_lib
+from spa_jax.training.checkpoint import Checkpoints
+
+
+def run(
+    out: pathlib.Path,
+    policy_folder: str,
+    train: list[Trajectory],
+    valid: list[Trajectory],
+    sft: SftConfig,
+    rows: RowsConfig,
+    seed: int,
+) -> None:
+    """Trains, from the newest checkpoint if there is one, and writes out/policy."""
+    if common.is_done(out, "sft"):
+        return
+    started = time.time()
+    policy = common.load_policy(policy_folder)
+    train = [chat.encode_trajectory(policy.chat, t) for t in train]
+    valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
+    per_epoch = -(-len(train) // sft.batch_size)
+    total = sft.updates or max(1, round(sft.epochs * per_epoch))
+    rate = schedule.warmup_cosine(sft.learning_rate, total, sft.warmup_share)
+    optimizer = state_lib.adamw(rate, clip_norm=sft.clip_norm, weight_decay=sft.weight_decay)
+    trainer = partition.Pmap(sft_update.make_loss(policy.config), optimizer)
+    evaluate = partition.pmap_forward(sft_update.make_nll(policy.config))
+    checkpoints = Checkpoints(out / "checkpoints", every=sft.checkpoint_every)
+    writer = metrics_lib.MetricsWriter(out)
+
+    state = state_lib.create({"policy": policy.params}, optimizer)
+    restored = checkpoints.restore(state)
+    state = restored or state
+    start = int(state.update)
+    writer.truncate_after(start)
+    best, bad = _held_out_so_far(writer.path)
+    state = trainer.replicate(state)
+    eval_every = sft.eval_every or per_epoch
+    bar = tqdm.tqdm(range(start, total), initial=start, total=total, desc="sft", unit="update")
+    for update in bar:
+        tick = time.time()
+        chosen = schedule.batch_of(update, len(train), sft.batch_size, seed)
+        packed = _pack([train[i] for i in chosen], rows)
+        tokens = float(packed.token_mask.sum())
+        batches = batching.microbatches(packed, rows.rows_per_device, trainer.devices)
+        state, sums = trainer.update(state, batches, {"tokens": tokens})
+        metrics = {
+            "loss": sums["nll"] / tokens,
+            "grad_norm": sums["grad_norm"],
+            "learning_rate": float(rate(update)),
+            "tokens": float((packed.segment_ids > 0).sum()),
+            "tokens_per_second": float((packed.segment_ids > 0).sum()) / (time.time() - tick),
+            "padding_share": batching.padding_share(packed),
+        }
+        last = update + 1 == total
+        if valid and ((update + 1) % eval_every == 0 or last):
+            metrics["valid_loss"] = held_out_loss(evaluate, state.params, valid, rows, trainer)
+            improved = metrics["valid_loss"] < best
+            best, bad = (metrics["valid_loss"], 0) if improved else (best, bad + 1)
+            if improved or not sft.patience:
+                _save(out, policy, state, update + 1)
+        writer.write(update + 1, metrics)
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", valid=f"{best:.3f}")
+        stop = bool(sft.patience) and bad >= sft.patience
+        checkpoints.maybe_save(update + 1, partition.unreplicate(state), force=last or stop)
+        if stop:
+            break
+    bar.close()
+    if not valid:
+        _save(out, policy, state, total)
+    writer.close()
+    checkpoints.close()
+    common.mark_done(out, started, updates=int(state.update[0]), best_valid_loss=best)
+
+
+def held_out_loss(evaluate, params, trajectories, rows: RowsConfig, trainer) -> float:
+    """Mean negative log-likelihood a policy token, in nats."""
+    packed = _pack(trajectories, rows)
+    total = 0.0
+    for batch in batching.microbatches(packed, rows.rows_per_device, trainer.devices):
+        total += float(np.sum(jax.device_get(evaluate(params, batch))))
+    return total / float(packed.token_mask.sum())
+
+
+def _pack(trajectories: list[Trajectory], rows: RowsConfig) -> batching.PackedRows:
+    return batching.pack(
+        trajectories,
+        row_length=rows.row_length,
+        policy_slots=rows.policy_slots,
+        step_slots=rows.step_slots,
+    )
+
+
+def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:
+    """(best held-out loss, held-out losses since) of the updates before a resume."""
+    losses = [m["valid_loss"] for m in metrics_lib.read_metrics(path) if "valid_loss" in m]
+    if not losses:
+        return float("inf"), 0
+    return min(losses), len(losses) - 1 - int(np.argmin(losses))
+
+
+def _save(out: pathlib.Path, policy: common.Policy, state, version: int) -> None:
+    params = jax.device_get(partition.unreplicate(state.params))["policy"]
+    common.save_policy(out / "policy", policy, params, {}, version)
+
+
+def main(argv) -> None:
+    del argv
+    common.use_compilation_cache()
+    workdir = pathlib.Path(flags_lib.WORKDIR.value)
+    run(
+        workdir / "sft",
+        _POLICY.value,
+        store.read(workdir / "demos" / "train.jsonl"),
+        store.read(workdir / "demos" / "valid.jsonl"),
+        flags_lib.read(SftConfig),
+        flags_lib.read(RowsConfig),
+        flags_lib.SEED.value,
+    )
+
+
+if __name__ == "__main__":
+    _POLICY = flags.DEFINE_string("policy", "models/smollm2-135m-instruct", "Folder of the policy.")
+    flags_lib.define(SftConfig, RowsConfig)
+    flags_lib.run(main)

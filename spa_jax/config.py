@@ -1,0 +1,160 @@
+"""Every setting of every stage, once: frozen dataclasses with their defaults and help.
+
+`experiments/flags.py` derives the absl flags from them.  A field's flag has the field's
+name unless `flag=` gives it another (two stages with a learning rate each, say).
+"""
+
+import dataclasses
+from typing import Any
+
+from spa_jax.errors import UserError
+
+
+def _setting(default: Any, help: str, flag: str | None = None, choices: tuple = ()) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"help": help, "flag": flag, "choices": choices}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+    """Which environment, and where its server is."""
+
+    env: str = _setting("alfworld", "The environment.", choices=("alfworld",))
+    env_address: str = _setting(
+        "", "Address of a running environment server, such as http://127.0.0.1:8000. "
+        "Empty: start one on this machine and stop it at the end."
+    )  # fmt: skip
+    alfworld_data: str = _setting("", "Folder of ALFWorld games: holds SPLIT/GAME/game.tw-pddl.")
+    prompt: str = _setting("short", "The instruction that opens an episode.", choices=("short", "paper"))
+    max_steps: int = _setting(40, "Environment steps an episode may take.")
+    max_retries: int = _setting(3, "How often an episode that the environment failed is tried again.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the policy writes."""
+
+    temperature: float = _setting(1.0, "The policy is softmax(logits / temperature); 0 is greedy.")
+    top_k: int = _setting(0, "Sample among the k likeliest tokens only; 0 keeps all.")
+    top_p: float = _setting(1.0, "Sample from the smallest set of this probability; 1 keeps all.")
+    max_new_tokens: int = _setting(32, "Tokens a turn may have.")
+    slots: int = _setting(16, "Episodes played at once.")
+    context_length: int = _setting(1024, "Tokens a whole episode may have.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsConfig:
+    """The static shape of a training batch."""
+
+    row_length: int = _setting(1024, "Tokens a packed row holds; every trajectory must fit.")
+    policy_slots: int = _setting(384, "Policy tokens a packed row holds.")
+    step_slots: int = _setting(64, "Steps a packed row holds.")
+    rows_per_device: int = _setting(2, "Rows that a device takes at once (a microbatch).")
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Behaviour cloning of expert trajectories."""
+
+    learning_rate: float = _setting(2e-5, "Peak learning rate.", "sft_learning_rate")
+    warmup_share: float = _setting(0.03, "Share of updates that warm up.", "sft_warmup_share")
+    epochs: float = _setting(3.0, "Passes over the demonstrations, at most.", "sft_epochs")
+    batch_size: int = _setting(16, "Trajectories an update.", "sft_batch_size")
+    clip_norm: float = _setting(1.0, "Largest norm of the gradient.", "sft_clip_norm")
+    weight_decay: float = _setting(0.0, "AdamW's weight decay.", "sft_weight_decay")
+    eval_every: int = _setting(0, "Updates between held-out losses; 0: once an epoch.", "sft_eval_every")
+    patience: int = _setting(
+        0, "Stop after this many held-out losses without a new best, and keep the best; 0: never.",
+        "sft_patience",
+    )  # fmt: skip
+    updates: int = _setting(0, "Exactly this many updates instead of epochs; 0: by epochs.", "sft_updates")
+    checkpoint_every: int = _setting(50, "Updates between checkpoints.", "sft_checkpoint_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig:
+    """Which episodes exploration plays."""
+
+    rollouts: int = _setting(10, "Episodes a task.")
+    games: int = _setting(0, "Play this many of the split's games; 0: all of them.")
+    first_game: int = _setting(0, "Index of the first of those games in the split's sorted order.")
+    split: str = _setting("train", "The data split that the games come from.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgressConfig:
+    """The progress estimator."""
+
+    learning_rate: float = _setting(3e-4, "Peak learning rate of the head.", "progress_learning_rate")
+    epochs: int = _setting(60, "Passes over the exploration data.", "progress_epochs")
+    batch_size: int = _setting(16, "Trajectories an update.", "progress_batch_size")
+    weight_decay: float = _setting(0.01, "AdamW's weight decay.", "progress_weight_decay")
+    clip_norm: float = _setting(1.0, "Largest norm of the gradient.", "progress_clip_norm")
+    width: int = _setting(256, "Units of the head's hidden layer.", "progress_width")
+    valid_share: float = _setting(0.2, "Share of tasks held out to stop on.", "progress_valid_share")
+
+
+@dataclasses.dataclass(frozen=True)
+class CreditConfig:
+    """From contributions to step rewards."""
+
+    alpha: float = _setting(1.0, "Weight of the contribution.")
+    beta: float = _setting(0.5, "Weight of grounding.")
+    grounding: str = _setting(
+        "penalty", "penalty: beta * (g - 1); bonus: beta * g, the paper's formula as printed.",
+        choices=("penalty", "bonus"),
+    )  # fmt: skip
+    credit: str = _setting(
+        "spa", "Whose credit the steps get: the estimator's, or a placebo of the same total.",
+        choices=("spa", "terminal", "uniform", "shuffled", "random"),
+    )  # fmt: skip
+    credit_residual: bool = _setting(False, "Add R - sum of credits to the last step.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoConfig:
+    """The PPO update."""
+
+    learning_rate: float = _setting(1e-5, "Learning rate.", "ppo_learning_rate")
+    epochs: int = _setting(1, "Passes over the trajectories.", "ppo_epochs")
+    batch_size: int = _setting(8, "Trajectories an update.", "ppo_batch_size")
+    gamma: float = _setting(0.99, "Discount a step.")
+    gae_lambda: float = _setting(0.95, "Lambda of generalised advantage estimation.")
+    clip: float = _setting(0.2, "Clip range of the policy's ratio.", "ppo_clip")
+    value_clip: float = _setting(0.2, "Clip range of the value.", "ppo_value_clip")
+    value_coef: float = _setting(0.1, "Weight of the value loss.", "ppo_value_coef")
+    kl_coef: float = _setting(0.0, "Weight of the k3 KL to the reference policy.", "ppo_kl_coef")
+    entropy_coef: float = _setting(0.0, "Weight of the entropy bonus.", "ppo_entropy_coef")
+    clip_norm: float = _setting(1.0, "Largest norm of the gradient.", "ppo_clip_norm")
+    weight_decay: float = _setting(0.0, "AdamW's weight decay.", "ppo_weight_decay")
+    checkpoint_every: int = _setting(50, "Updates between checkpoints.", "ppo_checkpoint_every")
+    allow_truncated_behaviour: bool = _setting(
+        False, "Train on data sampled greedily or with top-k/top-p: its log-probs are not those "
+        "of the distribution it was drawn from."
+    )  # fmt: skip
+
+
+def check(config: SamplingConfig | RowsConfig | EnvConfig | ExploreConfig) -> None:
+    """Refuses settings that contradict each other.
+
+    Raises:
+      UserError: names the flags.
+    """
+    if isinstance(config, SamplingConfig):
+        if config.temperature == 0 and (config.top_k or config.top_p < 1):
+            raise UserError(
+                "--temperature=0 is greedy; it contradicts --top_k and --top_p: drop them, or "
+                "give a temperature above 0"
+            )
+        if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
+            raise UserError("--temperature and --top_k must be >= 0, --top_p in (0, 1]")
+        if config.max_new_tokens >= config.context_length:
+            raise UserError(
+                f"--max_new_tokens={config.max_new_tokens} leaves no room for a prompt in "
+                f"--context_length={config.context_length}"
+            )
+    if isinstance(config, RowsConfig) and config.policy_slots > config.row_length:
+        raise UserError(
+            f"--policy_slots={config.policy_slots} exceeds --row_length={config.row_length}"
+        )

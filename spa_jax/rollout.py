@@ -1,0 +1,326 @@
+"""The host loop: engine x environment sessions -> trajectories.  The only place that plays.
+
+Every slot of the engine holds one episode.  A round waits for the environments that are
+still thinking, appends what they said, lets the policy write in all slots that are ready,
+and sends the actions off.  A finished episode's slot takes the next job at once.
+"""
+
+import concurrent.futures
+import dataclasses
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from spa_jax.chat import ChatFormat
+from spa_jax.envs.alfworld.prompt import parse_action
+from spa_jax.envs.client import EnvClient, Session
+from spa_jax.envs.protocol import EnvError, Observation, Task
+from spa_jax.errors import UserError
+from spa_jax.trajectory import Status, Step, Trajectory
+
+if TYPE_CHECKING:
+    from spa_jax.sampling.engine import Engine
+
+# Once one environment has answered, how long a round waits for the others, in seconds.
+_GRACE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One episode to play; (task, seed, attempt) is its key."""
+
+    task: Task
+    seed: int
+    attempt: int
+    retry: int = 0
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """The key that its trajectory will have."""
+        return (self.task.task, self.seed, self.attempt)
+
+    @property
+    def number(self) -> int:
+        """A 32-bit number of the key: seeds the episode's tokens whatever slot it is in."""
+        return zlib.crc32(repr(self.key).encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """What an episode needs to know about who plays.
+
+    Attributes:
+      env: the environment's name.
+      policy: the policy's name for the record.
+      version: the update count of its weights.
+      max_steps: environment steps an episode may take.
+      prompt: the instruction's name.
+      max_retries: tries after an environment error.
+    """
+
+    env: str
+    policy: str
+    version: int
+    max_steps: int
+    prompt: str
+    max_retries: int = 3
+
+
+class _Episode:
+    """One episode while it is played."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.observation: Observation | None = None  # what the policy reads next
+        self.instruction = ""
+        self.steps: list[Step] = []
+        self.ids: list[int] = []
+        self.step_id: list[int] = []
+        self.log_probs: list[float] = []
+
+    def read(self, ids: list[int]) -> None:
+        """Adds context."""
+        self.ids += ids
+        self.step_id += [-1] * len(ids)
+        self.log_probs += [0.0] * len(ids)
+
+    def write(self, ids: list[int], log_probs: list[float]) -> None:
+        """Adds what the policy wrote in the current step."""
+        self.ids += ids
+        self.step_id += [len(self.steps)] * len(ids)
+        self.log_probs += log_probs
+
+    def result(self, player: Player, status: Status, final: str, sampling=None) -> Trajectory:
+        """The finished record."""
+        job = self.job
+        return Trajectory(
+            env=player.env,
+            task=job.task.task,
+            split=job.task.split,
+            seed=job.seed,
+            attempt=job.attempt,
+            retry=job.retry,
+            policy=player.policy,
+            status=status,
+            final_reward=1.0 if status is Status.SUCCESS else 0.0,
+            instruction=self.instruction,
+            steps=tuple(self.steps),
+            final_observation=final,
+            task_type=job.task.task_type,
+            sampling=sampling,
+            token_ids=tuple(self.ids),
+            step_id=tuple(self.step_id),
+            log_probs=tuple(self.log_probs),
+        )
+
+
+def _outcome(observation: Observation, steps: int, max_steps: int) -> Status | None:
+    """How the episode ended with this observation; None if it goes on."""
+    if observation.success:
+        return Status.SUCCESS
+    if observation.done:
+        return Status.FAILURE
+    return Status.MAX_STEPS if steps >= max_steps else None
+
+
+def play(
+    engine: "Engine",
+    chat: ChatFormat,
+    client: EnvClient,
+    jobs: Iterable[Job],
+    player: Player,
+    on_done: Callable[[Trajectory], None],
+) -> None:
+    """Plays every job with the engine's policy.
+
+    Args:
+      engine: the policy.
+      chat: how texts become ids.
+      client: where the environments are.
+      jobs: the episodes.
+      player: see `Player`.
+      on_done: called with each finished trajectory, in order of arrival; one whose
+        status is ENV_ERROR has failed for the last time or will be tried again.
+    """
+    _Rollout(engine, chat, client, jobs, player, on_done).run()
+
+
+class _Rollout:
+    """The state of one `play`: who is in which slot, and whom we are waiting for."""
+
+    def __init__(self, engine, chat, client, jobs, player, on_done) -> None:
+        self.engine: Engine = engine
+        self.chat: ChatFormat = chat
+        self.client: EnvClient = client
+        self.player: Player = player
+        self.on_done = on_done
+        self.jobs = deque(jobs)
+        self.sessions: list[Session | None] = [None] * engine.slots
+        self.episodes: dict[int, _Episode] = {}
+        self.waiting: dict[concurrent.futures.Future, int] = {}
+
+    def run(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(self.engine.slots) as self.pool:
+            try:
+                self._loop()
+            finally:
+                for session in filter(None, self.sessions):
+                    session.close()
+
+    def _loop(self) -> None:
+        self._fill()
+        while self.episodes:
+            ready = self._harvest()
+            ready = [slot for slot in ready if self._read(slot)]
+            self._fill()
+            if ready:
+                self._write(ready)
+                self._fill()
+
+    def _fill(self) -> None:
+        """Gives free slots the next jobs."""
+        for slot in range(self.engine.slots):
+            if slot not in self.episodes and self.jobs:
+                episode = self.episodes[slot] = _Episode(self.jobs.popleft())
+                self.engine.open(slot, episode.job.number)
+                self.waiting[self.pool.submit(self._reset, slot, episode.job)] = slot
+
+    def _reset(self, slot: int, job: Job) -> Observation:
+        if self.sessions[slot] is None:
+            self.sessions[slot] = self.client.session()
+        return self.sessions[slot].reset(
+            job.task.task, job.task.split, job.seed, prompt=self.player.prompt
+        )
+
+    def _harvest(self) -> list[int]:
+        """Slots whose environment has answered; waits for the first, and a little more."""
+        concurrent.futures.wait(
+            self.waiting, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        done, _ = concurrent.futures.wait(self.waiting, timeout=_GRACE)
+        ready = []
+        for future in done:
+            slot = self.waiting.pop(future)
+            try:
+                self.episodes[slot].observation = future.result()
+                ready.append(slot)
+            except EnvError as error:
+                self._fail(slot, error)
+        return sorted(ready)
+
+    def _fail(self, slot: int, error: EnvError) -> None:
+        """An environment error is nobody's outcome: recorded, and tried again."""
+        episode = self.episodes[slot]
+        self._end(slot, Status.ENV_ERROR, str(error))
+        job = episode.job
+        if error.retryable and job.retry < self.player.max_retries:
+            self.jobs.append(dataclasses.replace(job, retry=job.retry + 1))
+        session, self.sessions[slot] = self.sessions[slot], None
+        if session is not None:
+            session.close()
+
+    def _end(self, slot: int, status: Status, final: str) -> None:
+        episode = self.episodes.pop(slot)
+        self.on_done(episode.result(self.player, status, final, self.engine.sampling))
+
+    def _read(self, slot: int) -> bool:
+        """Shows the policy what came back; False if the episode ended instead."""
+        episode, observation = self.episodes[slot], self.episodes[slot].observation
+        status = _outcome(observation, len(episode.steps), self.player.max_steps)
+        if status is not None:
+            self._end(slot, status, observation.text)
+            return False
+        if not episode.ids:
+            episode.instruction = observation.instruction
+            ids = self.chat.first_turn(observation.instruction, observation.text)
+            if not self.engine.fits(slot, ids):
+                raise UserError(
+                    f"the prompt of task {episode.job.task.task} has {len(ids)} tokens, "
+                    f"--context_length={self.engine.context_length} is too short: raise it"
+                )
+        else:
+            ids = self.chat.next_turn(observation.text)
+            if not self.engine.fits(slot, ids):
+                self._end(slot, Status.CONTEXT_FULL, observation.text)
+                return False
+        episode.read(ids)
+        return True
+
+    def _write(self, ready: list[int]) -> None:
+        """The policy's turn in every ready slot; its actions go to the environments."""
+        fresh = {slot: self._unread(slot) for slot in ready}
+        self.engine.append(fresh)
+        for slot, response in self.engine.generate(ready).items():
+            episode = self.episodes[slot]
+            text = self.chat.decode(response.ids)
+            action = parse_action(text)
+            episode.write(response.ids, response.log_probs)
+            episode.steps.append(
+                Step(episode.observation.text, text, action, False, self.player.version)
+            )
+            if not response.ended:
+                full = len(response.ids) < self.engine.sampling.max_new_tokens
+                self._end(slot, Status.CONTEXT_FULL if full else Status.MAX_TOKENS, "")
+            else:
+                self.waiting[self.pool.submit(self._step, slot, action)] = slot
+
+    def _unread(self, slot: int) -> list[int]:
+        """The context at the end of the episode that the engine has not seen."""
+        episode = self.episodes[slot]
+        count = 0
+        while count < len(episode.ids) and episode.step_id[-1 - count] == -1:
+            count += 1
+        return episode.ids[len(episode.ids) - count :]
+
+    def _step(self, slot: int, action: str) -> Observation:
+        observation = self.sessions[slot].step(action)
+        steps = self.episodes[slot].steps
+        steps[-1] = dataclasses.replace(steps[-1], grounded=observation.grounded)
+        return observation
+
+
+def play_expert(
+    client: EnvClient,
+    jobs: Iterable[Job],
+    player: Player,
+    on_done: Callable[[Trajectory], None],
+    sessions: int = 2,
+) -> None:
+    """Plays every job with the environment's own expert.
+
+    Args:
+      client: where the environments are.
+      jobs: the episodes.
+      player: see `Player`; its policy is "expert".
+      on_done: called with each finished trajectory, from this thread.
+      sessions: episodes played at once.
+    """
+    with concurrent.futures.ThreadPoolExecutor(sessions) as pool:
+        for trajectory in pool.map(lambda job: _expert_episode(client, job, player), jobs):
+            on_done(trajectory)
+
+
+def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
+    """One episode of the expert; an environment error is tried again here."""
+    while True:
+        episode = _Episode(job)
+        try:
+            with client.session() as session:
+                now = session.reset(
+                    job.task.task, job.task.split, job.seed, expert=True, prompt=player.prompt
+                )
+                episode.instruction = now.instruction
+                while (status := _outcome(now, len(episode.steps), player.max_steps)) is None:
+                    after = session.step(now.expert_action)
+                    episode.steps.append(
+                        Step(now.text, now.expert_action, now.expert_action, after.grounded)
+                    )
+                    now = after
+                return episode.result(player, status, now.text)
+        except EnvError as error:
+            if not error.retryable or job.retry >= player.max_retries:
+                return episode.result(player, Status.ENV_ERROR, str(error))
+            time.sleep(0.5)
+            job = dataclasses.replace(job, retry=job.retry + 1)

@@ -1,0 +1,62 @@
+"""Orbax checkpoints of a training stage: the newest is kept, and a resume is bit-equal."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from spa_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one stage's folder."""
+
+    def __init__(self, folder: pathlib.Path, *, every: int) -> None:
+        """Opens (and makes) the folder; `every` updates `maybe_save` saves."""
+        self._folder = pathlib.Path(folder).resolve()
+        self._every = every
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def restore(self, template: Any) -> Any | None:
+        """The newest checkpoint, in the shape of `template`; None if there is none.
+
+        Args:
+          template: a pytree of (host or device) arrays without a device axis.
+
+        Raises:
+          UserError: if the checkpoint is of another shape.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.device_get(template))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._mismatch(step, error) from error
+        same = jax.tree.map(lambda a, b: a.shape == b.shape, restored, shapes)
+        if not all(jax.tree.leaves(same)):
+            raise self._mismatch(step, "an array has another shape")
+        return jax.device_get(restored)
+
+    def maybe_save(self, update: int, tree: Any, *, force: bool = False) -> None:
+        """Saves after every `every` updates, or now; returns when it is on the disk."""
+        if not force and (update == 0 or update % self._every):
+            return
+        host = jax.tree.map(np.asarray, jax.device_get(tree))
+        self._manager.save(update, args=ocp.args.StandardSave(host))
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Releases the manager's threads."""
+        self._manager.close()
+
+    def _mismatch(self, step: int, error: Any) -> UserError:
+        return UserError(
+            f"{self._folder / str(step)}: the checkpoint does not fit this run's model or "
+            f"optimiser ({str(error).splitlines()[0]}); continue with the flags it was made "
+            "with, or choose another --workdir"
+        )

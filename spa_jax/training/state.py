@@ -1,0 +1,103 @@
+"""The state of a training stage, and the pure functions that every update is made of.
+
+    accumulate   (params, grads, sums, batch) -> (grads, sums)      once a microbatch
+    apply        (state, grads) -> (state, metrics)                 once an update
+
+A loss function gives a *sum* divided by the update's global counts, so gradients of
+microbatches and devices simply add up, whatever rows they were dealt.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = Any
+Counts = Mapping[str, jax.Array]  # global counts of the update, such as "tokens"
+Sums = Mapping[str, jax.Array]  # sums of the update; each is divided by a count in the end
+LossFn = Callable[[Params, Any, Counts], tuple[jax.Array, Sums]]
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds.
+
+    Attributes:
+      params: the trained parameters.
+      opt_state: the optimiser's.
+      update: int32, updates so far.
+      skipped: int32, updates that were not made because a gradient was not finite.
+    """
+
+    params: Params
+    opt_state: Any
+    update: jax.Array
+    skipped: jax.Array
+
+
+def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        params=params, opt_state=optimizer.init(params), update=zero, skipped=zero
+    )
+
+
+def adamw(
+    schedule: optax.ScalarOrSchedule, *, clip_norm: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) behind a clip of the global norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, weight_decay=weight_decay),
+    )
+
+
+def accumulate(
+    loss_fn: LossFn, params: Params, grads: Params, sums: Sums, batch: Any, counts: Counts
+) -> tuple[Params, Sums]:
+    """Adds one microbatch's gradients and sums to those before it."""
+    gradient, new_sums = jax.grad(loss_fn, has_aux=True)(params, batch, counts)
+    return jax.tree.map(jnp.add, grads, gradient), jax.tree.map(jnp.add, sums, dict(new_sums))
+
+
+def apply(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: Params,
+    axis_name: str | None = None,
+) -> tuple[TrainState, jax.Array]:
+    """One optimiser step; a gradient that is not finite leaves the parameters untouched.
+
+    Args:
+      optimizer: as in `create`.
+      state: the state.
+      grads: the accumulated gradients of this device.
+      axis_name: the mapped axis whose devices' gradients are added up.
+
+    Returns:
+      The new state and the gradient's global norm before clipping.
+    """
+    if axis_name is not None:
+        grads = jax.lax.psum(grads, axis_name)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    return (
+        TrainState(
+            params=params,
+            opt_state=opt_state,
+            update=state.update + 1,
+            skipped=state.skipped + jnp.logical_not(finite),
+        ),
+        norm,
+    )

@@ -1,0 +1,40 @@
+"""What environment servers and their clients must not load."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+_TRAINER = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "torch"}
+_GAMES = {"textworld", "alfworld", "fast_downward", "jericho"}
+
+
+def _loaded(*modules: str) -> set[str]:
+    code = (
+        f"import sys, json\nfor name in {modules!r}: __import__(name)\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    return set(json.loads(output))
+
+
+def test_server_and_client_load_neither_the_trainer_nor_textworld() -> None:
+    loaded = _loaded(
+        "spa_jax.envs.protocol", "spa_jax.envs.client", "spa_jax.envs.server",
+        "spa_jax.envs.worker", "spa_jax.envs.alfworld.prompt", "spa_jax.envs.alfworld.games",
+        "spa_jax.envs.alfworld.expert", "experiments.serve_env",
+    )  # fmt: skip
+    assert "fastapi" in loaded
+    assert not loaded & (_TRAINER | _GAMES)
+
+
+def test_a_client_needs_no_server_framework() -> None:
+    assert not _loaded("spa_jax.envs.client") & {"fastapi", "uvicorn"}
+
+
+@pytest.mark.parametrize("module", ["generate", "preload"])
+def test_the_engine_side_does_not_load_the_trainer(module: str) -> None:
+    loaded = _loaded(f"spa_jax.envs.alfworld.{module}")
+    assert "textworld" in loaded
+    assert not loaded & _TRAINER
