@@ -357,6 +357,7 @@ class LocalServer:
     ):
         self.address = ""
         self._config, self._log, self._start_deadline_s = config, log, start_deadline_s
+        self._temporary = log is None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -366,10 +367,10 @@ class LocalServer:
         return self._process.pid
 
     def __enter__(self) -> "LocalServer":
-        flags = [
-            f"--{'alfworld_data' if name == 'data_dir' else name}={value}"
-            for name, value in dataclasses.asdict(self._config).items()
-        ]
+        # The server runs in the repository's folder, wherever we are.
+        values = dataclasses.asdict(self._config)
+        values["alfworld_data"] = os.path.abspath(values.pop("data_dir"))
+        flags = [f"--{name}={value}" for name, value in values.items()]
         output: IO[bytes]
         if self._log is None:
             output = tempfile.NamedTemporaryFile(prefix="serve_env-", suffix=".log", delete=False)
@@ -419,3 +420,5 @@ class LocalServer:
             self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
+        if self._temporary and self.address and self._log is not None:
+            self._log.unlink(missing_ok=True)

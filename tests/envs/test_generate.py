@@ -25,9 +25,7 @@ def test_the_same_seed_makes_the_same_games_with_any_number_of_workers(
 
 def test_other_seeds_make_other_rooms(games: Path) -> None:
     layouts = {task.layout for task in GameIndex(games).tasks("train")[0]}
-    others = {
-        generator.make_game(8, i, TASK_TYPES[i % 6], 4, 8)[2]["layout"] for i in range(12)
-    }
+    others = {generator.make_game(8, i, TASK_TYPES[i % 6], 4, 8)[2]["layout"] for i in range(12)}
     assert len(others) == 12 and not layouts & others
 
 

@@ -1,0 +1,108 @@
+"""Environment steps a second of one worker: stock TextWorld, memoised, and through the server.
+
+The floor is the memoised engine's step in its own process; a session's step adds the
+pipe, two threads and the WebSocket to it.
+"""
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from spa_jax.envs.client import EnvClient
+from spa_jax.envs.server import LocalServer, ServerConfig
+
+_GAMES, _SEED, _SPLIT = 12, 1, "bench"
+_ROUNDS = 3  # the median of them is reported
+
+
+def _make_games(root: str) -> float:
+    """Seconds a game."""
+    from spa_jax.envs.alfworld.generate import generate
+
+    generate(Path(root) / "warm-up", games=1, seed=_SEED + 1)
+    start = time.perf_counter()
+    generate(Path(root) / _SPLIT, games=_GAMES, seed=_SEED)
+    return (time.perf_counter() - start) / _GAMES
+
+
+def _in_process(root: str, memoised: bool) -> tuple[float, float]:
+    """Median (seconds a reset, seconds a step) of the expert's games in this process."""
+    from spa_jax.envs.alfworld.engine import AlfworldEngine
+
+    engine = AlfworldEngine(memoised)
+    folders = sorted((Path(root) / _SPLIT).glob("*/*"))
+    engine.reset(folders[0])  # parses the grammar
+    resets, steps = [], []
+    for _ in range(_ROUNDS):
+        count, resetting, stepping = 0, 0.0, 0.0
+        for folder in folders:
+            start = time.perf_counter()
+            observation = engine.reset(folder, expert=True)
+            middle = time.perf_counter()
+            while not observation.done:
+                observation = engine.step(observation.expert_action)
+                count += 1
+            resetting += middle - start
+            stepping += time.perf_counter() - middle
+        resets.append(resetting / len(folders))
+        steps.append(stepping / count)
+    return statistics.median(resets), statistics.median(steps)
+
+
+def _through_the_server(root: str) -> tuple[float, float, float, int]:
+    """Seconds to the server's health, a reset, a step; and the worker's memory in MB."""
+    start = time.perf_counter()
+    with LocalServer(ServerConfig(root, games_per_worker=1000)) as server:
+        started = time.perf_counter() - start
+        client = EnvClient(server.address)
+        tasks = client.tasks(_SPLIT)
+        resets, steps = [], []
+        with client.session() as session:
+            session.reset(tasks[0].task, _SPLIT)
+            for _ in range(_ROUNDS):
+                count, resetting, stepping = 0, 0.0, 0.0
+                for task in tasks:
+                    start = time.perf_counter()
+                    observation = session.reset(task.task, _SPLIT, expert=True)
+                    middle = time.perf_counter()
+                    while not observation.done:
+                        observation = session.step(observation.expert_action)
+                        count += 1
+                    resetting += middle - start
+                    stepping += time.perf_counter() - middle
+                resets.append(resetting / len(tasks))
+                steps.append(stepping / count)
+            status = Path(f"/proc/{session.state()['worker']}/status")
+            memory = int(status.read_text().partition("VmRSS:")[2].split()[0]) // 1024
+    return started, statistics.median(resets), statistics.median(steps), memory
+
+
+def run() -> None:
+    """Prints the figures and a last RESULT line."""
+    # The engine is for other processes than this one, and memoising it is for good.
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as root:
+        with context.Pool(1) as pool:
+            generating = pool.apply(_make_games, (root,))
+        with context.Pool(1) as pool:
+            stock_reset, stock_step = pool.apply(_in_process, (root, False))
+        with context.Pool(1) as pool:
+            reset, step = pool.apply(_in_process, (root, True))
+        started, served_reset, served_step, memory = _through_the_server(root)
+    print(f"generating              {generating * 1e3:8.1f} ms a game")
+    print(f"{'':22}{'reset ms':>10}{'step ms':>10}{'steps/s':>10}")
+    for name, reset_s, step_s in (
+        ("stock, in process", stock_reset, stock_step),
+        ("memoised, in process", reset, step),
+        ("memoised, served", served_reset, served_step),
+    ):
+        print(f"{name:22}{reset_s * 1e3:10.1f}{step_s * 1e3:10.2f}{1 / step_s:10.0f}")
+    print(f"server start {started:.2f} s, worker {memory} MB after {_ROUNDS * _GAMES} games")
+    print(f"floor: one in-process step, {step * 1e3:.2f} ms; a served step reaches "
+          f"{step / served_step:.0%} of its rate")  # fmt: skip
+    print(
+        f"RESULT steps_per_second={1 / served_step:.1f} in_process={1 / step:.1f} "
+        f"stock={1 / stock_step:.1f} share_of_floor={step / served_step:.3f}"
+    )
