@@ -164,11 +164,12 @@ class Session:
         return self._ask("state", {})
 
     def close(self) -> None:
-        """Ends the session; the server may use its process for another one."""
+        """Ends the session and waits until its place and process are free for another one."""
         if self._connection is None:
             return
         try:
             self._connection.send(json.dumps({"type": "close"}))
+            self._connection.recv(timeout=5)  # nothing comes but the server's closing
         except (WebSocketException, OSError):
             pass
         self._drop()

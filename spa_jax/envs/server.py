@@ -232,23 +232,33 @@ def make_app(config: ServerConfig) -> fastapi.FastAPI:
     async def session(socket: fastapi.WebSocket) -> None:
         await socket.accept()
         if len(open_sessions) >= config.max_sessions:
-            full = f"all {config.max_sessions} sessions are in use"
-            await socket.send_text(json.dumps(_error(full, protocol.CAPACITY_REACHED, True)))
-            await socket.close()
+            await _turn_away(socket, f"all {config.max_sessions} sessions are in use")
             return
         session = _Session(config, games, pool)
         open_sessions.add(session)
         try:
             while answer := await in_thread(session.answer, await socket.receive_text()):
                 await socket.send_text(json.dumps(answer))
-            await socket.close()
         except fastapi.WebSocketDisconnect:
-            pass
+            return
         finally:
             open_sessions.discard(session)
             await in_thread(session.close)
+        # After the release: a client that waits for this finds a free place.
+        await socket.close()
 
     return app
+
+
+async def _turn_away(socket: fastapi.WebSocket, message: str) -> None:
+    """Answers a client's first message with the reason; closing at once could overtake it."""
+    try:
+        async with asyncio.timeout(30):
+            await socket.receive_text()
+            await socket.send_text(json.dumps(_error(message, protocol.CAPACITY_REACHED, True)))
+        await socket.close()
+    except (fastapi.WebSocketDisconnect, TimeoutError):
+        pass
 
 
 def _add_pages(app: fastapi.FastAPI, games: _Games, in_thread: Callable[..., Any]) -> None:

@@ -129,9 +129,9 @@ def test_searching_never_returns(games: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("ALFWORLD_DATA" not in os.environ, reason="needs the official games")
+@pytest.mark.skipif("SPA_JAX_ALFWORLD_DATA" not in os.environ, reason="needs the official games")
 def test_it_wins_real_games() -> None:
-    index, engine = GameIndex(os.environ["ALFWORLD_DATA"]), AlfworldEngine()
+    index, engine = GameIndex(os.environ["SPA_JAX_ALFWORLD_DATA"]), AlfworldEngine()
     tasks = index.tasks("valid_seen")[0]
     won = 0
     for task in tasks:
