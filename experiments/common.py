@@ -127,7 +127,7 @@ def play_jobs(
             return
         store.append(path, trajectory)
         wins, played = wins + trajectory.success, played + 1
-        bar.set_postfix(success=f"{wins / played:.2f}")
+        bar.set_postfix(success=f"{wins / played:.2f}", refresh=False)
         bar.update()
 
     name = EXPERT if policy is None else str(policy.folder)

@@ -2,7 +2,7 @@
 
     python -m experiments.sft --workdir=W --policy=models/smollm2-135m-instruct
 
-Reads W/demos/{train,valid}.jsonl; writes W/sft/policy (a Hugging Face folder, the weights of
+Reads W/demos/{train,valid}/trajectories.jsonl; writes W/sft/policy (a Hugging Face folder, the weights of
 the best held-out loss), metrics.jsonl and checkpoints.  Run again, it continues.
 """
 
@@ -116,6 +116,8 @@ def _pack(trajectories: list[Trajectory], rows: RowsConfig) -> batching.PackedRo
 
 def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:
     """(best held-out loss, held-out losses since) of the updates before a resume."""
+    if not path.exists():
+        return float("inf"), 0
     losses = [m["valid_loss"] for m in metrics_lib.read_metrics(path) if "valid_loss" in m]
     if not losses:
         return float("inf"), 0
@@ -134,8 +136,8 @@ def main(argv) -> None:
     run(
         workdir / "sft",
         _POLICY.value,
-        store.read(workdir / "demos" / "train.jsonl"),
-        store.read(workdir / "demos" / "valid.jsonl"),
+        store.read(workdir / "demos" / "train" / "trajectories.jsonl"),
+        store.read(workdir / "demos" / "valid" / "trajectories.jsonl"),
         flags_lib.read(SftConfig),
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,

@@ -45,15 +45,17 @@ def score(
       temperature: the policy is softmax(logits / temperature).
 
     Returns:
-      log_probs [R, P], end_hidden [R, S, D] at each step's last token and, with a value
-      head, values [R, S] at the last context token before each step.
+      log_probs [R, P]; end_hidden [R, S, D] at each step's last token; value_hidden
+      [R, S, D] and values [R, S] (0 without a value head) at the last context token before
+      each step.
     """
     hidden = rows_hidden(config, params["policy"], rows)
     logits = policy_logits(params["policy"], hidden, rows, temperature)
-    out = {
+    value_hidden = at(hidden, rows.value_index)
+    values = jnp.zeros(rows.value_index.shape, jnp.float32)
+    return {
         "log_probs": log_probs_of(logits, rows.targets),
         "end_hidden": at(hidden, rows.end_index),
+        "value_hidden": value_hidden,
+        "values": heads.value(params["value"], value_hidden) if "value" in params else values,
     }
-    if "value" in params:
-        out["values"] = heads.value(params["value"], at(hidden, rows.value_index))
-    return out

@@ -43,7 +43,7 @@ class Pmap:
         self._apply = jax.pmap(
             functools.partial(state_lib.apply, optimizer, axis_name=AXIS),
             axis_name=AXIS,
-            donate_argnums=(0, 1),
+            donate_argnums=0,
             devices=self._devices,
         )
         self._add_up = jax.pmap(
@@ -95,6 +95,11 @@ class Pmap:
 def pmap_forward(function: Callable[[Params, Any], Any], devices: int | None = None) -> Callable:
     """`function(params, batch)` on every device's own batch, parameters replicated."""
     return jax.pmap(function, axis_name=AXIS, devices=jax.local_devices()[:devices])
+
+
+def replicate(tree: Any) -> Any:
+    """A copy of the tree on every local device."""
+    return flax.jax_utils.replicate(tree)
 
 
 def unreplicate(tree: Any) -> Any:

@@ -1,0 +1,101 @@
+"""Stage 4: gives every step its contribution and its reward.
+
+    python -m experiments.annotate --workdir=W
+
+Reads W/iteration_I/explore/trajectories.jsonl and W/iteration_I/progress; writes
+W/iteration_I/annotated.jsonl: the same episodes with contributions, fused rewards
+(alpha * c + beta * grounding) and the reference policy's log-probabilities.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import common
+from experiments import flags as flags_lib
+from experiments import train_progress
+from spa_jax import store
+from spa_jax.attribution import credit
+from spa_jax.config import CreditConfig, RowsConfig
+from spa_jax.errors import UserError
+from spa_jax.models import heads, weights
+from spa_jax.trajectory import Trajectory
+
+
+def run(
+    out: pathlib.Path,
+    policy_folder: str,
+    data: pathlib.Path,
+    progress_folder: pathlib.Path,
+    settings: CreditConfig,
+    rows: RowsConfig,
+    seed: int,
+) -> list[Trajectory]:
+    """Writes the annotated episodes of `data` to the file `out`; returns them."""
+    progress = weights.load_heads(progress_folder)
+    if "progress" not in progress:
+        raise UserError(f"{progress_folder}: holds no progress head; run train_progress first")
+    policy = common.load_policy(policy_folder)
+    trajectories = train_progress.playable(store.read(data))
+    if not trajectories:
+        raise UserError(f"{data}: holds no episode to annotate")
+    scores = train_progress.scores_of(policy, data, trajectories, rows)
+    mask = scores.step_mask
+    contributions = np.asarray(heads.progress(progress["progress"], scores.end_hidden)) * mask
+    grounded = np.zeros(mask.shape, np.float32)
+    for i, trajectory in enumerate(trajectories):
+        grounded[i, : len(trajectory.steps)] = [step.grounded for step in trajectory.steps]
+    final_reward = np.array([t.final_reward for t in trajectories], np.float32)
+    credits = credit.credit(
+        settings.credit, contributions, final_reward, mask, jax.random.key(seed),
+        residual=settings.credit_residual,
+    )  # fmt: skip
+    rewards = credit.fused_reward(
+        credits, grounded, mask,
+        alpha=settings.alpha, beta=settings.beta, grounding=settings.grounding,
+    )  # fmt: skip
+    annotated = [
+        _with(t, c, r, ref)
+        for t, c, r, ref in zip(
+            trajectories, contributions.tolist(), np.asarray(rewards).tolist(), scores.log_probs,
+            strict=True,
+        )
+    ]  # fmt: skip
+    store.write(out, annotated)
+    return annotated
+
+
+def _with(trajectory: Trajectory, contributions, rewards, ref: np.ndarray) -> Trajectory:
+    steps = tuple(
+        dataclasses.replace(step, contribution=c, reward=r)
+        for step, c, r in zip(trajectory.steps, contributions, rewards, strict=False)
+    )
+    return dataclasses.replace(trajectory, steps=steps, ref_log_probs=tuple(ref.tolist()))
+
+
+def main(argv) -> None:
+    del argv
+    common.use_compilation_cache()
+    workdir = pathlib.Path(flags_lib.WORKDIR.value)
+    folder = workdir / f"iteration_{_ITERATION.value}"
+    annotated = run(
+        folder / "annotated.jsonl",
+        _POLICY.value or str(workdir / "sft" / "policy"),
+        pathlib.Path(_DATA.value) if _DATA.value else folder / "explore" / "trajectories.jsonl",
+        folder / "progress",
+        flags_lib.read(CreditConfig),
+        flags_lib.read(RowsConfig),
+        flags_lib.SEED.value,
+    )
+    print(f"RESULT annotated={len(annotated)} out={folder / 'annotated.jsonl'}")
+
+
+if __name__ == "__main__":
+    _POLICY = flags.DEFINE_string("policy", "", "Folder of the trunk; W/sft/policy by default.")
+    _DATA = flags.DEFINE_string("data", "", "Episodes; W/iteration_I/explore by default.")
+    _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
+    flags_lib.define(CreditConfig, RowsConfig)
+    flags_lib.run(main)

@@ -1,0 +1,94 @@
+"""Stage 2: plays episodes of a split and records each of them exactly once.
+
+    python -m experiments.explore --workdir=W --policy=W/sft/policy --alfworld_data=DIR
+    python -m experiments.explore --workdir=W --policy=expert --out=W/demos/train ...
+
+Appends to OUT/trajectories.jsonl as episodes end (OUT is W/iteration_0/explore by default).
+Killed and run again, it plays what is missing.
+"""
+
+import pathlib
+import time
+
+from absl import flags
+
+from experiments import common
+from experiments import flags as flags_lib
+from spa_jax import evaluation, rollout
+from spa_jax.config import EnvConfig, ExploreConfig, SamplingConfig
+from spa_jax.envs.client import EnvClient
+from spa_jax.envs.protocol import Task
+from spa_jax.errors import UserError
+from spa_jax.trajectory import Trajectory
+
+
+def choose_games(client: EnvClient, explore: ExploreConfig) -> list[Task]:
+    """The games of --split that --first_game and --games name.
+
+    Raises:
+      UserError: if the split has fewer games.
+    """
+    tasks = client.tasks(explore.split)
+    last = explore.first_game + (explore.games or len(tasks) - explore.first_game)
+    if not explore.first_game < last <= len(tasks):
+        raise UserError(
+            f"--first_game={explore.first_game} --games={explore.games}: split "
+            f"{explore.split} has {len(tasks)} games"
+        )
+    return tasks[explore.first_game : last]
+
+
+def run(
+    out: pathlib.Path,
+    policy_folder: str,
+    env: EnvConfig,
+    sampling: SamplingConfig,
+    explore: ExploreConfig,
+    seed: int,
+    title: str = "explore",
+) -> list[Trajectory]:
+    """Plays `explore.rollouts` episodes of every chosen game; returns them all."""
+    started = time.time()
+    expert = policy_folder == common.EXPERT
+    policy = None if expert else common.load_policy(policy_folder)
+    slots = 2 if expert else sampling.slots
+    with common.open_env(env, slots, out / "server.log") as client:
+        jobs = [
+            rollout.Job(task, seed, attempt)
+            for task in choose_games(client, explore)
+            for attempt in range(explore.rollouts)
+        ]
+        slots = min(slots, len(jobs))
+        engine = None if policy is None else common.make_engine(policy, sampling, slots, seed)
+        played = common.play_jobs(client, jobs, out, env, engine, policy, title)
+    common.mark_done(out, started, episodes=len(played), failures=len(jobs) - len(played))
+    return played
+
+
+def main(argv) -> None:
+    del argv
+    common.use_compilation_cache()
+    started = time.time()
+    workdir = pathlib.Path(flags_lib.WORKDIR.value)
+    played = run(
+        pathlib.Path(_OUT.value) if _OUT.value else workdir / "iteration_0" / "explore",
+        _POLICY.value or str(workdir / "sft" / "policy"),
+        flags_lib.read(EnvConfig),
+        flags_lib.read(SamplingConfig),
+        flags_lib.read(ExploreConfig),
+        flags_lib.SEED.value,
+    )
+    summary = evaluation.summarize(played)
+    print(
+        f"RESULT success={summary.success_rate:.4f} grounding={summary.grounding:.4f} "
+        f"episodes={summary.games} seconds={time.time() - started:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    _POLICY = flags.DEFINE_string(
+        "policy", "", "Folder of the policy, or 'expert'; W/sft/policy by default."
+    )
+    _OUT = flags.DEFINE_string("out", "", "Folder to write; W/iteration_0/explore by default.")
+    flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig)
+    flags_lib.run(main)

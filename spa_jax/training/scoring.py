@@ -1,0 +1,153 @@
+"""Forward passes over whole trajectories: features for the heads, log-probabilities, values."""
+
+import functools
+import hashlib
+import os
+import pathlib
+import zipfile
+from collections.abc import Sequence
+
+import chex
+import jax
+import numpy as np
+import tqdm
+
+from spa_jax import batching
+from spa_jax.config import RowsConfig
+from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.trajectory import Trajectory
+from spa_jax.training import forward, partition
+
+
+@chex.dataclass(frozen=True)
+class Scores:
+    """What a forward pass says about N trajectories of at most S steps.
+
+    Attributes:
+      end_hidden: [N, S, D] the trunk's last hidden state at each step's last token.
+      value_hidden: [N, S, D] the same at the last context token before the step.
+      values: [N, S]; 0 without a value head.
+      step_mask: [N, S].
+      log_probs: a list of N arrays [T], 0 for context tokens.
+    """
+
+    end_hidden: np.ndarray
+    value_hidden: np.ndarray
+    values: np.ndarray
+    step_mask: np.ndarray
+    log_probs: list[np.ndarray]
+
+
+def max_steps(trajectories: Sequence[Trajectory]) -> int:
+    """The number of steps of the longest trajectory, at least 1."""
+    return max([1, *(len(t.steps) for t in trajectories)])
+
+
+def score(
+    config: ModelConfig,
+    params: Params,
+    trajectories: Sequence[Trajectory],
+    rows: RowsConfig,
+    *,
+    temperature: float,
+    title: str,
+) -> Scores:
+    """Scores trajectories with a policy.
+
+    Args:
+      config: the model's shape.
+      params: {"policy": decoder, "value": head, optional}, not replicated.
+      trajectories: N encoded trajectories.
+      rows: the static shape.
+      temperature: the policy is softmax(logits / temperature).
+      title: of the progress bar.
+
+    Returns:
+      The scores, on the host.
+    """
+    packed = batching.pack(
+        trajectories,
+        row_length=rows.row_length,
+        policy_slots=rows.policy_slots,
+        step_slots=rows.step_slots,
+    )
+    devices = jax.local_device_count()
+    run = partition.pmap_forward(functools.partial(forward.score, config, temperature=temperature))
+    replicated = partition.replicate(params)
+    names = ("log_probs", "end_hidden", "value_hidden", "values")
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    kept = []
+    batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
+    for batch in tqdm.tqdm(batches, desc=title, unit="batch"):
+        out = jax.device_get(run(replicated, batch))
+        flat = jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), batch)
+        kept.append(flat)
+        for name in names:
+            parts[name].append(out[name].reshape(-1, *out[name].shape[2:]))
+    packed = jax.tree.map(lambda *xs: np.concatenate(xs), *kept)
+    joined = {name: np.concatenate(parts[name]) for name in names}
+    return _by_trajectory(packed, joined, trajectories)
+
+
+def _by_trajectory(
+    packed: batching.PackedRows, joined: dict[str, np.ndarray], trajectories: Sequence[Trajectory]
+) -> Scores:
+    count, steps = len(trajectories), max_steps(trajectories)
+    arrays = {}
+    for name in ("end_hidden", "value_hidden", "values"):
+        arrays[name], mask = batching.gather_steps(joined[name], packed, count, steps)
+    log_probs = [np.zeros(len(t.token_ids), np.float32) for t in trajectories]
+    row, slot = np.nonzero(packed.token_mask)
+    step_slot = packed.token_step[row, slot]
+    index = packed.step_trajectory[row, step_slot]
+    position = packed.positions[row, packed.token_index[row, slot]] + 1
+    for i, at, value in zip(index, position, joined["log_probs"][row, slot], strict=True):
+        log_probs[i][at] = value
+    return Scores(step_mask=mask, log_probs=log_probs, **arrays)
+
+
+def cached_score(
+    cache: pathlib.Path,
+    policy_folder: pathlib.Path,
+    config: ModelConfig,
+    params: Params,
+    trajectories: Sequence[Trajectory],
+    rows: RowsConfig,
+    *,
+    temperature: float,
+    title: str,
+) -> Scores:
+    """`score`, kept in a file: the estimator and the annotation read the same features.
+
+    The file is used again only for the same trajectories and the same weights.
+    """
+    digest = hashlib.sha256(repr((temperature, _stamp(policy_folder))).encode())
+    for t in trajectories:
+        digest.update(repr((t.key, t.token_ids)).encode())
+    names = ("end_hidden", "value_hidden", "values", "step_mask")
+    try:
+        with np.load(cache) as saved:
+            if str(saved["digest"]) == digest.hexdigest():
+                offsets = np.cumsum([len(t.token_ids) for t in trajectories])[:-1]
+                return Scores(
+                    log_probs=np.split(saved["log_probs"], offsets),
+                    **{name: saved[name] for name in names},
+                )
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        pass  # absent or torn: it is made again
+    scores = score(config, params, trajectories, rows, temperature=temperature, title=title)
+    temporary = cache.with_name(f".{cache.stem}.{os.getpid()}.tmp.npz")
+    np.savez(
+        temporary,
+        digest=np.array(digest.hexdigest()),
+        log_probs=np.concatenate(scores.log_probs),
+        **{name: getattr(scores, name) for name in names},
+    )
+    temporary.replace(cache)
+    return scores
+
+
+def _stamp(folder: pathlib.Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a policy's weight files."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
