@@ -14,9 +14,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import common, train_progress
 from experiments import flags as flags_lib
-from experiments import train_progress
 from spa_jax import store
 from spa_jax.attribution import credit
 from spa_jax.config import CreditConfig, RowsConfig

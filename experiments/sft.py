@@ -11,7 +11,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 import tqdm
 from absl import flags
 
@@ -19,11 +18,11 @@ from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, chat, store
 from spa_jax.config import RowsConfig, SftConfig
-from spa_jax.trajectory import Trajectory
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import partition, schedule, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
+from spa_jax.trajectory import Trajectory
 
 
 def run(

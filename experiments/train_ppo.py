@@ -26,11 +26,11 @@ from spa_jax.config import PpoConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
 from spa_jax.rl import advantages
-from spa_jax.trajectory import Trajectory
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import partition, ppo_update, schedule, scoring
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
+from spa_jax.trajectory import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,12 +23,12 @@ from spa_jax.attribution import estimator
 from spa_jax.config import ProgressConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
-from spa_jax.trajectory import Status, Trajectory
 from spa_jax.training import estimator_update, partition, schedule, scoring
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.estimator_update import StepFeatures
+from spa_jax.trajectory import Status, Trajectory
 
 
 def run(

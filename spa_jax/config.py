@@ -135,6 +135,25 @@ class PpoConfig:
     )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The whole method in one run, on generated games or on a data folder's own splits."""
+
+    iterations: int = _setting(1, "Rounds of exploration, estimator and PPO.")
+    base: str = _setting("", "Start from this base policy's folder instead of running SFT.")
+    heldout_split: str = _setting("heldout", "The split that is evaluated in the end.")
+    heldout_games: int = _setting(0, "How many of its games; 0: all.")
+    eval_temperature: float = _setting(1.0, "Temperature of the evaluation; 0 is greedy.")
+    generate_train: int = _setting(0, "Games to generate for demonstrations.")
+    generate_valid: int = _setting(0, "Games to generate for held-out demonstrations.")
+    generate_explore: int = _setting(0, "Games to generate for exploration, over all rounds.")
+    generate_heldout: int = _setting(0, "Games to generate for the evaluation.")
+    generate_seed: int = _setting(1, "Seed of the generator; each split gets its own after it.")
+    task_types: str = _setting("", "Task types to generate, comma-separated; empty: all six.")
+    min_receptacles: int = _setting(4, "Fewest receptacles of a generated room.")
+    max_receptacles: int = _setting(8, "Most receptacles of a generated room.")
+
+
 def check(config: SamplingConfig | RowsConfig | EnvConfig | ExploreConfig) -> None:
     """Refuses settings that contradict each other.
 

@@ -15,8 +15,8 @@ import tqdm
 from spa_jax import batching
 from spa_jax.config import RowsConfig
 from spa_jax.models.transformer import ModelConfig, Params
-from spa_jax.trajectory import Trajectory
 from spa_jax.training import forward, partition
+from spa_jax.trajectory import Trajectory
 
 
 @chex.dataclass(frozen=True)

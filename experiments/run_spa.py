@@ -1,0 +1,230 @@
+"""The whole method in one command, each stage from its files.
+
+    python -m experiments.run_spa --flagfile=experiments/presets/quickstart.flags
+
+demonstrations -> SFT -> (exploration -> progress estimator -> annotation -> PPO) x iterations
+-> evaluation of the base and of the SPA policy on held-out games -> report.html.  Run again, it
+goes on where it stopped.
+"""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from experiments import annotate, common, evaluate, explore, sft, train_ppo, train_progress
+from experiments import flags as flags_lib
+from spa_jax import config as config_lib
+from spa_jax import evaluation, store
+from spa_jax.envs.protocol import Task
+from spa_jax.errors import UserError
+from spa_jax.report.page import write_report
+
+CONFIGS = (
+    config_lib.RunConfig,
+    config_lib.EnvConfig,
+    config_lib.SamplingConfig,
+    config_lib.RowsConfig,
+    config_lib.SftConfig,
+    config_lib.ExploreConfig,
+    config_lib.ProgressConfig,
+    config_lib.CreditConfig,
+    config_lib.PpoConfig,
+)
+_GENERATED = ("train", "valid", "explore", "heldout")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that the stages are told."""
+
+    workdir: pathlib.Path
+    policy: str
+    seed: int
+    run: config_lib.RunConfig
+    env: config_lib.EnvConfig
+    sampling: config_lib.SamplingConfig
+    rows: config_lib.RowsConfig
+    sft: config_lib.SftConfig
+    explore: config_lib.ExploreConfig
+    progress: config_lib.ProgressConfig
+    credit: config_lib.CreditConfig
+    ppo: config_lib.PpoConfig
+
+    @property
+    def base(self) -> pathlib.Path:
+        """The base policy: what SFT made, or --base."""
+        return pathlib.Path(self.run.base) if self.run.base else self.workdir / "sft" / "policy"
+
+
+def generate_games(r: Run) -> Run:
+    """Makes the games of every split that --generate_* asks for; returns the run on them."""
+    if r.env.alfworld_data or r.env.env_address:
+        return r
+    root = r.workdir / "games"
+    for index, split in enumerate(_GENERATED):
+        count = getattr(r.run, f"generate_{split}")
+        if not count:
+            raise UserError(
+                f"--generate_{split}=0 and no --alfworld_data: say how many games to generate, "
+                "or give a folder of games"
+            )
+        command = [
+            sys.executable, "-m", "spa_jax.envs.alfworld.generate", "--out", str(root / split),
+            "--games", str(count), "--seed", str(r.run.generate_seed + index), "--workers", "2",
+            "--min_receptacles", str(r.run.min_receptacles),
+            "--max_receptacles", str(r.run.max_receptacles),
+        ]  # fmt: skip
+        if r.run.task_types:
+            command += ["--task_types", r.run.task_types]
+        # A process of its own: the generator loads TextWorld, the trainer never does.
+        if subprocess.run(command).returncode:
+            raise UserError(f"the generator of {root / split} failed, see its message above")
+    return dataclasses.replace(r, env=dataclasses.replace(r.env, alfworld_data=str(root)))
+
+
+def assert_disjoint(splits: dict[str, list[Task]], heldout: str) -> None:
+    """No held-out game shares its layout or its generator's seed with a training stage.
+
+    Raises:
+      UserError: if one does.
+    """
+    for split, tasks in splits.items():
+        if split == heldout:
+            continue
+        layouts = {t.layout for t in tasks} & {t.layout for t in splits[heldout]}
+        seeds = {t.seed for t in tasks} & {t.seed for t in splits[heldout]} - {None}
+        if layouts or seeds:
+            raise UserError(
+                f"split {split} shares {len(layouts)} layouts and seeds {sorted(seeds)} with the "
+                f"held-out split {heldout}: generate them with other seeds"
+            )
+
+
+def check_splits(r: Run) -> None:
+    """Asserts at start that nothing held out is ever trained on."""
+    names = {"train", "valid", r.explore.split, r.run.heldout_split}
+    if r.run.base:
+        names -= {"train", "valid"}
+    with common.open_env(r.env, 1, r.workdir / "server.log") as client:
+        splits = {name: client.tasks(name) for name in sorted(names)}
+    assert_disjoint(splits, r.run.heldout_split)
+
+
+def train_base(r: Run) -> None:
+    """Demonstrations of the expert, and SFT on them."""
+    if r.run.base:
+        return
+    demos = {}
+    for split in ("train", "valid"):
+        every = config_lib.ExploreConfig(rollouts=1, split=split)
+        folder = r.workdir / "demos" / split
+        title = f"demos {split}"
+        played = explore.run(
+            folder, common.EXPERT, r.env, r.sampling, every, r.seed, title
+        )
+        demos[split] = [t for t in played if t.success]
+    sft.run(
+        r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed
+    )
+
+
+def train_round(r: Run, iteration: int) -> None:
+    """One round: exploration with the newest policy, estimator, annotation, PPO."""
+    folder = r.workdir / f"iteration_{iteration}"
+    policy = r.base if iteration == 0 else train_ppo.policy_before(r.workdir, iteration)
+    if common.is_done(folder / "ppo", f"round {iteration}"):
+        return
+    games = dataclasses.replace(
+        r.explore, first_game=r.explore.first_game + iteration * r.explore.games
+    )
+    title = f"explore {iteration}"
+    explore.run(folder / "explore", str(policy), r.env, r.sampling, games, r.seed, title)
+    data = train_progress.data_files(r.workdir, iteration)
+    train_progress.run(folder / "progress", str(r.base), data, r.progress, r.rows, r.seed)
+    annotate.run(
+        folder / "annotated.jsonl", str(r.base), data[0], folder / "progress", r.credit, r.rows,
+        r.seed,
+    )  # fmt: skip
+    train_ppo.run(
+        folder / "ppo", str(policy), folder / "annotated.jsonl", r.ppo, r.rows, r.seed + iteration
+    )
+
+
+def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summary:
+    """Plays the held-out games, and annotates them for the report."""
+    out = r.workdir / "eval" / name
+    sampling = dataclasses.replace(r.sampling, temperature=r.run.eval_temperature)
+    games = config_lib.ExploreConfig(
+        rollouts=1, games=r.run.heldout_games, split=r.run.heldout_split
+    )
+    summary = evaluate.run(out, str(policy), r.env, sampling, games, r.seed)
+    last = r.workdir / f"iteration_{r.run.iterations - 1}" / "progress"
+    path = out / "trajectories.jsonl"
+    annotate.run(path, str(r.base), path, last, r.credit, r.rows, r.seed)
+    return summary
+
+
+def judge_estimator(r: Run) -> dict[str, float]:
+    """The last estimator on the base policy's held-out episodes."""
+    played = train_progress.playable(store.read(r.workdir / "eval" / "sft" / "trajectories.jsonl"))
+    contributions = [[step.contribution for step in t.steps] for t in played]
+    return evaluation.estimator_validity(
+        [sum(c) for c in contributions], [t.final_reward for t in played], contributions
+    )
+
+
+def execute(r: Run) -> None:
+    """All stages; prints the table and the RESULT line."""
+    started = time.time()
+    r = generate_games(r)
+    check_splits(r)
+    train_base(r)
+    for iteration in range(r.run.iterations):
+        train_round(r, iteration)
+    newest = train_ppo.policy_before(r.workdir, r.run.iterations)
+    base = evaluate_policy(r, "sft", r.base)
+    spa = evaluate_policy(r, "spa", newest)
+    validity = judge_estimator(r)
+    common.write_json(r.workdir / "estimator.json", validity)
+    report = r.workdir / "report.html"
+    write_report(r.workdir, report)
+    print("\nHeld-out games\n")
+    print(evaluation.table({"base (SFT)": base, "SPA": spa}))
+    print(
+        f"\nEstimator on {validity['trajectories']} held-out episodes of the base: "
+        f"MSE/Var {validity['mse_over_var']:.2f}, AUC {validity['auc']:.2f}, "
+        f"spread of c within an episode {validity['spread']:.3f}\n"
+    )
+    print(
+        f"RESULT base_success={base.success_rate:.4f} spa_success={spa.success_rate:.4f} "
+        f"spa_grounding={spa.grounding:.4f} games={spa.games} "
+        f"seconds={time.time() - started:.1f} report={report}"
+    )
+
+
+def from_flags() -> Run:
+    """The run that the flags describe."""
+    names = ("run", "env", "sampling", "rows", "sft", "explore", "progress", "credit", "ppo")
+    configs = {
+        name: flags_lib.read(kind) for name, kind in zip(names, CONFIGS, strict=True)
+    }
+    workdir = pathlib.Path(flags_lib.WORKDIR.value)
+    return Run(workdir=workdir, policy=_POLICY.value, seed=flags_lib.SEED.value, **configs)
+
+
+def main(argv) -> None:
+    del argv
+    common.use_compilation_cache()
+    execute(from_flags())
+
+
+if __name__ == "__main__":
+    _POLICY = flags.DEFINE_string(
+        "policy", "models/smollm2-135m-instruct", "Folder of the pretrained policy."
+    )
+    flags_lib.define(*CONFIGS)
+    flags_lib.run(main)
