@@ -1,0 +1,76 @@
+# make quickstart   installs, fetches the policy, runs the whole method (ARGS="--seed=1" adds flags)
+# make setup        installs into .venv (PYTHON=/path/to/python3.12 chooses the Python)
+# make test         installs, runs the fast tests
+# make test-slow    installs, fetches the policy, runs the slow tests
+# make lint         ruff and mypy
+# make clean        removes .venv and caches; keeps models/ and runs/
+#
+# Needs Python 3.11 or 3.12 (with venv), make and a C compiler; everything else goes into .venv.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help quickstart setup policy test test-slow lint clean
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+POLICY := models/smollm2-135m-instruct
+# Pythons that are tried, in this order: your own first.
+PYTHON ?=
+CANDIDATES = $(or $(PYTHON),python3 python3.12 python3.11)
+ARGS ?=
+PYTEST_ARGS ?=
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+quickstart: setup policy
+	$(PY) -m experiments.run_spa --flagfile=experiments/presets/quickstart.flags $(ARGS)
+
+setup: $(STAMP)
+
+# 3.13 is refused: TextWorld 1.7, which plays the games, breaks there.
+$(STAMP): requirements.txt pyproject.toml
+	@for python in $(CANDIDATES); do \
+	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) \
+	    || { tried="$$tried $$python (does not run),"; continue; }; \
+	  case $$version in 3.11|3.12) ;; \
+	    *) tried="$$tried $$python (is $$version),"; continue;; esac; \
+	  $$python -c 'import ensurepip, venv' 2>/dev/null \
+	    || { tried="$$tried $$python (is $$version, but without venv: install python$$version-venv),"; \
+	         continue; }; \
+	  found=$$python; break; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: Python 3.11 or 3.12 is needed; tried$$tried none will do." >&2; \
+	  echo "  (TextWorld, the engine of the games, breaks on 3.13; JAX has left 3.10 behind.)" >&2; \
+	  echo "  Install one of them, or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.12" >&2; \
+	  exit 2; \
+	fi; \
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  echo "creating $(VENV) with $$found (Python $$version)"; \
+	  $$found -m venv --clear $(VENV) || exit 2; \
+	fi
+	@echo "installing into $(VENV): some minutes"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e ".[alfworld,dev]"
+	@$(PY) -c 'import sys; print("installed for Python %d.%d" % sys.version_info[:2])'
+	@touch $@
+
+policy: setup
+	$(PY) -m experiments.fetch_policy --out $(POLICY)
+
+test: setup
+	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+
+# One at a time: they measure, kill and resume. The last -m counts, so this one undoes "not slow".
+test-slow: setup policy
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
