@@ -10,6 +10,7 @@ Killed and run again, it plays what is missing.
 import pathlib
 import time
 
+import numpy as np
 from absl import flags
 
 from experiments import common
@@ -23,12 +24,17 @@ from spa_jax.trajectory import Trajectory
 
 
 def choose_games(client: EnvClient, explore: ExploreConfig) -> list[Task]:
-    """The games of --split that --first_game and --games name.
+    """The games of --split that --first_game and --games name, in a shuffled order.
+
+    The order is the split's own, whatever the seed of the run: sorted by name, one task type
+    would follow the other, and a part of the split would hold only some of them.
 
     Raises:
       UserError: if the split has fewer games.
     """
     tasks = client.tasks(explore.split)
+    order = np.random.default_rng(len(tasks)).permutation(len(tasks))
+    tasks = [tasks[i] for i in order]
     last = explore.first_game + (explore.games or len(tasks) - explore.first_game)
     if not explore.first_game < last <= len(tasks):
         raise UserError(

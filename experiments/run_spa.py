@@ -206,6 +206,12 @@ def execute(r: Run) -> None:
     )
 
 
+def define_flags() -> None:
+    """The flags of a whole run."""
+    flags.DEFINE_string("policy", "models/smollm2-135m-instruct", "The pretrained policy's folder.")
+    flags_lib.define(*CONFIGS)
+
+
 def from_flags() -> Run:
     """The run that the flags describe."""
     names = ("run", "env", "sampling", "rows", "sft", "explore", "progress", "credit", "ppo")
@@ -213,7 +219,7 @@ def from_flags() -> Run:
         name: flags_lib.read(kind) for name, kind in zip(names, CONFIGS, strict=True)
     }
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
-    return Run(workdir=workdir, policy=_POLICY.value, seed=flags_lib.SEED.value, **configs)
+    return Run(workdir=workdir, policy=flags.FLAGS.policy, seed=flags_lib.SEED.value, **configs)
 
 
 def main(argv) -> None:
@@ -223,8 +229,5 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    _POLICY = flags.DEFINE_string(
-        "policy", "models/smollm2-135m-instruct", "Folder of the pretrained policy."
-    )
-    flags_lib.define(*CONFIGS)
+    define_flags()
     flags_lib.run(main)

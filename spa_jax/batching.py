@@ -257,13 +257,13 @@ def gather_steps(
     """The inverse of `scatter_steps`: numbers computed on rows, by (trajectory, step).
 
     Args:
-      values: [..., R, S], one number a step slot.
+      values: [..., R, S] or [..., R, S, D], a number or a vector a step slot.
       rows: the rows they were computed on, with the same leading axes.
       num_trajectories: N, the length of the list that was packed.
       max_steps: S', at least the number of steps of the longest trajectory.
 
     Returns:
-      ([N, S'] values, [N, S'] float32 mask).  A step that is not in the rows (it
+      ([N, S'] or [N, S', D] values, [N, S'] float32 mask).  A step that is not in the rows (it
       wrote no token, or lies behind the episode's end) is 0 in both.
 
     Raises:
@@ -277,7 +277,7 @@ def gather_steps(
             f"beyond [{num_trajectories}, {max_steps}]"
         )
     values = np.asarray(values)
-    out = np.zeros((num_trajectories, max_steps), values.dtype)
+    out = np.zeros((num_trajectories, max_steps, *values.shape[used.ndim :]), values.dtype)
     mask = np.zeros((num_trajectories, max_steps), np.float32)
     out[trajectory, number] = values[used]
     mask[trajectory, number] = 1

@@ -78,7 +78,7 @@ class ExploreConfig:
 
     rollouts: int = _setting(10, "Episodes a task.")
     games: int = _setting(0, "Play this many of the split's games; 0: all of them.")
-    first_game: int = _setting(0, "Index of the first of those games in the split's sorted order.")
+    first_game: int = _setting(0, "Index of the first of those games in the split's order.")
     split: str = _setting("train", "The data split that the games come from.")
 
 

@@ -66,10 +66,10 @@ def prefill(
     config: ModelConfig,
     params: Params,
     state: SlotState,
-    slots: jax.Array,
     tokens: jax.Array,
     starts: jax.Array,
     counts: jax.Array,
+    slots: jax.Array | None = None,
 ) -> SlotState:
     """Appends a chunk of tokens to some slots.
 
@@ -77,27 +77,31 @@ def prefill(
       config: the model's shape.
       params: the tree of `transformer.unstack`.
       state: the slots.
-      slots: [A] int32, the slots to append to; an entry >= B is padding.
       tokens: [A, T] int32, the chunk, padded on the right.
       starts: [A] int32, each slot's length before the chunk (0 empties the slot).
-      counts: [A] int32, how many of the T tokens are real.
+      counts: [A] int32, how many of the T tokens are real; 0 leaves the slot as it is.
+      slots: [A] int32, the slots to append to, an entry >= B being padding; None: all B in
+        their order, which spares the copy of their caches.
 
     Returns:
       The slots with the chunk in their caches; `hidden` is that of the last real token.
     """
-    chex.assert_rank([slots, tokens, starts, counts], [1, 2, 1, 1])
+    chex.assert_rank([tokens, starts, counts], [2, 1, 1])
     cache_length = state.cache[0][1].shape[2]
     offset = jnp.arange(tokens.shape[1])
     positions = jnp.where(offset < counts[:, None], starts[:, None] + offset, cache_length)
-    rows = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), state.cache)
-    hidden, rows = transformer.cached_hidden_states(config, params, tokens, positions, rows)
-    last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
+    take = (lambda x: x) if slots is None else (lambda x: x.at[slots].get(mode="clip"))
+    put = (lambda _, y: y) if slots is None else (lambda x, y: x.at[slots].set(y, mode="drop"))
+    hidden, cache = transformer.cached_hidden_states(
+        config, params, tokens, positions, jax.tree.map(take, state.cache)
+    )
+    last = jnp.maximum(counts - 1, 0)[:, None, None]
+    last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    real = counts > 0
     return SlotState(
-        cache=jax.tree.map(
-            lambda x, row: x.at[slots].set(row, mode="drop"), state.cache, rows
-        ),
-        hidden=state.hidden.at[slots].set(last, mode="drop"),
-        length=state.length.at[slots].set(starts + counts, mode="drop"),
+        cache=jax.tree.map(put, state.cache, cache),
+        hidden=put(state.hidden, jnp.where(real[:, None], last_hidden, take(state.hidden))),
+        length=put(state.length, jnp.where(real, starts + counts, take(state.length))),
     )
 
 

@@ -120,16 +120,20 @@ class Engine:
     def _prefill_chunk(
         self, slots: list[int], pending: dict[int, list[int]], rows: int, chunk: int
     ) -> None:
+        every = rows == self.slots
         tokens = np.zeros((rows, chunk), np.int32)
         index = np.full(rows, self.slots, np.int32)  # out of range: padding
-        starts, counts = np.zeros(rows, np.int32), np.ones(rows, np.int32)
-        for row, slot in enumerate(slots):
+        starts, counts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        for place, slot in enumerate(slots):
+            row = slot if every else place
             head, pending[slot] = pending[slot][:chunk], pending[slot][chunk:]
             tokens[row, : len(head)] = head
             index[row], starts[row], counts[row] = slot, self._length[slot], len(head)
             self._length[slot] += len(head)
             self.prefilled_tokens += len(head)
-        self._state = self._prefill(self._params, self._state, index, tokens, starts, counts)
+        self._state = self._prefill(
+            self._params, self._state, tokens, starts, counts, None if every else index
+        )
 
     def generate(self, slots: Sequence[int]) -> dict[int, Response]:
         """Lets the policy write one turn in each of `slots`, all of them prefilled."""

@@ -1,0 +1,86 @@
+"""What this machine can do, measured in the process that is then judged by it.
+
+A step of a model can be no faster than its matrix products at the rate of a large one, and no
+faster than reading each of its weights from memory once.  Other programs on the machine slow
+both down, which is why the rates are measured beside the subject and not looked up.
+"""
+
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from spa_jax.models import transformer, weights
+from spa_jax.models.transformer import ModelConfig, Params
+
+# The shape of SmolLM2-135M.
+SMOLLM2_135M = ModelConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    rope_theta=100_000.0,
+)
+
+
+def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
+    """Median wall-clock seconds of a call, after one that warms up."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def matmul_rate(rows: int = 1536, inner: int = 1536, columns: int = 1536) -> float:
+    """FLOP/s of a float32 matrix product [rows, inner] x [inner, columns]."""
+    x, y = jnp.ones((rows, inner)), jnp.ones((inner, columns))
+    product = jax.jit(jnp.dot)
+    return 2.0 * rows * inner * columns / seconds(lambda: product(x, y), 15)
+
+
+def copy_rate(megabytes: int = 256) -> float:
+    """Bytes/s read by a sum over an array that fits into no processor cache.
+
+    Reading is what decoding does to the weights; a copy would also write.
+    """
+    x = jnp.ones((megabytes * 2**20 // 4,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    return x.nbytes / seconds(lambda: total(x), 7)
+
+
+def model() -> tuple[ModelConfig, Params, str]:
+    """(config, parameters, what they are): those of --policy, or random ones of its shape."""
+    folder = pathlib.Path(flags.FLAGS.policy)
+    if folder.exists():
+        config, params = weights.load_pretrained(folder)
+        return config, jax.device_put(params), str(folder)
+    params = jax.jit(transformer.init, static_argnums=0)(SMOLLM2_135M, jax.random.key(0))
+    return SMOLLM2_135M, params, "random weights of SmolLM2-135M's shape"
+
+
+def layer_parameters(params: Params) -> int:
+    """Parameters that multiply every token: the layers', without norms and embedding."""
+    return sum(x.size for x in jax.tree.leaves(params["layers"]) if x.ndim == 3)
+
+
+def vocabulary_parameters(config: ModelConfig) -> int:
+    """Parameters that multiply every token whose logits are wanted."""
+    return config.vocab_size * config.hidden_size
+
+
+def show_rates(matmul: float, read: float) -> None:
+    """Prints the machine's two rates."""
+    print(f"machine: {matmul / 1e9:.0f} GFLOP/s in a float32 matrix product, "
+          f"{read / 1e9:.1f} GB/s read from memory, {jax.local_device_count()} x "
+          f"{jax.devices()[0].device_kind}")  # fmt: skip
