@@ -58,7 +58,9 @@ def run(
     best, bad = _held_out_so_far(writer.path)
     state = trainer.replicate(state)
     eval_every = sft.eval_every or per_epoch
-    bar = tqdm.tqdm(range(start, total), initial=start, total=total, desc="sft", unit="update")
+    # Killed after it stopped early and before it said so: nothing is left to train.
+    end = start if sft.patience and bad >= sft.patience else total
+    bar = tqdm.tqdm(range(start, end), initial=start, total=total, desc="sft", unit="update")
     for update in bar:
         tick = time.time()
         chosen = schedule.batch_of(update, len(train), sft.batch_size, seed)
@@ -117,7 +119,8 @@ def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:
     """(best held-out loss, held-out losses since) of the updates before a resume."""
     if not path.exists():
         return float("inf"), 0
-    losses = [m["valid_loss"] for m in metrics_lib.read_metrics(path) if "valid_loss" in m]
+    found = [m["valid_loss"] for m in metrics_lib.read_metrics(path) if "valid_loss" in m]
+    losses = [float("inf") if loss is None else loss for loss in found]  # None: was not finite
     if not losses:
         return float("inf"), 0
     return min(losses), len(losses) - 1 - int(np.argmin(losses))

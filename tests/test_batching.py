@@ -216,6 +216,9 @@ def test_scatter_and_gather_are_inverse_in_any_order_of_rows(made, random):
     wrote = np.array([[k in t.step_id for k in range(4)] for t in made]).reshape(-1, 4)
     np.testing.assert_array_equal(mask > 0, wrote)
     np.testing.assert_array_equal(back, table * wrote)
+    # A vector a step, such as a hidden state, goes the same way.
+    vectors, mask = batching.gather_steps(np.stack([in_rows, -in_rows], -1), rows, len(made), 4)
+    np.testing.assert_array_equal(vectors, np.stack([back, -back], -1))
 
 
 def test_gather_refuses_tables_that_are_too_small():
