@@ -56,7 +56,7 @@ def run(
         rate, clip_norm=progress.clip_norm, weight_decay=progress.weight_decay
     )
     trainer = partition.Pmap(estimator_update.estimator_loss, optimizer)
-    checkpoints = Checkpoints(out / "checkpoints", every=max(1, total // 2))
+    checkpoints = Checkpoints(out / "checkpoints", every=max(1, progress.epochs // 2) * per_epoch)
     state = state_lib.create({"progress": params}, optimizer)
     state = checkpoints.restore(state) or state
     start = int(state.update)

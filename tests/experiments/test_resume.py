@@ -1,6 +1,5 @@
 """A training stage killed with SIGKILL and run again ends bit for bit as an unbroken one."""
 
-import dataclasses
 import pathlib
 
 import numpy as np
@@ -88,7 +87,7 @@ def _without_clock(record: dict) -> dict:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_run_ends_as_an_unbroken_one(stage, policy, tmp_path):
     flags, kill_at = STAGES[stage]
-    outs, said = {}, {}
+    outs = {}
     for name in ("unbroken", "broken"):
         outs[name] = _prepare(stage, tmp_path / name)
         command = (stage, f"--workdir={tmp_path / name}", f"--policy={policy}", *ROWS, *flags)
@@ -100,7 +99,6 @@ def test_a_killed_run_ends_as_an_unbroken_one(stage, policy, tmp_path):
             written = metrics.read_metrics(file)[-1]["update"]
             assert steps and 0 < max(steps) <= written, "nothing to resume from"
         stages.succeed(*command)
-        said[name] = stages.succeed(*command)
 
     ours, theirs = _weights(outs["broken"]), _weights(outs["unbroken"])
     assert ours and ours.keys() == theirs.keys()
@@ -111,18 +109,6 @@ def test_a_killed_run_ends_as_an_unbroken_one(stage, policy, tmp_path):
         for name, out in outs.items()
     }
     assert records["broken"] == records["unbroken"]
-    assert all("already done" in text for text in said.values())
-
-
-def test_the_runs_would_differ_without_their_optimiser(policy, tmp_path):
-    """The comparison above can fail: another seed gives other weights."""
-    ends = []
-    for seed in (0, 1):
-        out = _prepare("train_progress", tmp_path / str(seed))
-        stages.succeed(
-            "train_progress", f"--workdir={tmp_path / str(seed)}", f"--policy={policy}", *ROWS,
-            "--progress_epochs=2", "--progress_batch_size=4", "--progress_width=16",
-            f"--seed={seed}",
-        )  # fmt: skip
-        ends.append(_weights(out))
-    assert any(a.tobytes() != ends[1][name].tobytes() for name, a in ends[0].items())
+    before = outs["broken"].stat().st_mtime_ns
+    assert "already done" in stages.succeed(*command)
+    assert outs["broken"].stat().st_mtime_ns == before
