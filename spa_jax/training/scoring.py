@@ -116,12 +116,15 @@ def cached_score(
     *,
     temperature: float,
     title: str,
+    keep: bool = True,
 ) -> Scores:
-    """`score`, kept in a file: the estimator and the annotation read the same features.
+    """`score`, kept in a file: estimator, annotation and PPO's first round read the same pass.
 
-    The file is used again only for the same trajectories and the same weights.
+    The file is used again only for the same trajectories and the same weights; `keep` says
+    whether scores that had to be computed are written to it.
     """
-    digest = hashlib.sha256(repr((temperature, _stamp(policy_folder))).encode())
+    made_of = (temperature, sorted(params), _stamp(policy_folder))
+    digest = hashlib.sha256(repr(made_of).encode())
     for t in trajectories:
         digest.update(repr((t.key, t.token_ids)).encode())
     names = ("end_hidden", "value_hidden", "values", "step_mask")
@@ -136,6 +139,8 @@ def cached_score(
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         pass  # absent or torn: it is made again
     scores = score(config, params, trajectories, rows, temperature=temperature, title=title)
+    if not keep:
+        return scores
     temporary = cache.with_name(f".{cache.stem}.{os.getpid()}.tmp.npz")
     np.savez(
         temporary,
