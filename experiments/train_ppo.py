@@ -68,10 +68,18 @@ def run(
     temperature = behaviour_temperature(data, trajectories, ppo)
     policy = common.load_policy(policy_folder)
     params = {"policy": policy.params, "value": policy.heads.get("value")}
-    scores = scoring.score(
-        policy.config, {k: v for k, v in params.items() if v is not None}, trajectories, rows,
-        temperature=temperature, title="values",
-    )  # fmt: skip
+    scores = scoring.cached_score(
+        # In round 0 the policy is the estimator's trunk, whose pass is there already.
+        data.parent / "explore" / "features.npz",
+        policy.folder,
+        policy.config,
+        {name: value for name, value in params.items() if value is not None},
+        trajectories,
+        rows,
+        temperature=temperature,
+        title="values",
+        keep=False,
+    )
     if params["value"] is None:
         head = heads.ValueHead()
         fresh = jax.jit(head.init)(jax.random.key(seed), scores.value_hidden[:1, :1])["params"]

@@ -13,9 +13,9 @@ from experiments.bench import floor
 from spa_jax.batching import PackedRows
 from spa_jax.config import RowsConfig
 from spa_jax.models.transformer import ModelConfig, Params
-from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 from spa_jax.training import partition
 from spa_jax.training import state as state_lib
+from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
 ROWS = RowsConfig(row_length=768, policy_slots=192, step_slots=48, rows_per_device=1)
 _FIRST, _OBSERVATION, _RESPONSE, _STEPS = 120, 22, 8, 8  # tokens, tokens, tokens, steps
@@ -88,8 +88,9 @@ def report(
     layers, vocabulary = floor.layer_parameters(params), floor.vocabulary_parameters(config)
     flops = 6.0 * (layers * tokens + vocabulary * written)
     least = flops / matmul
-    print(f"model: {name}; {packed.tokens.shape[0]} rows of {ROWS.row_length}, {tokens:.0f} tokens, "
-          f"{written:.0f} of them written by the policy")  # fmt: skip
+    count, length = packed.tokens.shape
+    print(f"model: {name}; {count} rows of {length}, {tokens:.0f} tokens, {written:.0f} of them "
+          "written by the policy")  # fmt: skip
     floor.show_rates(matmul, read)
     print(f"update {seconds:.2f} s, {tokens / seconds:.0f} tokens/s; floor {least:.2f} s, "
           f"{tokens / least:.0f} tokens/s ({flops / 1e12:.2f} TFLOP); share {least / seconds:.0%}"
