@@ -50,14 +50,15 @@ class Pmap:
             functools.partial(jax.lax.psum, axis_name=AXIS), axis_name=AXIS, devices=self._devices
         )
         self._zeros = jax.pmap(
-            functools.partial(jax.tree.map, jnp.zeros_like), devices=self._devices
+            functools.partial(jax.tree.map, jnp.zeros_like), axis_name=AXIS, devices=self._devices
         )
         self._sum_shapes: Any = None
         self._loss_fn = loss_fn
 
     def replicate(self, tree: Any) -> Any:
         """A copy of the tree on every device."""
-        return flax.jax_utils.replicate(tree, self._devices)
+        # Placed as pmap places its outputs: otherwise the second update compiles once more.
+        return flax.jax_utils.replicate(tree, self._devices, AXIS)
 
     def update(
         self, state: TrainState, batches: Iterable[Any], counts: Mapping[str, float]
@@ -72,24 +73,23 @@ class Pmap:
         Returns:
           The new state, and the sums of the loss function with `grad_norm`.
         """
-        counts = {name: np.float32(max(value, 1.0)) for name, value in counts.items()}
+        totals = {name: np.float32(max(value, 1.0)) for name, value in counts.items()}
         grads, sums = self._zeros(state.params), None
         for batch in batches:
             if sums is None:
-                sums = self._zero_sums(state.params, batch, counts)
-            grads, sums = self._accumulate(state.params, grads, sums, batch, counts)
+                sums = self._zero_sums(state.params, batch, totals)
+            grads, sums = self._accumulate(state.params, grads, sums, batch, totals)
         state, norm = self._apply(state, grads)
-        totals = jax.device_get(self._add_up(sums))
-        metrics = {name: float(value[0]) for name, value in totals.items()}
+        added = jax.device_get(self._add_up(sums))
+        metrics = {name: float(value[0]) for name, value in added.items()}
         return state, metrics | {"grad_norm": float(norm[0])}
 
     def _zero_sums(self, params: Params, batch: Any, counts: Mapping[str, np.float32]) -> Any:
         if self._sum_shapes is None:
             first = jax.tree.map(lambda x: x[0], (params, batch))
             self._sum_shapes = jax.eval_shape(self._loss_fn, *first, counts)[1]
-        return jax.tree.map(
-            lambda s: np.zeros((self.devices, *s.shape), s.dtype), dict(self._sum_shapes)
-        )
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(self._sum_shapes))
+        return self.replicate(zeros)
 
 
 def pmap_forward(function: Callable[[Params, Any], Any], devices: int | None = None) -> Callable:
@@ -99,9 +99,10 @@ def pmap_forward(function: Callable[[Params, Any], Any], devices: int | None = N
 
 def replicate(tree: Any) -> Any:
     """A copy of the tree on every local device."""
-    return flax.jax_utils.replicate(tree)
+    return flax.jax_utils.replicate(tree, axis_name=AXIS)
 
 
 def unreplicate(tree: Any) -> Any:
     """The first device's copy."""
-    return flax.jax_utils.unreplicate(tree)
+    # Flax's own keeps the device axis of length 1 where one of several devices is in use.
+    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)

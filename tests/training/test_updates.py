@@ -1,0 +1,341 @@
+"""The update functions: an update is the same however its batch was dealt out.
+
+Tolerances: gradients and losses are sums in float32 whose order differs, so they agree to
+1e-5 relative to the largest entry; parameters after Adam, whose step is divided by the
+gradient's own size, to 2e-3 of the learning rate for all but entries whose gradient is rounding.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import train_ppo, train_progress
+from spa_jax import batching
+from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax.models import heads
+from spa_jax.training import (
+    estimator_update,
+    partition,
+    ppo_update,
+    scoring,
+    sft_update,
+)
+from spa_jax.training import state as state_lib
+from tests import tiny
+
+CONFIG = tiny.tiny_config()
+ROWS = RowsConfig(row_length=48, policy_slots=24, step_slots=8, rows_per_device=1)
+PPO = PpoConfig(kl_coef=0.1, entropy_coef=0.01, value_coef=0.5)
+RATE = 0.1
+SGD = optax.chain(optax.clip_by_global_norm(1e9), optax.sgd(RATE))
+
+
+def _episodes(count: int = 9):
+    rng = np.random.default_rng(3)
+    return [
+        tiny.random_trajectory(rng, f"task_{i}", steps=1 + i % 3, context=8) for i in range(count)
+    ]
+
+
+def _params():
+    hidden = jnp.zeros((1, CONFIG.hidden_size))
+    value = heads.ValueHead(width=8).init(jax.random.key(1), hidden)["params"]
+    value["out"]["kernel"] = jnp.ones_like(value["out"]["kernel"]) * 0.3  # not 0 from the start
+    return {"policy": tiny.tiny_params(CONFIG), "value": value}
+
+
+def _pack(episodes, rows: RowsConfig = ROWS):
+    return batching.pack(
+        episodes,
+        row_length=rows.row_length,
+        policy_slots=rows.policy_slots,
+        step_slots=rows.step_slots,
+    )
+
+
+def _ppo_batches(episodes, rows: RowsConfig, devices: int):
+    """As `train_ppo` makes them, from given values."""
+    values = np.random.default_rng(4).normal(size=(len(episodes), 4)).astype(np.float32)
+    mask = np.array([[k < len(t.steps) for k in range(4)] for t in episodes], np.float32)
+    scores = scoring.Scores(
+        end_hidden=None, value_hidden=None, values=values * mask, step_mask=mask, log_probs=[]
+    )
+    table = train_ppo.step_table(episodes, scores, PPO)
+    every = np.arange(len(episodes))
+    _, batches, counts = train_ppo.make_batches(episodes, table, every, rows, devices)
+    return batches, counts
+
+
+def _sft(devices: int, rows: RowsConfig):
+    packed = _pack(_episodes(), rows)
+    batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
+    counts = {"tokens": float(packed.token_mask.sum())}
+    return sft_update.make_loss(CONFIG), {"policy": _params()["policy"]}, batches, counts
+
+
+def _ppo(devices: int, rows: RowsConfig):
+    batches, counts = _ppo_batches(_episodes(), rows, devices)
+    return ppo_update.make_loss(CONFIG, PPO, 0.7), _params(), batches, counts
+
+
+def _estimator(devices: int, rows: RowsConfig):
+    rng = np.random.default_rng(5)
+    count, steps, size = 9, 3, CONFIG.hidden_size
+    features = estimator_update.StepFeatures(
+        hidden=rng.normal(size=(count, steps, size)).astype(np.float32),
+        step_mask=(np.arange(steps) < rng.integers(1, 4, (count, 1))).astype(np.float32),
+        final_reward=rng.integers(0, 2, count).astype(np.float32),
+    )
+    head = heads.ProgressHead(width=8).init(jax.random.key(2), features.hidden)["params"]
+    head["out"]["kernel"] = jnp.ones_like(head["out"]["kernel"]) * 0.3
+    per_batch = devices * rows.rows_per_device
+    batches = [
+        train_progress._batch(features, np.arange(i, min(i + per_batch, count)), per_batch, devices)
+        for i in range(0, count, per_batch)
+    ]
+    return estimator_update.estimator_loss, {"progress": head}, batches, {"trajectories": count}
+
+
+UPDATES = {"sft": _sft, "estimator": _estimator, "ppo": _ppo}
+DEALS = [(1, 9), (1, 2), (2, 1), (4, 1), (8, 1)]  # (devices, rows a device)
+
+
+def _updated(make, devices: int, rows_per_device: int, optimizer=SGD):
+    """(metrics, parameters) after one update of all nine episodes."""
+    rows = dataclasses.replace(ROWS, rows_per_device=rows_per_device)
+    loss_fn, params, batches, counts = make(devices, rows)
+    trainer = partition.Pmap(loss_fn, optimizer, devices)
+    state = trainer.replicate(state_lib.create(params, optimizer))
+    state, metrics = trainer.update(state, batches, counts)
+    for leaf in jax.tree.leaves(jax.device_get(state)):
+        assert (np.asarray(leaf) == np.asarray(leaf)[:1]).all(), "the devices' copies differ"
+    return metrics, params, jax.device_get(partition.unreplicate(state))
+
+
+def _close(ours, theirs, tolerance: float = 1e-5):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        scale = max(float(np.abs(b).max()), 1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_dealing_the_batch_out_changes_nothing(name):
+    """Loss sums, the gradient (SGD's move) and so the parameters, on 1, 2, 4, 8 devices."""
+    one = None
+    for deal in DEALS:
+        metrics, before, after = _updated(UPDATES[name], *deal)
+        move = jax.tree.map(lambda a, b: (a - b) / RATE, after.params, before)
+        assert int(after.update) == 1 and int(after.skipped) == 0
+        if one is None:
+            one = (metrics, move)
+            assert metrics["grad_norm"] > 1e-3
+            continue
+        assert metrics.keys() == one[0].keys()
+        for key, value in metrics.items():
+            assert value == pytest.approx(one[0][key], rel=2e-5, abs=2e-5), (deal, key)
+        _close(move, one[1], 2e-4)  # a difference of parameters: their rounding over the move
+
+
+def test_adam_too(name="ppo"):
+    optimizer = state_lib.adamw(RATE, clip_norm=1.0, weight_decay=0.01)
+    _, before, one = _updated(UPDATES[name], 1, 9, optimizer)
+    _, _, eight = _updated(UPDATES[name], 8, 1, optimizer)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, before)
+    assert max(jax.tree.leaves(moved)) > RATE / 2
+    _close(eight.opt_state, one.opt_state, 1e-4)
+    wrong = [
+        np.mean(np.abs(a - b) > 2e-3 * RATE)
+        for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True)
+    ]
+    assert max(wrong) < 0.01
+
+
+# --- properties of the data ----------------------------------------------------------------
+
+
+def _with_more_context(episode, rng):
+    """The same episode with context tokens inserted before every step."""
+    ids, step_id, log_probs, ref = [], [], [], []
+    last = None
+    for token, step, log_prob, r in zip(
+        episode.token_ids, episode.step_id, episode.log_probs, episode.ref_log_probs, strict=True
+    ):
+        if step == -1 and last != -1:
+            extra = int(rng.integers(1, 6))
+            ids += rng.integers(3, 384, extra).tolist()
+            step_id += [-1] * extra
+            log_probs += [0.0] * extra
+            ref += [0.0] * extra
+        ids, step_id = [*ids, token], [*step_id, step]
+        log_probs, ref = [*log_probs, log_prob], [*ref, r]
+        last = step
+    return dataclasses.replace(
+        episode, token_ids=tuple(ids), step_id=tuple(step_id), log_probs=tuple(log_probs),
+        ref_log_probs=tuple(ref),
+    )  # fmt: skip
+
+
+def _terms(episodes, monkeypatch):
+    """PPO's loss terms where each policy token's logits and each step's value are given.
+
+    The model is replaced by tables of the token's target and of the step, so that "the same
+    log-probs and values" holds whatever stands in the context.
+    """
+    rows = dataclasses.replace(ROWS, row_length=96, rows_per_device=9)
+    (batch,), counts = _ppo_batches(episodes, rows, 1)
+    batch = jax.tree.map(lambda x: x[0], batch)
+    packed = batch.rows
+    table = np.random.default_rng(6).normal(size=(384, 50)).astype(np.float32)
+    by_target = jnp.asarray(np.concatenate([table, np.zeros((384, 334), np.float32)], 1))
+    by_step = np.random.default_rng(7).normal(size=(9, 4)).astype(np.float32)
+    monkeypatch.setattr(
+        ppo_update.forward, "policy_logits",
+        lambda params, hidden, rows, temperature: by_target[rows.targets],
+    )  # fmt: skip
+    monkeypatch.setattr(
+        ppo_update.heads, "value",
+        lambda params, hidden: jnp.asarray(batching.scatter_steps(by_step, packed)),
+    )  # fmt: skip
+    loss_fn = jax.jit(ppo_update.make_loss(CONFIG, PPO, 1.0))
+    loss, sums = loss_fn(_params(), batch, counts)
+    advantages, _ = batching.gather_steps(batch.advantages, packed, len(episodes), 4)
+    return loss, sums, advantages, counts
+
+
+def test_inserted_context_changes_no_advantage_and_no_loss_term(monkeypatch):
+    episodes = _episodes()
+    rng = np.random.default_rng(8)
+    longer = [_with_more_context(t, rng) for t in episodes]
+    assert all(len(a.token_ids) > len(b.token_ids) for a, b in zip(longer, episodes, strict=True))
+    loss, sums, advantages, counts = _terms(episodes, monkeypatch)
+    loss_2, sums_2, advantages_2, counts_2 = _terms(longer, monkeypatch)
+    np.testing.assert_allclose(advantages_2, advantages, rtol=1e-6)
+    assert counts_2 == counts
+    assert float(loss_2) == pytest.approx(float(loss), rel=1e-5)
+    for name, value in sums.items():
+        assert float(sums_2[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+
+
+def test_a_step_whose_reward_is_zero_is_a_step():
+    """It is counted, whitened over, trained on, and it discounts what comes after it."""
+    rng = np.random.default_rng(9)
+    episode = tiny.random_trajectory(rng, steps=3)
+    steps = [
+        dataclasses.replace(s, reward=r) for s, r in zip(episode.steps, (0, 0, 1), strict=True)
+    ]
+    episode = dataclasses.replace(episode, steps=tuple(steps))
+    scores = scoring.Scores(
+        end_hidden=None, value_hidden=None, values=np.zeros((1, 3), np.float32),
+        step_mask=np.ones((1, 3), np.float32), log_probs=[],
+    )  # fmt: skip
+    ppo = PpoConfig(gamma=0.5, gae_lambda=1.0)
+    table = train_ppo.step_table([episode], scores, ppo)
+    np.testing.assert_allclose(table.returns, [[0.25, 0.5, 1.0]])
+    packed, (batch,), counts = train_ppo.make_batches(
+        [episode], table, np.array([0]), dataclasses.replace(ROWS, row_length=64), 1
+    )
+    assert counts == {"tokens": sum(s >= 0 for s in episode.step_id), "steps": 3}
+    white = (np.array([0.25, 0.5, 1.0]) - 7 / 12) / np.std([0.25, 0.5, 1.0])
+    np.testing.assert_allclose(batch.advantages[0, 0, :3], white, rtol=1e-5)
+    assert batch.rows.step_mask.sum() == 3
+
+
+def test_the_ppo_loss_by_hand(monkeypatch):
+    """One row, two steps, three tokens; every number below is worked out on paper.
+
+    Tokens 0 and 1 belong to step 0 (A = 1), token 2 to step 1 (A = -2).  Ratios 1.5 (clipped
+    to 1.2), 1, 0.5 (clipped to 0.8):  -1.2, -1, +1.6  -> sum -0.6.
+    Values 0.5 and 0 against old ones 0 and 0, returns 1 and -1, clip 0.2:
+    1/2 (max(0.25, 0.64) + max(1, 1)) = 0.82.
+    """
+    packed = batching._empty(1, 8, 4, 2)
+    packed.token_mask[0, :3] = 1
+    packed.token_step[0, :3] = [0, 0, 1]
+    packed.targets[0, :3] = [1, 1, 1]
+    packed.step_mask[0] = 1
+    p = np.array([0.3, 0.4, 0.2])  # pi(token)
+    packed.log_probs[0, :3] = np.log(p / [1.5, 1.0, 0.5])
+    packed.ref_log_probs[0, :3] = np.log(p * [1, 2, 1])
+    logits = np.zeros((1, 4, 2), np.float32)
+    logits[0, :3] = np.log(np.stack([1 - p, p], -1))
+    monkeypatch.setattr(ppo_update.forward, "rows_hidden", lambda *_: jnp.zeros((1, 8, 1)))
+    monkeypatch.setattr(ppo_update.forward, "policy_logits", lambda *_: jnp.asarray(logits))
+    monkeypatch.setattr(ppo_update.heads, "value", lambda *_: jnp.array([[0.5, 0.0]]))
+    batch = ppo_update.PpoBatch(
+        rows=packed,
+        advantages=np.array([[1.0, -2.0]], np.float32),
+        returns=np.array([[1.0, -1.0]], np.float32),
+        old_values=np.zeros((1, 2), np.float32),
+    )
+    ppo = PpoConfig(clip=0.2, value_clip=0.2, value_coef=0.1, kl_coef=0.3, entropy_coef=0.01)
+    loss, sums = ppo_update.ppo_loss(
+        CONFIG, ppo, 1.0, _params(), batch, {"tokens": 3.0, "steps": 2.0}
+    )
+    entropy = -np.sum(p * np.log(p) + (1 - p) * np.log(1 - p))
+    kl = 2 - 1 - np.log(2)
+    assert float(sums["policy_loss"]) == pytest.approx(-0.6, abs=1e-5)
+    assert float(sums["value_loss"]) == pytest.approx(0.82, abs=1e-5)
+    assert float(sums["kl"]) == pytest.approx(kl, abs=1e-5)
+    assert float(sums["entropy"]) == pytest.approx(entropy, abs=1e-5)
+    assert float(sums["ratio"]) == pytest.approx(3.0, abs=1e-5)
+    # "clipped" counts where the clipped term is the larger loss: tokens 0 and 2.
+    assert float(sums["clipped"]) == 2
+    wanted = -0.6 / 3 + 0.1 * 0.82 / 2 + 0.3 * kl / 3 - 0.01 * entropy / 3
+    assert float(loss) == pytest.approx(wanted, abs=1e-5)
+
+
+# --- the state ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_batch_that_is_not_finite_leaves_the_state_untouched(poison):
+    optimizer = state_lib.adamw(RATE, clip_norm=1.0, weight_decay=0.01)
+    loss_fn, params, batches, counts = _estimator(2, ROWS)
+    trainer = partition.Pmap(loss_fn, optimizer, 2)
+    state = trainer.replicate(state_lib.create(params, optimizer))
+    state, _ = trainer.update(state, batches, counts)
+    before = jax.device_get(state)
+    bad = jax.tree.map(np.array, batches)
+    bad[1].hidden[1, 0, 0, 0] = poison  # one number, on the second device
+    state, metrics = trainer.update(state, bad, counts)
+    after = jax.device_get(state)
+    assert not np.isfinite(metrics["grad_norm"])
+    for a, b in zip(
+        jax.tree.leaves((after.params, after.opt_state)),
+        jax.tree.leaves((before.params, before.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert after.update.tolist() == [2, 2] and after.skipped.tolist() == [1, 1]
+    state, metrics = trainer.update(state, batches, counts)  # and it goes on
+    assert np.isfinite(metrics["grad_norm"]) and int(state.skipped[0]) == 1
+    assert any(
+        (a != b).any()
+        for a, b in zip(
+            jax.tree.leaves(jax.device_get(state.params)),
+            jax.tree.leaves(after.params),
+            strict=True,
+        )
+    )
+
+
+def test_an_update_compiles_once():
+    loss_fn, params, batches, counts = _estimator(2, ROWS)
+    traced = []
+
+    def counted(*args):
+        traced.append(1)
+        return loss_fn(*args)
+
+    optimizer = state_lib.adamw(RATE, clip_norm=1.0, weight_decay=0.0)
+    trainer = partition.Pmap(counted, optimizer, 2)
+    state = trainer.replicate(state_lib.create(params, optimizer))
+    state, _ = trainer.update(state, batches, counts)
+    before = len(traced)
+    for count in (9, 3):
+        state, _ = trainer.update(state, batches, {"trajectories": count})
+    assert len(traced) == before > 0
