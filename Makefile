@@ -5,7 +5,7 @@
 # make lint         ruff and mypy
 # make clean        removes .venv and caches; keeps models/ and runs/
 #
-# Needs Python 3.11 or 3.12 (with venv), make and a C compiler; everything else goes into .venv.
+# Needs Python 3.11 or 3.12 (with venv), make and a C/C++ compiler; everything else goes into .venv.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -53,7 +53,9 @@ $(STAMP): requirements.txt pyproject.toml
 	  $$found -m venv --clear $(VENV) || exit 2; \
 	fi
 	@echo "installing into $(VENV): some minutes"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e ".[alfworld,dev]"
+# TextWorld's planner is compiled here, and its set-up calls a program named python.
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install --quiet --disable-pip-version-check \
+	  -r requirements.txt -e ".[alfworld,dev]"
 	@$(PY) -c 'import sys; print("installed for Python %d.%d" % sys.version_info[:2])'
 	@touch $@
 
@@ -69,6 +71,7 @@ test-slow: setup policy
 
 lint: setup
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check spa_jax experiments
 	$(VENV)/bin/mypy
 
 clean:
