@@ -9,6 +9,7 @@ W/iteration_I/annotated.jsonl: the same episodes with contributions, fused rewar
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -67,7 +68,9 @@ def run(
     return annotated
 
 
-def _with(trajectory: Trajectory, contributions, rewards, ref: np.ndarray) -> Trajectory:
+def _with(
+    trajectory: Trajectory, contributions: list[float], rewards: list[float], ref: np.ndarray
+) -> Trajectory:
     steps = tuple(
         dataclasses.replace(step, contribution=c, reward=r)
         for step, c, r in zip(trajectory.steps, contributions, rewards, strict=False)
@@ -75,7 +78,7 @@ def _with(trajectory: Trajectory, contributions, rewards, ref: np.ndarray) -> Tr
     return dataclasses.replace(trajectory, steps=steps, ref_log_probs=tuple(ref.tolist()))
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     common.use_compilation_cache()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -95,8 +95,8 @@ def play_jobs(
     jobs: Sequence[rollout.Job],
     folder: pathlib.Path,
     env: EnvConfig,
-    engine: Engine | None,
     policy: Policy | None,
+    make_engine: Callable[[], Engine],
     title: str,
 ) -> list[Trajectory]:
     """Plays the jobs that `folder` does not hold yet; each episode is on disk when it ends.
@@ -106,8 +106,8 @@ def play_jobs(
       jobs: all episodes of the stage.
       folder: gets trajectories.jsonl and failures.jsonl.
       env: the environment's settings.
-      engine: the policy's engine; None for the expert.
       policy: the policy; None for the expert.
+      make_engine: makes the policy's engine, if there is anything left to play.
       title: of the progress bar.
 
     Returns:
@@ -134,10 +134,10 @@ def play_jobs(
     player = rollout.Player(
         env.env, name, policy.version if policy else 0, env.max_steps, env.prompt, env.max_retries
     )
-    if engine is None or policy is None:
+    if policy is None:
         rollout.play_expert(client, todo, player, on_done)
     elif todo:
-        rollout.play(engine, policy.chat, client, todo, player, on_done)
+        rollout.play(make_engine(), policy.chat, client, todo, player, on_done)
     bar.close()
     wanted = {job.key for job in jobs}
     return [t for t in (store.read(path) if path.exists() else []) if t.key in wanted]
@@ -167,7 +167,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless the user has said where already."""
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path.home() / ".cache" / "spa_jax" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

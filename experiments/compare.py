@@ -9,6 +9,7 @@ its games.  The arms see the same held-out games in every seed.  Writes W/compar
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -81,7 +82,7 @@ def run_seed(r: run_spa.Run) -> dict[str, evaluation.Summary]:
     }
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     common.use_compilation_cache()
     r = run_spa.from_flags()

@@ -10,6 +10,7 @@ Writes W/eval/NAME/{trajectories.jsonl,summary.json}.  Run again, it plays what 
 import dataclasses
 import pathlib
 import time
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -36,7 +37,7 @@ def run(
     return summary
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     common.use_compilation_cache()
     started = time.time()

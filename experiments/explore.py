@@ -9,6 +9,7 @@ Killed and run again, it plays what is missing.
 
 import pathlib
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -20,6 +21,7 @@ from spa_jax.config import EnvConfig, ExploreConfig, SamplingConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
+from spa_jax.sampling.engine import Engine
 from spa_jax.trajectory import Trajectory
 
 
@@ -64,14 +66,18 @@ def run(
             for task in choose_games(client, explore)
             for attempt in range(explore.rollouts)
         ]
-        slots = min(slots, len(jobs))
-        engine = None if policy is None else common.make_engine(policy, sampling, slots, seed)
-        played = common.play_jobs(client, jobs, out, env, engine, policy, title)
+        used = min(slots, len(jobs))
+
+        def make_engine() -> Engine:
+            assert policy is not None  # the expert needs none
+            return common.make_engine(policy, sampling, used, seed)
+
+        played = common.play_jobs(client, jobs, out, env, policy, make_engine, title)
     common.mark_done(out, started, episodes=len(played), failures=len(jobs) - len(played))
     return played
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     common.use_compilation_cache()
     started = time.time()

@@ -23,16 +23,17 @@ def define(*configs: type) -> None:
     for config in configs:
         for field in dataclasses.fields(config):
             name, help_text = _flag(field), field.metadata["help"]
+            default: Any = field.default
             if field.metadata["choices"]:
-                flags.DEFINE_enum(name, field.default, list(field.metadata["choices"]), help_text)
+                flags.DEFINE_enum(name, default, list(field.metadata["choices"]), help_text)
             elif field.type is bool or field.type == "bool":
-                flags.DEFINE_bool(name, field.default, help_text)
-            elif isinstance(field.default, int):
-                flags.DEFINE_integer(name, field.default, help_text)
-            elif isinstance(field.default, float):
-                flags.DEFINE_float(name, field.default, help_text)
+                flags.DEFINE_bool(name, default, help_text)
+            elif isinstance(default, int):
+                flags.DEFINE_integer(name, default, help_text)
+            elif isinstance(default, float):
+                flags.DEFINE_float(name, default, help_text)
             else:
-                flags.DEFINE_string(name, field.default, help_text)
+                flags.DEFINE_string(name, default, help_text)
 
 
 def read(config: type[Config], **overrides: Any) -> Config:

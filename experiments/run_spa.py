@@ -12,7 +12,10 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from absl import flags
 
 from experiments import annotate, common, evaluate, explore, sft, train_ppo, train_progress
@@ -96,7 +99,8 @@ def assert_disjoint(splits: dict[str, list[Task]], heldout: str) -> None:
         if split == heldout:
             continue
         layouts = {t.layout for t in tasks} & {t.layout for t in splits[heldout]}
-        seeds = {t.seed for t in tasks} & {t.seed for t in splits[heldout]} - {None}
+        seeds = {t.seed for t in tasks if t.seed is not None}
+        seeds &= {t.seed for t in splits[heldout] if t.seed is not None}
         if layouts or seeds:
             raise UserError(
                 f"split {split} shares {len(layouts)} layouts and seeds {sorted(seeds)} with the "
@@ -123,13 +127,9 @@ def train_base(r: Run) -> None:
         every = config_lib.ExploreConfig(rollouts=1, split=split)
         folder = r.workdir / "demos" / split
         title = f"demos {split}"
-        played = explore.run(
-            folder, common.EXPERT, r.env, r.sampling, every, r.seed, title
-        )
+        played = explore.run(folder, common.EXPERT, r.env, r.sampling, every, r.seed, title)
         demos[split] = [t for t in played if t.success]
-    sft.run(
-        r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed
-    )
+    sft.run(r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed)
 
 
 def train_round(r: Run, iteration: int) -> None:
@@ -171,9 +171,11 @@ def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summa
 def judge_estimator(r: Run) -> dict[str, float]:
     """The last estimator on the base policy's held-out episodes."""
     played = train_progress.playable(store.read(r.workdir / "eval" / "sft" / "trajectories.jsonl"))
-    contributions = [[step.contribution for step in t.steps] for t in played]
+    contributions = [[step.contribution or 0.0 for step in t.steps] for t in played]
     return evaluation.estimator_validity(
-        [sum(c) for c in contributions], [t.final_reward for t in played], contributions
+        np.array([sum(c) for c in contributions]),
+        np.array([t.final_reward for t in played]),
+        contributions,
     )
 
 
@@ -215,14 +217,14 @@ def define_flags() -> None:
 def from_flags() -> Run:
     """The run that the flags describe."""
     names = ("run", "env", "sampling", "rows", "sft", "explore", "progress", "credit", "ppo")
-    configs = {
+    configs: dict[str, Any] = {
         name: flags_lib.read(kind) for name, kind in zip(names, CONFIGS, strict=True)
     }
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     return Run(workdir=workdir, policy=flags.FLAGS.policy, seed=flags_lib.SEED.value, **configs)
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     common.use_compilation_cache()
     execute(from_flags())

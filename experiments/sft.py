@@ -8,6 +8,8 @@ weights of the best held-out loss), metrics.jsonl and checkpoints.  Run again, i
 
 import pathlib
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -97,7 +99,13 @@ def run(
     common.mark_done(out, started, updates=int(state.update[0]), best_valid_loss=best)
 
 
-def held_out_loss(evaluate, params, trajectories, rows: RowsConfig, trainer) -> float:
+def held_out_loss(
+    evaluate: Callable,
+    params: Any,
+    trajectories: list[Trajectory],
+    rows: RowsConfig,
+    trainer: partition.Pmap,
+) -> float:
     """Mean negative log-likelihood a policy token, in nats."""
     packed = _pack(trajectories, rows)
     total = 0.0
@@ -126,12 +134,14 @@ def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:
     return min(losses), len(losses) - 1 - int(np.argmin(losses))
 
 
-def _save(out: pathlib.Path, policy: common.Policy, state, version: int) -> None:
+def _save(
+    out: pathlib.Path, policy: common.Policy, state: state_lib.TrainState, version: int
+) -> None:
     params = jax.device_get(partition.unreplicate(state.params))["policy"]
     common.save_policy(out / "policy", policy, params, {}, version)
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     common.use_compilation_cache()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)

@@ -10,7 +10,7 @@ value head, metrics.jsonl and checkpoints.  Run again, it continues.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -117,9 +117,7 @@ def run(
         checkpoints.maybe_save(update + 1, partition.unreplicate(state), force=update + 1 == total)
     final = jax.device_get(partition.unreplicate(state.params))
     version = policy.version + total
-    common.save_policy(
-        out / "policy", policy, final["policy"], {"value": final["value"]}, version
-    )
+    common.save_policy(out / "policy", policy, final["policy"], {"value": final["value"]}, version)
     writer.close()
     checkpoints.close()
     mismatch = sampler_mismatch(trajectories, scores)
@@ -201,7 +199,13 @@ def make_batches(
     return packed, batches, counts
 
 
-def update_metrics(sums, counts, trajectories, table: StepTable, chosen) -> dict[str, float]:
+def update_metrics(
+    sums: Mapping[str, float],
+    counts: Mapping[str, float],
+    trajectories: Sequence[Trajectory],
+    table: StepTable,
+    chosen: np.ndarray,
+) -> dict[str, float]:
     """Means of an update, from its sums and global counts."""
     tokens, steps = counts["tokens"], counts["steps"]
     used = table.mask[chosen] > 0
@@ -237,7 +241,7 @@ def policy_before(workdir: pathlib.Path, iteration: int) -> pathlib.Path:
     return workdir / f"iteration_{iteration - 1}" / "ppo" / "policy"
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     common.use_compilation_cache()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)

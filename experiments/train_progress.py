@@ -23,6 +23,7 @@ from spa_jax.attribution import estimator
 from spa_jax.config import ProgressConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
+from spa_jax.models.transformer import Params
 from spa_jax.training import estimator_update, partition, schedule, scoring
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import state as state_lib
@@ -132,7 +133,12 @@ def scores_of(
     )
 
 
-def _features(policy, path, trajectories, rows) -> StepFeatures:
+def _features(
+    policy: common.Policy,
+    path: pathlib.Path,
+    trajectories: Sequence[Trajectory],
+    rows: RowsConfig,
+) -> StepFeatures:
     scores = scores_of(policy, path, trajectories, rows)
     return StepFeatures(
         hidden=scores.end_hidden,
@@ -162,7 +168,7 @@ def _batch(features: StepFeatures, chosen: np.ndarray, size: int, devices: int) 
     return jax.tree.map(take, features)
 
 
-def judge(params, features: StepFeatures, index: np.ndarray) -> dict[str, float]:
+def judge(params: Params, features: StepFeatures, index: np.ndarray) -> dict[str, float]:
     """The estimator's validity on held-out episodes."""
     if not len(index):
         return {}
@@ -183,7 +189,7 @@ def data_files(workdir: pathlib.Path, iteration: int) -> list[pathlib.Path]:
     ]
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     common.use_compilation_cache()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)

@@ -29,12 +29,13 @@ from collections.abc import Iterator, Sequence
 
 import chex
 import numpy as np
+from flax import struct
 
 from spa_jax.errors import UserError
 from spa_jax.trajectory import Trajectory
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class PackedRows:
     """R rows of L tokens, P policy-token slots and S step slots; a pytree of numpy arrays.
 
@@ -158,8 +159,8 @@ def _item(index: int, trajectory: Trajectory) -> _Item:
     last = np.zeros(len(numbers), np.int64)
     np.maximum.at(last, token_step, policy)
     log_probs = np.asarray(trajectory.log_probs, np.float32)
-    ref = trajectory.ref_log_probs
-    ref = np.zeros_like(log_probs) if ref is None else np.asarray(ref, np.float32)
+    given = trajectory.ref_log_probs
+    ref = np.zeros_like(log_probs) if given is None else np.asarray(given, np.float32)
     return _Item(
         index, tokens, policy, token_step, log_probs[policy], ref[policy],
         numbers, policy[first], last,

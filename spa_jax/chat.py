@@ -246,9 +246,7 @@ def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer
     return encoder
 
 
-def _check(
-    fmt: ChatFormat, tokenizer: "PreTrainedTokenizerFast", names: Mapping[str, int]
-) -> None:
+def _check(fmt: ChatFormat, tokenizer: "PreTrainedTokenizerFast", names: Mapping[str, int]) -> None:
     """Compares the format with the template itself, on token ids."""
     for probe in _PROBES:
         ids: list[int] = []

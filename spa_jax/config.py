@@ -26,9 +26,11 @@ class EnvConfig:
         "Empty: start one on this machine and stop it at the end."
     )  # fmt: skip
     alfworld_data: str = _setting("", "Folder of ALFWorld games: holds SPLIT/GAME/game.tw-pddl.")
-    prompt: str = _setting("short", "The instruction that opens an episode.", choices=("short", "paper"))
+    prompt: str = _setting(
+        "short", "The instruction that opens an episode.", choices=("short", "paper")
+    )
     max_steps: int = _setting(40, "Environment steps an episode may take.")
-    max_retries: int = _setting(3, "How often an episode that the environment failed is tried again.")
+    max_retries: int = _setting(3, "Tries again after an environment error, an episode.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +65,12 @@ class SftConfig:
     batch_size: int = _setting(16, "Trajectories an update.", "sft_batch_size")
     clip_norm: float = _setting(1.0, "Largest norm of the gradient.", "sft_clip_norm")
     weight_decay: float = _setting(0.0, "AdamW's weight decay.", "sft_weight_decay")
-    eval_every: int = _setting(0, "Updates between held-out losses; 0: once an epoch.", "sft_eval_every")
+    eval_every: int = _setting(0, "Updates between held-out losses; 0: an epoch.", "sft_eval_every")
     patience: int = _setting(
         0, "Stop after this many held-out losses without a new best, and keep the best; 0: never.",
         "sft_patience",
     )  # fmt: skip
-    updates: int = _setting(0, "Exactly this many updates instead of epochs; 0: by epochs.", "sft_updates")
+    updates: int = _setting(0, "This many updates instead of epochs; 0: by epochs.", "sft_updates")
     checkpoint_every: int = _setting(50, "Updates between checkpoints.", "sft_checkpoint_every")
 
 
@@ -86,13 +88,13 @@ class ExploreConfig:
 class ProgressConfig:
     """The progress estimator."""
 
-    learning_rate: float = _setting(3e-4, "Peak learning rate of the head.", "progress_learning_rate")
+    learning_rate: float = _setting(3e-4, "Peak learning rate.", "progress_learning_rate")
     epochs: int = _setting(60, "Passes over the exploration data.", "progress_epochs")
     batch_size: int = _setting(16, "Trajectories an update.", "progress_batch_size")
     weight_decay: float = _setting(0.01, "AdamW's weight decay.", "progress_weight_decay")
     clip_norm: float = _setting(1.0, "Largest norm of the gradient.", "progress_clip_norm")
     width: int = _setting(256, "Units of the head's hidden layer.", "progress_width")
-    valid_share: float = _setting(0.2, "Share of tasks held out to stop on.", "progress_valid_share")
+    valid_share: float = _setting(0.2, "Share of tasks held out.", "progress_valid_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,7 @@ class RunConfig:
     max_receptacles: int = _setting(8, "Most receptacles of a generated room.")
 
 
-def check(config: SamplingConfig | RowsConfig | EnvConfig | ExploreConfig) -> None:
+def check(config: Any) -> None:
     """Refuses settings that contradict each other.
 
     Raises:

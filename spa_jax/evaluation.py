@@ -214,15 +214,17 @@ def table(rows: Mapping[str, Summary]) -> str:
     cells = [["policy", "games", "success", "95% interval", "reward", "grounding", "steps"]]
     for name, summary in rows.items():
         low, high = summary.success.interval
-        cells.append([
-            name.replace("|", "\\|"),
-            str(summary.games),
-            _percent(summary.success_rate),
-            f"{100 * low:.1f} - {100 * high:.1f}%",
-            _decimals(summary.mean_reward, 3),
-            _percent(summary.grounding),
-            _decimals(summary.mean_steps, 1),
-        ])
+        cells.append(
+            [
+                name.replace("|", "\\|"),
+                str(summary.games),
+                _percent(summary.success_rate),
+                f"{100 * low:.1f} - {100 * high:.1f}%",
+                _decimals(summary.mean_reward, 3),
+                _percent(summary.grounding),
+                _decimals(summary.mean_steps, 1),
+            ]
+        )
     # The environment's failures are shown only where there were some.
     if any(summary.env_errors for summary in rows.values()):
         cells[0].append("env errors")

@@ -1,12 +1,12 @@
 """Other people's logs as trajectories: the ShareGPT style of the SPA authors' data.
 
-    [{"id": ..., "conversations": [
-        {"from": "human", "value": "Interact with a household to solve a task. ..."},
-        {"from": "gpt",   "value": "OK"},                        <- acknowledgement, dropped
-        {"from": "human", "value": "You are in the middle of a room. ..."},
-        {"from": "gpt",   "value": "Thought: ...\\nAction: go to desk 1"},
-        {"from": "human", "value": "Observation: On the desk 1, you see ..."},
-        ...]}, ...]
+[{"id": ..., "conversations": [
+    {"from": "human", "value": "Interact with a household to solve a task. ..."},
+    {"from": "gpt",   "value": "OK"},                        <- acknowledgement, dropped
+    {"from": "human", "value": "You are in the middle of a room. ..."},
+    {"from": "gpt",   "value": "Thought: ...\\nAction: go to desk 1"},
+    {"from": "human", "value": "Observation: On the desk 1, you see ..."},
+    ...]}, ...]
 """
 
 import collections

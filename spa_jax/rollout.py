@@ -18,7 +18,7 @@ from spa_jax.envs.alfworld.prompt import parse_action
 from spa_jax.envs.client import EnvClient, Session
 from spa_jax.envs.protocol import EnvError, Observation, Task
 from spa_jax.errors import UserError
-from spa_jax.trajectory import Status, Step, Trajectory
+from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
 if TYPE_CHECKING:
     from spa_jax.sampling.engine import Engine
@@ -73,7 +73,7 @@ class _Episode:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.observation: Observation | None = None  # what the policy reads next
+        self.observation: Observation  # what the policy reads next; set by the first reset
         self.instruction = ""
         self.steps: list[Step] = []
         self.ids: list[int] = []
@@ -92,7 +92,9 @@ class _Episode:
         self.step_id += [len(self.steps)] * len(ids)
         self.log_probs += log_probs
 
-    def result(self, player: Player, status: Status, final: str, sampling=None) -> Trajectory:
+    def result(
+        self, player: Player, status: Status, final: str, sampling: Sampling | None = None
+    ) -> Trajectory:
         """The finished record."""
         job = self.job
         return Trajectory(
@@ -150,11 +152,19 @@ def play(
 class _Rollout:
     """The state of one `play`: who is in which slot, and whom we are waiting for."""
 
-    def __init__(self, engine, chat, client, jobs, player, on_done) -> None:
-        self.engine: Engine = engine
-        self.chat: ChatFormat = chat
-        self.client: EnvClient = client
-        self.player: Player = player
+    def __init__(
+        self,
+        engine: "Engine",
+        chat: ChatFormat,
+        client: EnvClient,
+        jobs: Iterable[Job],
+        player: Player,
+        on_done: Callable[[Trajectory], None],
+    ) -> None:
+        self.engine = engine
+        self.chat = chat
+        self.client = client
+        self.player = player
         self.on_done = on_done
         self.jobs = deque(jobs)
         self.sessions: list[Session | None] = [None] * engine.slots
@@ -188,17 +198,12 @@ class _Rollout:
                 self.waiting[self.pool.submit(self._reset, slot, episode.job)] = slot
 
     def _reset(self, slot: int, job: Job) -> Observation:
-        if self.sessions[slot] is None:
-            self.sessions[slot] = self.client.session()
-        return self.sessions[slot].reset(
-            job.task.task, job.task.split, job.seed, prompt=self.player.prompt
-        )
+        session = self.sessions[slot] = self.sessions[slot] or self.client.session()
+        return session.reset(job.task.task, job.task.split, job.seed, prompt=self.player.prompt)
 
     def _harvest(self) -> list[int]:
         """Slots whose environment has answered; waits for the first, and a little more."""
-        concurrent.futures.wait(
-            self.waiting, return_when=concurrent.futures.FIRST_COMPLETED
-        )
+        concurrent.futures.wait(self.waiting, return_when=concurrent.futures.FIRST_COMPLETED)
         done, _ = concurrent.futures.wait(self.waiting, timeout=_GRACE)
         ready = []
         for future in done:
@@ -275,7 +280,9 @@ class _Rollout:
         return episode.ids[len(episode.ids) - count :]
 
     def _step(self, slot: int, action: str) -> Observation:
-        observation = self.sessions[slot].step(action)
+        session = self.sessions[slot]
+        assert session is not None  # a step comes after a reset
+        observation = session.step(action)
         steps = self.episodes[slot].steps
         steps[-1] = dataclasses.replace(steps[-1], grounded=observation.grounded)
         return observation

@@ -28,7 +28,7 @@ class TrajectoryError(UserError):
     """A record that is not a trajectory of this schema; says which field and what to do."""
 
 
-class Status(str, enum.Enum):
+class Status(enum.StrEnum):
     """How an episode ended.  `ENV_ERROR` is nobody's outcome: it never reaches a loss."""
 
     SUCCESS = "success"  # the environment paid the full reward

@@ -52,9 +52,9 @@ def test_the_drawn_example():
         "step_trajectory": [0, 0, 1, -1],
         "step_number": [0, 1, 0, 0],
     }
-    assert set(expected) == set(rows.keys())
+    assert set(expected) == set(vars(rows))
     for name, value in expected.items():
-        array = rows[name]
+        array = getattr(rows, name)
         floating = "log" in name or "mask" in name
         assert array.dtype == (np.float32 if floating else np.int32), name
         np.testing.assert_allclose(array, [value], err_msg=name, rtol=1e-6)
@@ -94,7 +94,7 @@ def test_rows_are_padded_to_a_multiple_and_padding_is_silent():
     rows = batching.pack(example(), row_length=12, policy_slots=5, step_slots=4, rows_multiple=4)
     assert rows.tokens.shape == (4, 12)
     for name in ("segment_ids", "token_mask", "step_mask"):
-        assert not rows[name][1:].any()
+        assert not getattr(rows, name)[1:].any()
     nothing = batching.pack([], row_length=12, policy_slots=5, step_slots=4, rows_multiple=2)
     assert nothing.tokens.shape == (2, 12) and not nothing.step_mask.any()
     assert batching.padding_share(nothing) == 1.0

@@ -22,7 +22,8 @@ def run() -> None:
     played = updates.episodes(_BATCH, config.vocab_size)
     steps = len(played[0].steps)
     noise = np.random.default_rng(0).normal(size=(4, _BATCH, steps)).astype(np.float32)
-    table = train_ppo.StepTable(*noise, mask=np.ones((_BATCH, steps), np.float32))
+    mask = np.ones((_BATCH, steps), np.float32)
+    table = train_ppo.StepTable(noise[0], noise[1], noise[2], noise[3], mask)
     chosen = np.arange(_BATCH)
     packed, batches, counts = train_ppo.make_batches(
         played, table, chosen, updates.ROWS, trainer.devices

@@ -1,15 +1,10 @@
 """From contributions to step rewards: the fused reward, and the placebos it is compared with."""
 
-from typing import Literal
-
 import chex
 import jax
 import jax.numpy as jnp
 
 from spa_jax.errors import UserError
-
-Grounding = Literal["penalty", "bonus"]
-Credit = Literal["spa", "terminal", "uniform", "shuffled", "random"]
 
 
 def fused_reward(
@@ -19,7 +14,7 @@ def fused_reward(
     *,
     alpha: float = 1.0,
     beta: float = 0.5,
-    grounding: Grounding = "penalty",
+    grounding: str = "penalty",
 ) -> chex.Array:
     """The reward of each step.
 
@@ -56,7 +51,7 @@ def fused_reward(
 
 
 def credit(
-    kind: Credit,
+    kind: str,
     contributions: chex.Array,
     final_reward: chex.Array,
     step_mask: chex.Array,

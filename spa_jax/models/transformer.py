@@ -20,7 +20,7 @@ run the same `Block`.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import chex
 import flax.linen as nn
@@ -250,7 +250,8 @@ def hidden_states(
       [B, T, D].
     """
     chex.assert_equal_shape([tokens, positions, segment_ids])
-    return Decoder(config).apply({"params": params}, tokens, positions, segment_ids)
+    hidden = Decoder(config).apply({"params": params}, tokens, positions, segment_ids)
+    return cast(jax.Array, hidden)
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
@@ -312,7 +313,7 @@ def cached_hidden_states(
     block = Block(config)
     new_cache = []
     for layer, past in zip(layers_params["layers"], cache, strict=True):
-        x, past = block.apply({"params": layer}, x, positions, mask, past)
+        x, past = cast(tuple, block.apply({"params": layer}, x, positions, mask, past))
         new_cache.append(past)
     norm = RMSNorm(config.rms_norm_eps)
-    return norm.apply({"params": layers_params["norm"]}, x), new_cache
+    return cast(jax.Array, norm.apply({"params": layers_params["norm"]}, x)), new_cache

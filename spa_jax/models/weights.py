@@ -40,8 +40,15 @@ INDEX = "model.safetensors.index.json"
 HEADS = "heads.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
 )
 
 # Ours -> (Hugging Face's name in a layer, GGUF's name in a block). Kernels are transposed:
@@ -131,8 +138,9 @@ def save_pretrained(
     special = {}
     if (tokenizer_from / "config.json").is_file():
         source = _read_json(tokenizer_from / "config.json")
-        special = {k: v for k, v in source.items() if k in ("bos_token_id", "eos_token_id",
-                                                            "pad_token_id")}
+        special = {
+            k: v for k, v in source.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
     with _new_folder(pathlib.Path(folder)) as new:
         for name in TOKENIZER_FILES:
             if (tokenizer_from / name).is_file():

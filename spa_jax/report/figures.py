@@ -183,7 +183,7 @@ def _svg(figure: Figure) -> Markup:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<style type=.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
@@ -199,4 +199,3 @@ def _svg(figure: Figure) -> Markup:
     prefix = f"f{zlib.crc32(text.encode()):x}"
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}", text)
     return Markup(re.sub(r"\s*\n\s*", " ", text))
-

@@ -19,8 +19,12 @@ from spa_jax.trajectory import Status, Trajectory
 BASE, SPA = "sft", "spa"
 _NAMES = {BASE: "Base (SFT)", SPA: "SPA"}
 _STATUS = {
-    "success": "won", "failure": "ended without the reward", "max_steps": "out of steps",
-    "max_tokens": "turn too long", "context_full": "context full", "deadline": "out of time",
+    "success": "won",
+    "failure": "ended without the reward",
+    "max_steps": "out of steps",
+    "max_tokens": "turn too long",
+    "context_full": "context full",
+    "deadline": "out of time",
 }
 _TRANSCRIPTS = 4  # of each outcome
 
@@ -53,7 +57,8 @@ _STAGES = {
         (
             _Panel("Loss", ("loss",)),
             _Panel(
-                "Error on held-out episodes", ("valid_mse", "valid_var"),
+                "Error on held-out episodes",
+                ("valid_mse", "valid_var"),
                 ("estimator", "best constant"),
             ),
             _Panel("AUC for success", ("auc",)),
@@ -111,7 +116,10 @@ def render(run: Workdir) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": _percent, "signed": _signed, "decimals": _decimals, "share": _share,
+        "percent": _percent,
+        "signed": _signed,
+        "decimals": _decimals,
+        "share": _share,
     }
     summaries = {name: evaluation.summarize(t) for name, t in run.evaluations.items()}
     return environment.get_template("template.html").render(
@@ -135,9 +143,7 @@ def evaluation_name(name: str) -> str:
     return _NAMES.get(name, " ".join(words))
 
 
-def _headline(
-    run: Workdir, summaries: Mapping[str, evaluation.Summary]
-) -> dict[str, Any] | None:
+def _headline(run: Workdir, summaries: Mapping[str, evaluation.Summary]) -> dict[str, Any] | None:
     """Base and SPA side by side; only one of them if the other was not played."""
     shown = {name: summaries[name] for name in (BASE, SPA) if name in summaries}
     if not shown:
@@ -192,15 +198,17 @@ def _stages(run: Workdir) -> list[dict[str, Any]]:
         known = {metric for panel in panels for metric in panel.metrics} | {"update", "time"}
         others = sorted({key for r in runs for record in r.records for key in record} - known)
         more = [_Panel(other.replace("_", " "), (other,)) for other in others]
-        stages.append({
-            "title": title,
-            "text": text,
-            "updates": sum(len({record["update"] for record in r.records}) for r in runs),
-            "rounds": len(runs),
-            "minutes": sum(_seconds(r) for r in runs) / 60,
-            "figures": [drawn for panel in panels if (drawn := _figure(panel, runs))],
-            "more": [drawn for panel in more if (drawn := _figure(panel, runs))],
-        })
+        stages.append(
+            {
+                "title": title,
+                "text": text,
+                "updates": sum(len({record["update"] for record in r.records}) for r in runs),
+                "rounds": len(runs),
+                "minutes": sum(_seconds(r) for r in runs) / 60,
+                "figures": [drawn for panel in panels if (drawn := _figure(panel, runs))],
+                "more": [drawn for panel in more if (drawn := _figure(panel, runs))],
+            }
+        )
     return stages
 
 
@@ -247,7 +255,8 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
     judged = []
     for name, trajectories in evaluations.items():
         annotated = [
-            t for t in trajectories
+            t
+            for t in trajectories
             if t.status is not Status.ENV_ERROR and transcripts.is_annotated(t)
         ]
         if not annotated:
@@ -255,20 +264,22 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
         sums = [transcripts.running_sum(t) for t in annotated]
         wins = [s for s, t in zip(sums, annotated, strict=True) if t.success]
         failures = [s for s, t in zip(sums, annotated, strict=True) if not t.success]
-        judged.append({
-            "name": evaluation_name(name),
-            "wins": len(wins),
-            "failures": len(failures),
-            "figures": evaluation.estimator_validity(
-                [s[-1] for s in sums],
-                [t.final_reward for t in annotated],
-                [np.diff(s).tolist() for s in sums],
-            ),
-            "histogram": figures.outcome_histogram(
-                [s[-1] for s in wins], [s[-1] for s in failures]
-            ),
-            "course": figures.running_sums(wins, failures),
-        })
+        judged.append(
+            {
+                "name": evaluation_name(name),
+                "wins": len(wins),
+                "failures": len(failures),
+                "figures": evaluation.estimator_validity(
+                    [s[-1] for s in sums],
+                    [t.final_reward for t in annotated],
+                    [np.diff(s).tolist() for s in sums],
+                ),
+                "histogram": figures.outcome_histogram(
+                    [s[-1] for s in wins], [s[-1] for s in failures]
+                ),
+                "course": figures.running_sums(wins, failures),
+            }
+        )
     return judged
 
 

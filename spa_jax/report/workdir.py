@@ -1,9 +1,9 @@
 """What a run has left in its workdir so far; a stage that has not run is simply not there.
 
-    W/demos/{train,valid}.jsonl
-    W/sft/metrics.jsonl
-    W/iteration_i/{explore/trajectories.jsonl, progress/metrics.jsonl, ppo/metrics.jsonl}
-    W/eval/NAME/trajectories.jsonl
+W/demos/{train,valid}.jsonl
+W/sft/metrics.jsonl
+W/iteration_i/{explore/trajectories.jsonl, progress/metrics.jsonl, ppo/metrics.jsonl}
+W/eval/NAME/trajectories.jsonl
 """
 
 import dataclasses

@@ -49,6 +49,7 @@ def step_gae(
         return carry, jnp.where(is_step, a, 0.0)
 
     zero = jnp.zeros_like(r_t[:, 0]) if r_t.shape[1] else jnp.zeros(r_t.shape[0], r_t.dtype)
+    a_t: jax.Array
     _, a_t = jax.lax.scan(back, (zero, zero), (r_t.T, v_t.T, mask.T), reverse=True)
     return jax.lax.stop_gradient((a_t.T, a_t.T + v_t))
 

@@ -14,6 +14,7 @@ B slots, C cache places, M new tokens a turn, D hidden, V vocabulary.
 import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from spa_jax.models import transformer
 from spa_jax.models.transformer import ModelConfig, Params
@@ -21,7 +22,7 @@ from spa_jax.models.transformer import ModelConfig, Params
 _BLOCK = 256  # vocabulary entries a block of the two-level inverse CDF
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class SlotState:
     """What the device holds of every slot.
 
@@ -36,7 +37,7 @@ class SlotState:
     length: jax.Array
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Turn:
     """What one call of `decode_turn` wrote.
 
@@ -232,7 +233,7 @@ def decode_turn(
         ended=jnp.zeros((slots,), bool),
     )
 
-    def body(carry):
+    def body(carry: tuple) -> tuple:
         index, state, turn, writing = carry
         step_keys = jax.vmap(jax.random.fold_in)(keys, state.length)
         tokens, log_probs = draw(

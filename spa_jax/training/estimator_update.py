@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+from flax import struct
 
 from spa_jax.attribution import estimator
 from spa_jax.models import heads
@@ -11,7 +12,7 @@ from spa_jax.models.transformer import Params
 from spa_jax.training.state import Counts, LossFn, Sums
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class StepFeatures:
     """What the estimator sees of N trajectories.
 

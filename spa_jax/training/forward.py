@@ -10,9 +10,7 @@ from spa_jax.models.transformer import ModelConfig, Params
 
 def rows_hidden(config: ModelConfig, params: Params, rows: PackedRows) -> jax.Array:
     """[R, L, D] last hidden states of packed rows."""
-    return transformer.hidden_states(
-        config, params, rows.tokens, rows.positions, rows.segment_ids
-    )
+    return transformer.hidden_states(config, params, rows.tokens, rows.positions, rows.segment_ids)
 
 
 def at(hidden: jax.Array, index: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from spa_jax.batching import PackedRows
 from spa_jax.config import PpoConfig
@@ -15,7 +16,7 @@ from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class PpoBatch:
     """Packed rows with what GAE made of them.
 

@@ -7,10 +7,10 @@ import pathlib
 import zipfile
 from collections.abc import Sequence
 
-import chex
 import jax
 import numpy as np
 import tqdm
+from flax import struct
 
 from spa_jax import batching
 from spa_jax.config import RowsConfig
@@ -19,7 +19,7 @@ from spa_jax.training import forward, partition
 from spa_jax.trajectory import Trajectory
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Scores:
     """What a forward pass says about N trajectories of at most S steps.
 

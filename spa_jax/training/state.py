@@ -10,10 +10,10 @@ microbatches and devices simply add up, whatever rows they were dealt.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 Params = Any
 Counts = Mapping[str, jax.Array]  # global counts of the update, such as "tokens"
@@ -21,7 +21,7 @@ Sums = Mapping[str, jax.Array]  # sums of the update; each is divided by a count
 LossFn = Callable[[Params, Any, Counts], tuple[jax.Array, Sums]]
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class TrainState:
     """What a checkpoint holds.
 
@@ -41,9 +41,7 @@ class TrainState:
 def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        params=params, opt_state=optimizer.init(params), update=zero, skipped=zero
-    )
+    return TrainState(params=params, opt_state=optimizer.init(params), update=zero, skipped=zero)
 
 
 def adamw(
