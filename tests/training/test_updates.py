@@ -101,7 +101,7 @@ def _estimator(devices: int, rows: RowsConfig):
 
 
 UPDATES = {"sft": _sft, "estimator": _estimator, "ppo": _ppo}
-DEALS = [(1, 9), (1, 2), (2, 1), (4, 1), (8, 1)]  # (devices, rows a device)
+DEALS = [(1, 9), (2, 1), (4, 1), (8, 1)]  # (devices, rows a device a microbatch)
 
 
 def _updated(make, devices: int, rows_per_device: int, optimizer=SGD):
@@ -140,7 +140,7 @@ def test_dealing_the_batch_out_changes_nothing(name):
         _close(move, one[1], 2e-4)  # a difference of parameters: their rounding over the move
 
 
-def test_adam_too(name="ppo"):
+def test_adam_too(name="estimator"):
     optimizer = state_lib.adamw(RATE, clip_norm=1.0, weight_decay=0.01)
     _, before, one = _updated(UPDATES[name], 1, 9, optimizer)
     _, _, eight = _updated(UPDATES[name], 8, 1, optimizer)
