@@ -1,4 +1,4 @@
-"""Training tokens a second of one PPO update with values: 16 episodes in rows of 768 tokens."""
+"""Training tokens a second of one PPO update with values: 16 episodes in rows of 1,024 tokens."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Training tokens a second of one SFT update: 4 demonstrations in rows of 768 tokens."""
+"""Training tokens a second of one SFT update: 4 demonstrations in rows of 1,024 tokens."""
 
 from experiments.bench import floor, updates
 from spa_jax import batching

@@ -17,7 +17,7 @@ from spa_jax.training import partition
 from spa_jax.training import state as state_lib
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
-ROWS = RowsConfig(row_length=768, policy_slots=192, step_slots=48, rows_per_device=1)
+ROWS = RowsConfig(row_length=1024, policy_slots=256, step_slots=64, rows_per_device=1)
 _FIRST, _OBSERVATION, _RESPONSE, _STEPS = 120, 22, 8, 8  # tokens, tokens, tokens, steps
 _REPEATS = 3
 
