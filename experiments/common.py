@@ -134,11 +134,11 @@ def play_jobs(
     player = rollout.Player(
         env.env, name, policy.version if policy else 0, env.max_steps, env.prompt, env.max_retries
     )
-    if policy is None:
-        rollout.play_expert(client, todo, player, on_done)
-    elif todo:
-        rollout.play(make_engine(), policy.chat, client, todo, player, on_done)
-    bar.close()
+    with bar:
+        if policy is None:
+            rollout.play_expert(client, todo, player, on_done)
+        elif todo:
+            rollout.play(make_engine(), policy.chat, client, todo, player, on_done)
     wanted = {job.key for job in jobs}
     return [t for t in (store.read(path) if path.exists() else []) if t.key in wanted]
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import tqdm
 from absl import app, flags
 
 from spa_jax import config as config_lib
@@ -55,12 +56,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """`app.run`, with a user's own mistake told in one line and exit code 2."""
 
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
         try:
+            if len(argv) > 1:
+                raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
             main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            tqdm.tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own
             sys.exit(2)
 
     app.run(guarded, flags_parser=_parse)

@@ -6,6 +6,7 @@
 """
 
 import sys
+from typing import NoReturn
 
 from absl import app, flags
 
@@ -29,7 +30,7 @@ _PARENT = flags.DEFINE_bool("exit_with_parent", False, "End when standard input 
 def main(argv: list[str]) -> None:
     """Serves until it is told to stop."""
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        _refuse(f"unknown argument {argv[1]!r}; flags begin with --")
     # Each environment process imports this file: what only the server needs is imported here.
     from spa_jax.envs.server import ServerConfig, serve
 
@@ -41,9 +42,20 @@ def main(argv: list[str]) -> None:
     try:
         serve(config, _HOST.value, _PORT.value, _PARENT.value)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _refuse(f"{error}; --help lists the flags")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

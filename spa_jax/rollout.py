@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from spa_jax.chat import ChatFormat
 from spa_jax.envs.alfworld.prompt import parse_action
 from spa_jax.envs.client import EnvClient, Session
-from spa_jax.envs.protocol import EnvError, Observation, Task
+from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation, Task
 from spa_jax.errors import UserError
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
@@ -216,7 +216,13 @@ class _Rollout:
         return sorted(ready)
 
     def _fail(self, slot: int, error: EnvError) -> None:
-        """An environment error is nobody's outcome: recorded, and tried again."""
+        """An environment error is nobody's outcome: recorded, and tried again.
+
+        Raises:
+          UserError: if the environment says that the user's data or request is wrong.
+        """
+        if error.code == USER_ERROR:
+            raise UserError(str(error)) from error
         episode = self.episodes[slot]
         self._end(slot, Status.ENV_ERROR, str(error))
         job = episode.job
@@ -327,6 +333,8 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
                     now = after
                 return episode.result(player, status, now.text)
         except EnvError as error:
+            if error.code == USER_ERROR:
+                raise UserError(str(error)) from error
             if not error.retryable or job.retry >= player.max_retries:
                 return episode.result(player, Status.ENV_ERROR, str(error))
             time.sleep(0.5)

@@ -36,23 +36,32 @@ def test_the_parent_of_json_2_1_1_will_do(copy: Path, tmp_path: Path) -> None:
         assert len(GameIndex(root).tasks("train")[0]) == 12
 
 
-def test_half_written_games_are_left_out_and_named(copy: Path) -> None:
-    first, second, third = sorted((copy / "train").glob("*/*"))[:3]
+def test_games_without_a_game_file_are_left_out_and_named(copy: Path) -> None:
+    first = _trial(copy)
     (first / "game.tw-pddl").unlink()
-    whole = (second / "game.tw-pddl").read_text()
-    (second / "game.tw-pddl").write_text(whole[: len(whole) // 2])
-    (third / "game.tw-pddl").write_text(json.dumps({"pddl_domain": "x", "solvable": True}))
     (copy / "train" / "half-made").mkdir()
     (copy / "train" / ".writing-1" / "trial").mkdir(parents=True)
-    tasks, problems = GameIndex(copy).tasks("train")
-    assert len(tasks) == 9
-    assert len(problems) == 3
-    for folder, problem, word in zip(
-        (first, second, third), problems, ("missing", "no whole JSON", "lacks"), strict=True
-    ):
-        assert str(folder / "game.tw-pddl") in problem and word in problem
-        with pytest.raises(UserError, match=word):
-            read_game(folder)
+    tasks, (problem,) = GameIndex(copy).tasks("train")
+    assert len(tasks) == 11
+    assert str(first / "game.tw-pddl") in problem and "missing" in problem
+    with pytest.raises(UserError, match="missing"):
+        read_game(first)
+
+
+@pytest.mark.parametrize("file,keep,word", [
+    ("game.tw-pddl", 0.5, "no whole JSON"), ("game.tw-pddl", 0, "no whole JSON"),
+    ("game.tw-pddl", None, "lacks"), ("traj_data.json", 0.5, "no whole JSON"),
+])  # fmt: skip
+def test_half_written_games_stop_the_split(copy: Path, file: str, keep: float, word: str) -> None:
+    path = _trial(copy) / file
+    whole = path.read_text()
+    if keep is None:
+        path.write_text(json.dumps({"pddl_domain": "x", "solvable": True}))
+    else:
+        path.write_text(whole[: int(keep * len(whole))])
+    with pytest.raises(UserError, match=word) as error:
+        GameIndex(copy).tasks("train")
+    assert str(path) in str(error.value)
 
 
 def test_unsolvable_and_sliced_games_are_not_played(copy: Path) -> None:

@@ -34,6 +34,10 @@ _GAME_KEYS = ("pddl_domain", "grammar", "pddl_problem", "walkthrough")
 _ROOM_FACT = re.compile(r"\((?:receptacleType|inReceptacle) [^()]*\)")
 
 
+class LeftOut(UserError):
+    """A game that the official loader leaves out as well: without a game file, or unsolvable."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Game:
     """One playable game: the engine's JSON, and what traj_data.json says about it."""
@@ -48,7 +52,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(
+        kind = LeftOut if path.name == GAME_FILE else UserError
+        raise kind(
             f"{path} is missing; the game was not written whole: fetch or generate it again"
         ) from error
     except (OSError, ValueError) as error:
@@ -80,7 +85,7 @@ def read_game(folder: Path) -> Game:
     if missing:
         raise UserError(f"{folder / GAME_FILE} lacks {', '.join(missing)}; fetch it again")
     if not data.get("solvable", False):
-        raise UserError(f"{folder / GAME_FILE} is marked as unsolvable; choose another game")
+        raise LeftOut(f"{folder / GAME_FILE} is marked as unsolvable; choose another game")
     if trajectory.get("task_type") not in TASK_TYPES:
         raise UserError(
             f"{folder / TRAJECTORY_FILE}: task_type {trajectory.get('task_type')!r} is none of "
@@ -144,16 +149,17 @@ class GameIndex:
         return self.root / split / task
 
     def tasks(self, split: str) -> tuple[list[Task], list[str]]:
-        """The playable games of a split sorted by name, and what is wrong with the others.
+        """The playable games of a split sorted by name, and why others are left out.
 
         Raises:
-          UserError: if the split does not exist or has no playable game.
+          UserError: if the split does not exist or has no playable game, or a game's file is
+            cut short: playing the rest would be another split.
         """
         tasks, problems = [], []
         for name in self._names(split):
             try:
                 game = read_game(self.root / split / name)
-            except UserError as error:
+            except LeftOut as error:
                 problems.append(str(error))
                 continue
             tasks.append(Task(name, split, game.task_type, game.layout, game.seed))
