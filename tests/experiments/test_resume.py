@@ -95,7 +95,9 @@ def test_a_killed_run_ends_as_an_unbroken_one(stage, policy, tmp_path):
             file = outs[name] / "metrics.jsonl"
             stages.kill_when(stages.start(*command), lambda f=file: stages.lines(f) >= kill_at)
             assert not (outs[name] / "done.json").exists()
-            steps = [int(p.name) for p in (outs[name] / "checkpoints").glob("[0-9]*")]
+            # One that was being written when the kill came has a longer name, and is no checkpoint.
+            names = [p.name for p in (outs[name] / "checkpoints").iterdir()]
+            steps = [int(name) for name in names if name.isdigit()]
             written = metrics.read_metrics(file)[-1]["update"]
             assert steps and 0 < max(steps) <= written, "nothing to resume from"
         stages.succeed(*command)
@@ -109,6 +111,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(stage, policy, tmp_path):
         for name, out in outs.items()
     }
     assert records["broken"] == records["unbroken"]
-    before = outs["broken"].stat().st_mtime_ns
-    assert "already done" in stages.succeed(*command)
-    assert outs["broken"].stat().st_mtime_ns == before
+    if stage == "sft":  # the three ask the same function
+        before = outs["broken"].stat().st_mtime_ns
+        assert "already done" in stages.succeed(*command)
+        assert outs["broken"].stat().st_mtime_ns == before
