@@ -80,7 +80,7 @@ def _with(
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.use_compilation_cache()
+    common.prepare_jax()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     folder = workdir / f"iteration_{_ITERATION.value}"
     annotated = run(

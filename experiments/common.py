@@ -1,6 +1,7 @@
 """What the stage binaries share: an environment, a policy, a stage's folder."""
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import tqdm
+from absl import logging
 
 from spa_jax import chat, rollout, store, tokenizer
 from spa_jax.config import EnvConfig, SamplingConfig
@@ -23,6 +25,9 @@ from spa_jax.sampling.engine import Engine
 from spa_jax.trajectory import Sampling, Status, Trajectory
 
 EXPERT = "expert"
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +170,24 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user has said where already."""
+def keep_freed_memory() -> None:
+    """Lets glibc keep what XLA frees on a CPU, instead of giving it back to the system.
+
+    A training step allocates gigabytes of temporaries; fetched from the system each time,
+    they cost a page fault every 4 KiB: 16% of an SFT update on two cores, 1% with this.
+    Does nothing where the C library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and jax.default_backend() == "cpu":
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def prepare_jax() -> None:
+    """Settings of every binary that computes: a compilation cache, and memory that is kept."""
+    logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators are absent
+    keep_freed_memory()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path.home() / ".cache" / "spa_jax" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))

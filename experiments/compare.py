@@ -84,7 +84,7 @@ def run_seed(r: run_spa.Run) -> dict[str, evaluation.Summary]:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.use_compilation_cache()
+    common.prepare_jax()
     r = run_spa.from_flags()
     found: dict[str, dict[str, dict]] = {}
     for seed in map(int, _SEEDS.value):

@@ -79,7 +79,7 @@ def run(
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.use_compilation_cache()
+    common.prepare_jax()
     started = time.time()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     played = run(

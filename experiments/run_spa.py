@@ -226,7 +226,7 @@ def from_flags() -> Run:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.use_compilation_cache()
+    common.prepare_jax()
     execute(from_flags())
 
 

@@ -20,6 +20,7 @@ from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, chat, store
 from spa_jax.config import RowsConfig, SftConfig
+from spa_jax.errors import UserError
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import partition, schedule, sft_update
 from spa_jax.training import state as state_lib
@@ -40,6 +41,10 @@ def run(
     if common.is_done(out, "sft"):
         return
     started = time.time()
+    if not train:
+        raise UserError(
+            f"{out}: no demonstration to learn from; the expert must win within --max_steps"
+        )
     policy = common.load_policy(policy_folder)
     train = [chat.encode_trajectory(policy.chat, t) for t in train]
     valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
@@ -143,7 +148,7 @@ def _save(
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.use_compilation_cache()
+    common.prepare_jax()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     run(
         workdir / "sft",

@@ -243,7 +243,7 @@ def policy_before(workdir: pathlib.Path, iteration: int) -> pathlib.Path:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.use_compilation_cache()
+    common.prepare_jax()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     folder = workdir / f"iteration_{_ITERATION.value}"
     run(

@@ -191,7 +191,7 @@ def data_files(workdir: pathlib.Path, iteration: int) -> list[pathlib.Path]:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.use_compilation_cache()
+    common.prepare_jax()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     run(
         workdir / f"iteration_{_ITERATION.value}" / "progress",

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     if argv[1] != "env":  # which reads no model
         from experiments import common
 
-        common.use_compilation_cache()
+        common.prepare_jax()
     importlib.import_module(f"experiments.bench.{argv[1]}").run()
 
 

@@ -1,0 +1,84 @@
+"""The whole method in one command, with a tiny random policy on real games."""
+
+import re
+
+import pytest
+
+from spa_jax import store
+from spa_jax.envs.protocol import Task
+from spa_jax.errors import UserError
+from tests import tiny
+from tests.experiments import stages
+
+_FLAGS = (
+    "--generate_train=6", "--generate_valid=2", "--generate_explore=8", "--generate_heldout=3",
+    "--task_types=pick_and_place_simple", "--max_receptacles=4", "--max_steps=15",
+    "--max_new_tokens=6", "--context_length=1024", "--row_length=1024", "--policy_slots=256",
+    "--rows_per_device=1", "--slots=4", "--sft_epochs=1", "--sft_batch_size=3", "--games=4",
+    "--rollouts=1", "--split=explore", "--iterations=2", "--progress_epochs=2",
+    "--ppo_batch_size=4",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: its folder, its flags and what it printed."""
+    root = tmp_path_factory.mktemp("run_spa")
+    tiny.tiny_policy(root / "policy")
+    flags = (*_FLAGS, f"--workdir={root / 'run'}", f"--policy={root / 'policy'}")
+    return root / "run", flags, stages.succeed("run_spa", *flags)
+
+
+def test_it_ends_with_a_table_and_a_result_line(finished):
+    folder, _, out = finished
+    last = out.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"RESULT base_success=\d\.\d{4} spa_success=\d\.\d{4} spa_grounding=\d\.\d{4} games=3 "
+        rf"seconds=[\d.]+ report={re.escape(str(folder / 'report.html'))}",
+        last,
+    ), last
+    assert "base (SFT)" in out and "SPA" in out
+    assert "<svg" in (folder / "report.html").read_text()
+
+
+def test_every_stage_left_its_files(finished):
+    folder, _, _ = finished
+    for stage in ("sft", "iteration_0/ppo", "iteration_1/ppo"):
+        assert (folder / stage / "policy" / "config.json").exists()
+        assert stages.lines(folder / stage / "metrics.jsonl") >= 1
+    for name in ("sft", "spa"):
+        played = store.read(folder / "eval" / name / "trajectories.jsonl")
+        assert len(played) == 3
+        assert all(step.contribution is not None for t in played for step in t.steps)
+
+
+def test_rounds_play_different_games_with_the_newest_policy(finished):
+    folder, _, _ = finished
+    rounds = [
+        store.read(folder / f"iteration_{i}" / "explore" / "trajectories.jsonl") for i in (0, 1)
+    ]
+    assert not {t.task for t in rounds[0]} & {t.task for t in rounds[1]}
+    assert rounds[1][0].policy.endswith("iteration_0/ppo/policy")
+    assert rounds[0][0].steps[0].policy_version < rounds[1][0].steps[0].policy_version
+
+
+def test_run_again_it_is_done(finished):
+    folder, flags, _ = finished
+    before = (folder / "iteration_1" / "ppo" / "policy" / "model.safetensors").stat().st_mtime_ns
+    again = stages.succeed("run_spa", *flags)
+    assert "already done" in again
+    after = (folder / "iteration_1" / "ppo" / "policy" / "model.safetensors").stat().st_mtime_ns
+    assert before == after
+
+
+def test_a_shared_layout_or_seed_is_refused():
+    from experiments import run_spa
+
+    def task(split: str, layout: str, seed: int | None) -> Task:
+        return Task(task=f"{split}/{layout}", split=split, task_type="", layout=layout, seed=seed)
+
+    held_out = [task("heldout", "a", 4)]
+    run_spa.assert_disjoint({"train": [task("train", "b", 1)], "heldout": held_out}, "heldout")
+    for bad in (task("train", "a", 1), task("train", "b", 4)):
+        with pytest.raises(UserError, match="held-out"):
+            run_spa.assert_disjoint({"train": [bad], "heldout": held_out}, "heldout")
