@@ -53,6 +53,33 @@ class ModelConfig:
     max_position: int = 8192
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B, T, n] @ w [n, m], whose weight gradient is x^T g in w's own layout.
+
+    JAX's rule gives (g^T x)^T.  XLA then computes g transposed, with all of the activation's
+    derivative fused into strided writes: on a CPU that fusion took longer than any product.
+    """
+    return x @ w
+
+
+def _matmul_backward(
+    saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    rows, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    dw = jax.lax.dot_general(rows, g_rows, (((0,), (0,)), ((), ())))
+    return (g_rows @ w.T).reshape(x.shape), dw.astype(w.dtype)
+
+
+matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
+
+
+def _dot_general(x: jax.Array, w: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """`matmul` as `nn.Dense` calls it: the last axis of x against the first of w."""
+    return matmul(x, w)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale, computed in float32."""
 
@@ -168,16 +195,20 @@ class Block(nn.Module):
         q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         attention = attend_causally if cache is None else attend
         out = attention(q, k, v, mask).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
-        x = x + nn.Dense(c.hidden_size, use_bias=False, name="o")(out)
+        x = x + nn.Dense(c.hidden_size, use_bias=False, dot_general=_dot_general, name="o")(out)
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        gate = nn.Dense(c.intermediate_size, use_bias=False, name="gate")(h)
-        up = nn.Dense(c.intermediate_size, use_bias=False, name="up")(h)
-        x = x + nn.Dense(c.hidden_size, use_bias=False, name="down")(nn.silu(gate) * up)
+        gate = nn.Dense(c.intermediate_size, use_bias=False, dot_general=_dot_general, name="gate")(
+            h
+        )
+        up = nn.Dense(c.intermediate_size, use_bias=False, dot_general=_dot_general, name="up")(h)
+        x = x + nn.Dense(c.hidden_size, use_bias=False, dot_general=_dot_general, name="down")(
+            nn.silu(gate) * up
+        )
         return x, cache
 
     def _heads(self, h: jax.Array, name: str, heads: int) -> jax.Array:
         size = heads * self.config.head_dim
-        y = nn.Dense(size, use_bias=False, name=name)(h)
+        y = nn.Dense(size, use_bias=False, dot_general=_dot_general, name=name)(h)
         return y.reshape(*h.shape[:2], heads, self.config.head_dim)
 
 

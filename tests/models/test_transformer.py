@@ -194,3 +194,12 @@ def test_logits_are_those_of_transformers(tied, tmp_path):
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     hidden = transformer.hidden_states(config, params, tokens, positions, np.ones_like(tokens))
     np.testing.assert_allclose(transformer.logits(params, hidden), wanted, atol=1e-3)
+
+
+def test_the_gradient_of_matmul_is_that_of_a_plain_product():
+    keys = jax.random.split(jax.random.key(3), 3)
+    x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, ((2, 3, 4), (4, 5), (2, 3, 5))))
+    ours = jax.grad(lambda x, w: jnp.sum(transformer.matmul(x, w) * g), (0, 1))(x, w)
+    plain = jax.grad(lambda x, w: jnp.sum(jnp.einsum("btn,nm->btm", x, w) * g), (0, 1))(x, w)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
