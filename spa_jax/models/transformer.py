@@ -304,7 +304,7 @@ def unstack(params: Params) -> Params:
 
 
 def empty_cache(
-    config: ModelConfig, rows: int, length: int, dtype: jnp.dtype = jnp.float32
+    config: ModelConfig, rows: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> list[LayerCache]:
     """A cache of zeros: a (keys [B, G, K, C], values [B, G, C, K]) pair a layer."""
     keys = (rows, config.num_kv_heads, config.head_dim, length)
