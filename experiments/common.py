@@ -180,7 +180,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and jax.default_backend() == "cpu":
         mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # becomes the largest size_t: never
         mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
