@@ -12,6 +12,7 @@ and its largest tensor.
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import pathlib
@@ -609,7 +610,11 @@ def _write_safetensors(path: pathlib.Path, tensors: Mapping[str, Lazy]) -> None:
 
 @contextlib.contextmanager
 def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder that takes `folder`'s name when the block ends well."""
+    """A temporary folder that takes `folder`'s name when the block ends well.
+
+    What a killed writer of the same folder left is removed then, and not before: until the new
+    folder stands, it may be the only whole copy.
+    """
     if folder.exists() and not (folder / "config.json").is_file():
         if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"{folder}: holds something else than a model; choose another folder")
@@ -623,9 +628,11 @@ def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         if folder.exists():
             folder.replace(old)
         new.replace(folder)
+        for suffix in ("tmp", "old"):
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.{suffix}"):
+                shutil.rmtree(left, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -198,7 +198,8 @@ def test_logits_are_those_of_transformers(tied, tmp_path):
 
 def test_the_gradient_of_matmul_is_that_of_a_plain_product():
     keys = jax.random.split(jax.random.key(3), 3)
-    x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, ((2, 3, 4), (4, 5), (2, 3, 5))))
+    shapes = ((2, 3, 4), (4, 5), (2, 3, 5))
+    x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
     ours = jax.grad(lambda x, w: jnp.sum(transformer.matmul(x, w) * g), (0, 1))(x, w)
     plain = jax.grad(lambda x, w: jnp.sum(jnp.einsum("btn,nm->btm", x, w) * g), (0, 1))(x, w)
     for a, b in zip(ours, plain, strict=True):

