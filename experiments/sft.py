@@ -79,8 +79,8 @@ def run(
             "loss": sums["nll"] / tokens,
             "grad_norm": sums["grad_norm"],
             "learning_rate": float(rate(update)),
-            "tokens": float((packed.segment_ids > 0).sum()),
-            "tokens_per_second": float((packed.segment_ids > 0).sum()) / (time.time() - tick),
+            "tokens": float((packed.segment_ids != 0).sum()),
+            "tokens_per_second": float((packed.segment_ids != 0).sum()) / (time.time() - tick),
             "padding_share": batching.padding_share(packed),
         }
         last = update + 1 == total
@@ -120,12 +120,7 @@ def held_out_loss(
 
 
 def _pack(trajectories: list[Trajectory], rows: RowsConfig) -> batching.PackedRows:
-    return batching.pack(
-        trajectories,
-        row_length=rows.row_length,
-        policy_slots=rows.policy_slots,
-        step_slots=rows.step_slots,
-    )
+    return batching.pack(trajectories, **rows.packing)
 
 
 def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:

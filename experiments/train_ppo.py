@@ -107,7 +107,7 @@ def run(
         packed, batches, counts = make_batches(trajectories, table, chosen, rows, trainer.devices)
         state, sums = trainer.update(state, batches, counts)
         metrics = update_metrics(sums, counts, trajectories, table, chosen)
-        tokens = float((packed.segment_ids > 0).sum())
+        tokens = float((packed.segment_ids != 0).sum())
         metrics |= {
             "tokens": tokens,
             "tokens_per_second": tokens / (time.time() - tick),
@@ -179,12 +179,7 @@ def make_batches(
     devices: int,
 ) -> tuple[batching.PackedRows, list[ppo_update.PpoBatch], dict[str, float]]:
     """The microbatches of an update, whitened over all its steps, and its global counts."""
-    packed = batching.pack(
-        [trajectories[i] for i in chosen],
-        row_length=rows.row_length,
-        policy_slots=rows.policy_slots,
-        step_slots=rows.step_slots,
-    )
+    packed = batching.pack([trajectories[i] for i in chosen], **rows.packing)
     white = np.asarray(advantages.whiten(table.advantages[chosen], table.mask[chosen]))
     counts = {"tokens": float(packed.token_mask.sum()), "steps": float(packed.step_mask.sum())}
     batches = [

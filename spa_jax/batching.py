@@ -20,6 +20,12 @@ and S = 4 step slots (c = context, 0 and 1 = tokens that a step wrote):
     step_number      0  1  0  .         k within its trajectory
     step_mask        1  1  1  0
 
+With `share_prefix`, what all trajectories open with (the instruction) stands once a row:
+attention is causal, so it is the same for all of them, and every one of them sees it.
+
+    segment_ids     -1 -1  1  1  1  1   2  2 | 0  0  0  0    (the same, sharing 2 tokens)
+    positions        0  1  2  3  4  5   2  3   0  0  0  0
+
 Everything is derived from `step_id`.  A step that wrote no token has no end and
 no value position: it takes no slot, and `gather_steps` gives it mask 0.
 """
@@ -34,6 +40,8 @@ from flax import struct
 from spa_jax.errors import UserError
 from spa_jax.trajectory import Trajectory
 
+SHARED = -1  # the segment of a row's shared prefix
+
 
 @struct.dataclass
 class PackedRows:
@@ -46,7 +54,8 @@ class PackedRows:
     Attributes:
       tokens: [R, L] token ids.
       positions: [R, L] position within the trajectory, from 0.
-      segment_ids: [R, L] 0 = padding, 1.. = the trajectory within the row.
+      segment_ids: [R, L] 0 = padding, 1.. = the trajectory within the row, SHARED = the prefix
+        of all of them.
       token_index: [R, P] the column whose next token is the policy token.
       targets: [R, P] the policy token's id.
       token_mask: [R, P] 1 where the slot holds a policy token.
@@ -95,6 +104,16 @@ class _Item:
         """[3] tokens, policy tokens and steps."""
         return np.array([len(self.tokens), len(self.policy), len(self.numbers)])
 
+    def after(self, n: int) -> "_Item":
+        """The same without its first n tokens, none of which the policy wrote."""
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[n:],
+            policy=self.policy - n,
+            first=self.first - n,
+            last=self.last - n,
+        )
+
 
 def pack(
     trajectories: Sequence[Trajectory],
@@ -103,6 +122,7 @@ def pack(
     policy_slots: int,
     step_slots: int,
     rows_multiple: int = 1,
+    share_prefix: bool = False,
 ) -> PackedRows:
     """Packs trajectories into rows: first-fit decreasing by length, deterministic.
 
@@ -117,6 +137,7 @@ def pack(
       step_slots: S, steps a row.
       rows_multiple: padding rows are added until R is a multiple of this; R is
         at least `rows_multiple`, even if nothing is packed.
+      share_prefix: put the context that all trajectories open with once into each row.
 
     Returns:
       The rows, in the order in which they were opened.
@@ -130,13 +151,18 @@ def pack(
     items = [item for item in items if len(item.policy)]
     for item in items:
         _check_fits(item, trajectories[item.index], limits)
-    bins = _first_fit_decreasing(items, limits)
+    shared = _common_prefix(items) if share_prefix else 0
+    prefix = items[0].tokens[:shared] if items else np.zeros(0, np.int32)
+    bins = _first_fit_decreasing([item.after(shared) for item in items], limits - [shared, 0, 0])
     num_rows = max(1, -(-len(bins) // rows_multiple)) * rows_multiple
     rows = _empty(num_rows, row_length, policy_slots, step_slots)
     for r, members in enumerate(bins):
-        start = np.zeros(3, np.int64)
+        rows.tokens[r, :shared] = prefix
+        rows.positions[r, :shared] = np.arange(shared)
+        rows.segment_ids[r, :shared] = SHARED
+        start = np.array([shared, 0, 0])
         for segment, item in enumerate(members, 1):
-            _place(rows, r, segment, start, item)
+            _place(rows, r, segment, start, item, shared)
             start += item.size
     return rows
 
@@ -165,6 +191,19 @@ def _item(index: int, trajectory: Trajectory) -> _Item:
         index, tokens, policy, token_step, log_probs[policy], ref[policy],
         numbers, policy[first], last,
     )  # fmt: skip
+
+
+def _common_prefix(items: list[_Item]) -> int:
+    """How many context tokens all items open with.
+
+    Each keeps its last token before the policy's first for itself: its value is read there.
+    """
+    if len(items) < 2:
+        return 0
+    longest = min(int(item.policy[0]) - 1 for item in items)
+    heads = np.stack([item.tokens[:longest] for item in items])
+    differs = np.flatnonzero((heads != heads[0]).any(0))
+    return int(differs[0]) if len(differs) else longest
 
 
 def _check_fits(item: _Item, trajectory: Trajectory, limits: np.ndarray) -> None:
@@ -211,11 +250,13 @@ def _empty(num_rows: int, length: int, policy_slots: int, step_slots: int) -> Pa
     return PackedRows(**arrays)
 
 
-def _place(rows: PackedRows, r: int, segment: int, start: np.ndarray, item: _Item) -> None:
+def _place(
+    rows: PackedRows, r: int, segment: int, start: np.ndarray, item: _Item, shared: int
+) -> None:
     """Writes `item` into row `r`, from (token, policy slot, step slot) `start` on."""
     at, slot, step = (slice(a, a + n) for a, n in zip(start, item.size, strict=True))
     rows.tokens[r, at] = item.tokens
-    rows.positions[r, at] = np.arange(len(item.tokens))
+    rows.positions[r, at] = shared + np.arange(len(item.tokens))
     rows.segment_ids[r, at] = segment
     rows.token_index[r, slot] = start[0] + item.policy - 1
     rows.targets[r, slot] = item.tokens[item.policy]

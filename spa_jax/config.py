@@ -53,6 +53,19 @@ class RowsConfig:
     policy_slots: int = _setting(384, "Policy tokens a packed row holds.")
     step_slots: int = _setting(64, "Steps a packed row holds.")
     rows_per_device: int = _setting(2, "Rows that a device takes at once (a microbatch).")
+    share_prefix: bool = _setting(
+        True, "Compute what all of a batch's trajectories open with once a row."
+    )
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """The arguments of `batching.pack`."""
+        return {
+            "row_length": self.row_length,
+            "policy_slots": self.policy_slots,
+            "step_slots": self.step_slots,
+            "share_prefix": self.share_prefix,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -202,6 +202,37 @@ def test_steps_begin_and_end_where_step_id_says(made):
 
 
 @few
+@hypothesis.given(episodes(), st.integers(0, 4))
+def test_a_shared_prefix_stands_once_a_row(made, length):
+    prefix = list(range(-length, 0))  # ids that no episode has
+    made = [trajectory(prefix + list(t.token_ids), [-1] * length + list(t.step_id)) for t in made]
+    limits = LIMITS | {"row_length": 30}
+    rows = batching.pack(made, share_prefix=True, **limits)
+    taught = [t for t in made if max(t.step_id, default=-1) >= 0]
+    shared = rows.segment_ids == batching.SHARED
+    count = int(shared[0].sum())
+    # The last context token before the first of the policy's stays everybody's own.
+    assert count == length if len(taught) > 1 else count == 0
+    seen = []
+    for r in range(len(rows.tokens)):
+        assert rows.tokens[r, :count].tolist() == prefix[:count]
+        for segment in range(1, rows.segment_ids[r].max() + 1):
+            columns = np.flatnonzero(rows.segment_ids[r] == segment)
+            np.testing.assert_array_equal(np.diff(columns), 1)
+            np.testing.assert_array_equal(
+                rows.positions[r, columns], count + np.arange(len(columns))
+            )
+            seen.append((*prefix[:count], *rows.tokens[r, columns]))
+    assert sorted(seen) == sorted(t.token_ids for t in taught)
+    for r, s in zip(*np.nonzero(rows.step_mask), strict=True):
+        t, k = made[rows.step_trajectory[r, s]], rows.step_number[r, s]
+        wrote = [token for token, i in zip(t.token_ids, t.step_id, strict=True) if i == k]
+        begin, end = rows.value_index[r, s], rows.end_index[r, s]
+        np.testing.assert_array_equal(rows.tokens[r, begin + 1 : end + 1], wrote)
+        assert rows.segment_ids[r, begin] == rows.segment_ids[r, end]
+
+
+@few
 @hypothesis.given(episodes(), st.randoms(use_true_random=False))
 def test_scatter_and_gather_are_inverse_in_any_order_of_rows(made, random):
     rows = batching.pack(made, rows_multiple=2, **LIMITS)

@@ -12,12 +12,7 @@ def run() -> None:
     config, params, name = floor.model()
     rows, optimizer = updates.ROWS, updates.adamw()
     trainer = partition.Pmap(sft_update.make_loss(config), optimizer)
-    packed = batching.pack(
-        updates.episodes(_BATCH, config.vocab_size),
-        row_length=rows.row_length,
-        policy_slots=rows.policy_slots,
-        step_slots=rows.step_slots,
-    )
+    packed = batching.pack(updates.episodes(_BATCH, config.vocab_size), **rows.packing)
     seconds = updates.time_update(
         trainer,
         optimizer,

@@ -83,7 +83,7 @@ def report(
     the optimiser and what is computed twice to save memory are what a better program avoids.
     """
     matmul, read = floor.matmul_rate(), floor.copy_rate()
-    tokens = float((packed.segment_ids > 0).sum())
+    tokens = float((packed.segment_ids != 0).sum())
     written = float(packed.token_mask.sum())
     layers, vocabulary = floor.layer_parameters(params), floor.vocabulary_parameters(config)
     flops = 6.0 * (layers * tokens + vocabulary * written)

@@ -27,6 +27,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spa_jax.batching import SHARED
+
 Params = Any  # a pytree of arrays
 # Keys [B, G, K, C] and values [B, G, C, K].  Keys lie transposed: on a CPU the scores of
 # one new token are then a row-major product, ten times faster than the other layout.
@@ -239,10 +241,10 @@ class Decoder(nn.Module):
 
 
 def packed_mask(segment_ids: jax.Array) -> jax.Array:
-    """Causal attention that stays inside a packed trajectory.
+    """Causal attention that stays inside a packed trajectory and its row's shared prefix.
 
-        segment_ids  1 1 2 2 2 0        (0 = padding)
-        token 3 sees     2 2            (its own trajectory, up to itself)
+        segment_ids  -1 1 1 2 2 2 0     (0 = padding, -1 = shared prefix)
+        token 4 sees -1     2 2         (the prefix, and its own trajectory up to itself)
 
     Args:
       segment_ids: [B, T] int.
@@ -252,7 +254,8 @@ def packed_mask(segment_ids: jax.Array) -> jax.Array:
     """
     length = segment_ids.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
-    return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    keys = segment_ids[:, None, :]
+    return causal & ((segment_ids[:, :, None] == keys) | (keys == SHARED))
 
 
 def init(config: ModelConfig, key: chex.PRNGKey) -> Params:
@@ -275,7 +278,7 @@ def hidden_states(
       params: the tree above.
       tokens: [B, T] int.
       positions: [B, T] int, from 0 in each packed trajectory.
-      segment_ids: [B, T] int, 0 = padding.
+      segment_ids: [B, T] int, 0 = padding, -1 = a prefix that all of the row's segments see.
 
     Returns:
       [B, T, D].

@@ -65,12 +65,7 @@ def score(
     Returns:
       The scores, on the host.
     """
-    packed = batching.pack(
-        trajectories,
-        row_length=rows.row_length,
-        policy_slots=rows.policy_slots,
-        step_slots=rows.step_slots,
-    )
+    packed = batching.pack(trajectories, **rows.packing)
     devices = jax.local_device_count()
     run = partition.pmap_forward(functools.partial(forward.score, config, temperature=temperature))
     replicated = partition.replicate(params)

@@ -49,12 +49,7 @@ def _params():
 
 
 def _pack(episodes, rows: RowsConfig = ROWS):
-    return batching.pack(
-        episodes,
-        row_length=rows.row_length,
-        policy_slots=rows.policy_slots,
-        step_slots=rows.step_slots,
-    )
+    return batching.pack(episodes, **rows.packing)
 
 
 def _ppo_batches(episodes, rows: RowsConfig, devices: int):
@@ -138,6 +133,60 @@ def test_dealing_the_batch_out_changes_nothing(name):
         for key, value in metrics.items():
             assert value == pytest.approx(one[0][key], rel=2e-5, abs=2e-5), (deal, key)
         _close(move, one[1], 2e-4)  # a difference of parameters: their rounding over the move
+
+
+def _same_opening(episodes, ids=(5, 6, 7, 8, 9)):
+    """The episodes, each behind the same instruction."""
+    n = len(ids)
+    return [
+        dataclasses.replace(
+            t,
+            token_ids=(*ids, *t.token_ids),
+            step_id=(-1,) * n + tuple(t.step_id),
+            log_probs=(0.0,) * n + tuple(t.log_probs),
+            ref_log_probs=None,
+        )
+        for t in episodes
+    ]
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_a_shared_instruction_changes_nothing_but_the_work(name, monkeypatch):
+    opened = _same_opening(_episodes())
+    monkeypatch.setattr(f"{__name__}._episodes", lambda: opened)
+    found = {}
+    for share in (False, True):
+        rows = dataclasses.replace(ROWS, share_prefix=share)
+        packed = _pack(opened, rows)
+        assert (packed.segment_ids == batching.SHARED).any() == share
+        loss_fn, params, batches, counts = UPDATES[name](1, rows)
+        trainer = partition.Pmap(loss_fn, SGD, 1)
+        state, metrics = trainer.update(
+            trainer.replicate(state_lib.create(params, SGD)), batches, counts
+        )
+        move = jax.tree.map(
+            lambda a, b: (a - b) / RATE, jax.device_get(partition.unreplicate(state.params)), params
+        )
+        found[share] = metrics, move, int((packed.segment_ids != 0).sum())
+    assert found[True][2] < found[False][2]
+    for key, value in found[True][0].items():
+        assert value == pytest.approx(found[False][0][key], rel=2e-5, abs=2e-5), key
+    _close(found[True][1], found[False][1], 2e-4)
+
+
+def test_scores_behind_a_shared_instruction():
+    opened = _same_opening(_episodes())
+    ours, theirs = (
+        scoring.score(
+            CONFIG, _params(), opened, dataclasses.replace(ROWS, share_prefix=share),
+            temperature=0.7, title="scores",
+        )
+        for share in (True, False)
+    )  # fmt: skip
+    for name in ("end_hidden", "value_hidden", "values", "step_mask"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5)
+    for a, b in zip(ours.log_probs, theirs.log_probs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_adam_too(name="estimator"):
