@@ -106,6 +106,21 @@ def prefill(
     )
 
 
+def copy_cache(state: SlotState, source: jax.Array, target: jax.Array) -> SlotState:
+    """Gives one slot the cache of another; how much of it counts is for the caller to know.
+
+    Args:
+      state: the slots.
+      source: int32, the slot to copy from.
+      target: int32, the slot to copy to.
+
+    Returns:
+      The slots; `hidden` and `length` are as they were.
+    """
+    copied = jax.tree.map(lambda x: x.at[target].set(x[source]), state.cache)
+    return state.replace(cache=copied)
+
+
 def truncate(scaled: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Logits outside the top k, or outside the smallest set of mass top_p, become -inf.
 

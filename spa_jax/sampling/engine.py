@@ -2,7 +2,8 @@
 
 It holds `slots` conversations on the device.  A caller says which ids to append to which
 slot (`append`) and lets some slots write a turn (`generate`); nothing that is in the cache
-is ever encoded again, and no shape depends on the data.
+is ever encoded again, not even by another slot (episodes open with the same instruction),
+and no shape depends on the data.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from spa_jax.sampling import decode
 from spa_jax.trajectory import Sampling
 
 _CHUNKS = (8, 32)  # tokens a prefill call appends to a slot: the compiled shapes
+_SHARED_LEAST = 16  # tokens; below it, encoding again is cheaper than copying a slot's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +68,18 @@ class Engine:
         self.sampling = sampling
         self.generated_tokens = 0
         self.prefilled_tokens = 0
+        self.reused_tokens = 0
         self._config = config
         self._params = jax.jit(transformer.unstack)(params)
         self._state = decode.empty_state(config, slots, context_length)
         self._length = np.zeros(slots, np.int64)
         self._unfed: list[list[int]] = [[] for _ in range(slots)]
+        # The ids whose keys and values lie in a slot's cache; they outlive the conversation.
+        self._cached: list[list[int]] = [[] for _ in range(slots)]
         self._base_key = jax.random.key(seed)
         self._keys = jax.random.split(self._base_key, slots)
         self._prefill = jax.jit(functools.partial(decode.prefill, config), donate_argnums=1)
+        self._copy = jax.jit(decode.copy_cache, donate_argnums=0)
         self._decode = jax.jit(
             functools.partial(
                 decode.decode_turn,
@@ -108,6 +114,7 @@ class Engine:
         pending = {slot: self._unfed[slot] + list(new) for slot, new in ids.items()}
         for slot in pending:
             self._unfed[slot] = []
+        self._reuse(pending)
         while pending:
             chunk = _CHUNKS[-1] if max(map(len, pending.values())) > _CHUNKS[0] else _CHUNKS[0]
             # The longest first: they are the ones that need another call anyway.
@@ -116,6 +123,31 @@ class Engine:
             rows = self.slots if len(order) > 2 * small else small
             self._prefill_chunk(order[:rows], pending, rows, chunk)
             pending = {slot: rest for slot, rest in pending.items() if rest}
+
+    def _reuse(self, pending: dict[int, list[int]]) -> None:
+        """Takes what empty slots open with from the cache of a slot that has it."""
+        fresh = [slot for slot in pending if self._length[slot] == 0]
+        for place, slot in enumerate(fresh):
+            ids = pending[slot]
+            donor = max(
+                range(self.slots), key=lambda s: (_common(ids, self._cached[s]), s == slot)
+            )
+            shared = _common(ids, self._cached[donor])
+            if shared >= _SHARED_LEAST:
+                if donor != slot:
+                    self._state = self._copy(self._state, donor, slot)
+                self._cached[slot] = ids[:shared]
+                self._length[slot] = shared
+                pending[slot] = ids[shared:]
+                self.reused_tokens += shared
+                continue
+            # Nobody has it yet: this slot is the first, if others are to follow.
+            wanted = max((_common(ids, pending[other]) for other in fresh[place + 1 :]), default=0)
+            if wanted >= _SHARED_LEAST:
+                opening = {slot: ids[:wanted]}
+                while opening[slot]:
+                    self._prefill_chunk([slot], opening, max(1, self.slots // 4), _CHUNKS[-1])
+                pending[slot] = ids[wanted:]
 
     def _prefill_chunk(
         self, slots: list[int], pending: dict[int, list[int]], rows: int, chunk: int
@@ -129,11 +161,16 @@ class Engine:
             head, pending[slot] = pending[slot][:chunk], pending[slot][chunk:]
             tokens[row, : len(head)] = head
             index[row], starts[row], counts[row] = slot, self._length[slot], len(head)
-            self._length[slot] += len(head)
+            self._feed(slot, head)
             self.prefilled_tokens += len(head)
         self._state = self._prefill(
             self._params, self._state, tokens, starts, counts, None if every else index
         )
+
+    def _feed(self, slot: int, ids: list[int]) -> None:
+        """Records that the ids went into the slot's cache."""
+        self._cached[slot] = self._cached[slot][: self._length[slot]] + ids
+        self._length[slot] += len(ids)
 
     def generate(self, slots: Sequence[int]) -> dict[int, Response]:
         """Lets the policy write one turn in each of `slots`, all of them prefilled."""
@@ -146,10 +183,19 @@ class Engine:
         responses = {}
         for slot in slots:
             ids = tokens[slot, : count[slot]].tolist()
-            self._length[slot] += len(ids) - 1  # all but the last one were fed
+            self._feed(slot, ids[:-1])  # the last one was not
             self._unfed[slot] = ids[-1:]
             self.generated_tokens += len(ids)
             responses[slot] = Response(
                 ids, log_probs[slot, : count[slot]].tolist(), bool(ended[slot])
             )
         return responses
+
+
+def _common(ids: Sequence[int], cached: Sequence[int]) -> int:
+    """How many ids two lists open with in common, short of all of the first.
+
+    The last id is encoded in any case: the policy writes after its hidden state.
+    """
+    limit = min(len(ids) - 1, len(cached))
+    return next((n for n in range(limit) if ids[n] != cached[n]), max(limit, 0))

@@ -181,13 +181,37 @@ def test_nothing_is_encoded_twice():
     assert engine.generated_tokens - written == wrote
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_what_episodes_open_with_is_encoded_once(sampling):
+    opening = np.random.default_rng(9).integers(3, 384, 40).tolist()
+
+    def episodes():
+        made = _episodes(seed=2)
+        for i, e in enumerate(made):
+            e.contexts[0] = opening[: 40 - i] + e.contexts[0]
+        return made
+
+    wanted = [_plain(e, sampling) for e in sorted(episodes(), key=lambda e: e.number)]
+    for seed in (0, 1):
+        engine = _engine(4, sampling)
+        played = _play(engine, episodes(), seed)
+        for ours, theirs in zip(played, wanted, strict=True):
+            assert ours.ids == theirs.ids
+            np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
+        context = sum(len(c) for e in played for c in e.contexts)
+        turns = sum(e.turn - 1 for e in played)
+        assert engine.prefilled_tokens + engine.reused_tokens == context + turns
+        assert engine.reused_tokens >= 34 * 6  # all but the first episode's
+
+
 def test_nothing_is_compiled_after_the_first_shapes():
     engine = _engine(4, DRAWN)
+    rng = np.random.default_rng(0)
     for slots in ([0], [0, 1, 2, 3]):
         for length in (3, 20):
             for slot in slots:
                 engine.open(slot, slot)
-            engine.append({slot: [5] * length for slot in slots})
+            engine.append({slot: rng.integers(3, 384, length).tolist() for slot in slots})
             engine.generate(slots)
     sizes = engine._prefill._cache_size(), engine._decode._cache_size()
     assert sizes == (4, 1)  # two chunks, a few rows or all of them
