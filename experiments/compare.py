@@ -9,6 +9,7 @@ its games.  The arms see the same held-out games in every seed.  Writes W/compar
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,14 @@ def train_terminal(r: run_spa.Run) -> pathlib.Path:
         run=dataclasses.replace(r.run, base=str(r.base)),
         credit=dataclasses.replace(r.credit, credit="terminal"),
     )
+    explored = arm.workdir / "iteration_0" / "explore"
+    if not explored.exists():
+        # The base plays the same games with the same random numbers in both arms.
+        explored.parent.mkdir(parents=True, exist_ok=True)
+        partial = explored.with_name(".explore.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(r.workdir / "iteration_0" / "explore", partial)
+        partial.rename(explored)
     for iteration in range(arm.run.iterations):
         run_spa.train_round(arm, iteration)
     return train_ppo.policy_before(arm.workdir, arm.run.iterations)

@@ -152,7 +152,9 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
     for start in range(0, q.shape[3], _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, q.shape[3])
         seen = mask[:, start:end, :end]
-        blocks.append(attend(q[:, :, :, start:end], k[..., :end], v[:, :, :end], seen))
+        # Making the scores again costs less than storing them, and reading them back, would.
+        block = jax.checkpoint(attend)
+        blocks.append(block(q[:, :, :, start:end], k[..., :end], v[:, :, :end], seen))
     return jnp.concatenate(blocks, 3)
 
 
