@@ -159,13 +159,18 @@ def behaviour_temperature(
 def step_table(
     trajectories: Sequence[Trajectory], scores: scoring.Scores, ppo: PpoConfig
 ) -> StepTable:
-    """GAE over steps of all episodes, with the values of the stage's start."""
+    """GAE over steps of all episodes, with the values of the stage's start.
+
+    --step_baseline changes the advantages alone: the critic still learns the returns.
+    """
     rewards = np.zeros_like(scores.values)
     for i, trajectory in enumerate(trajectories):
         rewards[i, : len(trajectory.steps)] = [step.reward for step in trajectory.steps]
     advantage, returns = advantages.step_gae(
         rewards, scores.values, scores.step_mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
     )
+    if ppo.step_baseline:
+        advantage = advantages.less_step_mean(advantage, scores.step_mask)
     return StepTable(
         rewards, scores.values, np.asarray(advantage), np.asarray(returns), scores.step_mask
     )

@@ -136,6 +136,9 @@ class PpoConfig:
     batch_size: int = _setting(8, "Trajectories an update.", "ppo_batch_size")
     gamma: float = _setting(0.99, "Discount a step.")
     gae_lambda: float = _setting(0.95, "Lambda of generalised advantage estimation.")
+    step_baseline: bool = _setting(
+        False, "Subtract from each advantage the mean of the other episodes' at the same step."
+    )
     clip: float = _setting(0.2, "Clip range of the policy's ratio.", "ppo_clip")
     value_clip: float = _setting(0.2, "Clip range of the value.", "ppo_value_clip")
     value_coef: float = _setting(0.1, "Weight of the value loss.", "ppo_value_coef")

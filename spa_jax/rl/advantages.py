@@ -54,6 +54,30 @@ def step_gae(
     return jax.lax.stop_gradient((a_t.T, a_t.T + v_t))
 
 
+def less_step_mean(x: chex.Array, mask: chex.Array) -> chex.Array:
+    """Subtracts from each number the mean of the *other* episodes' at the same step.
+
+        y_ik = x_ik - mean_{j != i} x_jk
+
+    A leave-one-out baseline (arXiv 2402.14740) a step index.  Contributions that add up to R may
+    mostly say how late it is: the first step gets what is true of every episode, late steps, which
+    only losing episodes have, get the loss.  This leaves what tells episodes apart.
+
+    Args:
+      x: [N, S] such as advantages, step k in column k.
+      mask: [N, S] 1 (or True) where a step is.
+
+    Returns:
+      [N, S]; x itself at a step that no other episode has, 0 where the mask is 0.
+    """
+    chex.assert_equal_shape([x, mask])
+    mask = mask.astype(bool)
+    x = jnp.where(mask, x, 0.0)
+    others = jnp.sum(mask, 0) - 1
+    mean = (jnp.sum(x, 0) - x) / jnp.maximum(others, 1)
+    return jnp.where(mask, x - mean, 0.0)
+
+
 def whiten(
     x: chex.Array,
     mask: chex.Array,

@@ -105,5 +105,30 @@ class WhitenTest(chex.TestCase):
         np.testing.assert_array_equal(actual, 0)
 
 
+class LessStepMeanTest(parameterized.TestCase):
+    def test_by_hand(self):
+        x = np.array([[4.0, 5.0, 6.0], [1.0, 2.0, NAN], [7.0, NAN, NAN]])
+        mask = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+        actual = advantages.less_step_mean(x, mask)
+        np.testing.assert_allclose(actual, [[0, 3, 6], [-4.5, -3, 0], [4.5, 0, 0]])
+
+    @few
+    @hypothesis.given(floats(4, 3), floats(3))
+    def test_what_depends_on_the_step_alone_is_gone(self, x, step):
+        mask = np.ones((4, 3))
+        actual = advantages.less_step_mean(x + step, mask)
+        np.testing.assert_allclose(actual, advantages.less_step_mean(x, mask), atol=1e-5)
+        np.testing.assert_allclose(actual.sum(0), 0, atol=1e-4)
+
+    @few
+    @hypothesis.given(floats(4, 3))
+    def test_the_baseline_is_that_of_the_others(self, x):
+        changed = x.copy()
+        changed[1] += 1.0
+        before = advantages.less_step_mean(x, np.ones((4, 3)))
+        after = advantages.less_step_mean(changed, np.ones((4, 3)))
+        np.testing.assert_allclose(after[1] - before[1], 1.0, atol=1e-5)
+
+
 if __name__ == "__main__":
     absltest.main()
