@@ -23,8 +23,8 @@ and S = 4 step slots (c = context, 0 and 1 = tokens that a step wrote):
 With `share_prefix`, what all trajectories open with (the instruction) stands once a row:
 attention is causal, so it is the same for all of them, and every one of them sees it.
 
-    segment_ids     -1 -1  1  1  1  1   2  2 | 0  0  0  0    (the same, sharing 2 tokens)
-    positions        0  1  2  3  4  5   2  3   0  0  0  0
+    segment_ids     -1  1  1  1  1  1 | 2  2  2 | 0  0  0    (the same, sharing a first token)
+    positions        0  1  2  3  4  5   1  2  3   0  0  0
 
 Everything is derived from `step_id`.  A step that wrote no token has no end and
 no value position: it takes no slot, and `gather_steps` gives it mask 0.
