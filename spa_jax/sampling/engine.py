@@ -129,9 +129,7 @@ class Engine:
         fresh = [slot for slot in pending if self._length[slot] == 0]
         for place, slot in enumerate(fresh):
             ids = pending[slot]
-            donor = max(
-                range(self.slots), key=lambda s: (_common(ids, self._cached[s]), s == slot)
-            )
+            donor = max(range(self.slots), key=lambda s: (_common(ids, self._cached[s]), s == slot))
             shared = _common(ids, self._cached[donor])
             if shared >= _SHARED_LEAST:
                 if donor != slot:
