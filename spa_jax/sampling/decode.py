@@ -118,7 +118,7 @@ def copy_cache(state: SlotState, source: jax.Array, target: jax.Array) -> SlotSt
       The slots; `hidden` and `length` are as they were.
     """
     copied = jax.tree.map(lambda x: x.at[target].set(x[source]), state.cache)
-    return state.replace(cache=copied)
+    return SlotState(cache=copied, hidden=state.hidden, length=state.length)
 
 
 def truncate(scaled: jax.Array, top_k: int, top_p: float) -> jax.Array:
