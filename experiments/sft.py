@@ -79,8 +79,8 @@ def run(
             "loss": sums["nll"] / tokens,
             "grad_norm": sums["grad_norm"],
             "learning_rate": float(rate(update)),
-            "tokens": float((packed.segment_ids != 0).sum()),
-            "tokens_per_second": float((packed.segment_ids != 0).sum()) / (time.time() - tick),
+            "tokens": float(batching.token_count(packed)),
+            "tokens_per_second": batching.token_count(packed) / (time.time() - tick),
             "padding_share": batching.padding_share(packed),
         }
         last = update + 1 == total

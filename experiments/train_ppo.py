@@ -107,7 +107,7 @@ def run(
         packed, batches, counts = make_batches(trajectories, table, chosen, rows, trainer.devices)
         state, sums = trainer.update(state, batches, counts)
         metrics = update_metrics(sums, counts, trajectories, table, chosen)
-        tokens = float((packed.segment_ids != 0).sum())
+        tokens = float(batching.token_count(packed))
         metrics |= {
             "tokens": tokens,
             "tokens_per_second": tokens / (time.time() - tick),

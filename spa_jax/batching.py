@@ -271,6 +271,11 @@ def _place(
     rows.step_number[r, step] = item.numbers
 
 
+def token_count(rows: PackedRows) -> int:
+    """Tokens that are computed: all but padding, a shared prefix once a row."""
+    return int(np.count_nonzero(np.asarray(rows.segment_ids)))
+
+
 def padding_share(rows: PackedRows) -> float:
     """The share of `tokens`, in [0, 1], that holds no trajectory."""
     return float(np.mean(np.asarray(rows.segment_ids) == 0))

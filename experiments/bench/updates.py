@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from experiments.bench import floor
+from spa_jax import batching
 from spa_jax.batching import PackedRows
 from spa_jax.config import RowsConfig
 from spa_jax.models.transformer import ModelConfig, Params
@@ -83,7 +84,7 @@ def report(
     the optimiser and what is computed twice to save memory are what a better program avoids.
     """
     matmul, read = floor.matmul_rate(), floor.copy_rate()
-    tokens = float((packed.segment_ids != 0).sum())
+    tokens = float(batching.token_count(packed))
     written = float(packed.token_mask.sum())
     layers, vocabulary = floor.layer_parameters(params), floor.vocabulary_parameters(config)
     flops = 6.0 * (layers * tokens + vocabulary * written)

@@ -20,7 +20,7 @@ from spa_jax.sampling import decode
 from spa_jax.trajectory import Sampling
 
 _CHUNKS = (8, 32)  # tokens a prefill call appends to a slot: the compiled shapes
-_SHARED_LEAST = 16  # tokens; below it, encoding again is cheaper than copying a slot's cache
+_SHARED_LEAST = 16  # tokens; a shorter opening is encoded again (not tuned)
 
 
 @dataclasses.dataclass(frozen=True)
