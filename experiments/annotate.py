@@ -9,7 +9,7 @@ W/iteration_I/annotated.jsonl: the same episodes with contributions, fused rewar
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -33,13 +33,19 @@ def run(
     settings: CreditConfig,
     rows: RowsConfig,
     seed: int,
+    keys: Collection[tuple] | None = None,
 ) -> list[Trajectory]:
-    """Writes the annotated episodes of `data` to the file `out`; returns them."""
+    """Writes the episodes of `data` to the file `out`, annotated; returns those.
+
+    With `keys`, only the episodes with these keys are annotated; the others are written as they
+    are, and environment errors are left out either way.
+    """
     progress = weights.load_heads(progress_folder)
     if "progress" not in progress:
         raise UserError(f"{progress_folder}: holds no progress head; run train_progress first")
     policy = common.load_policy(policy_folder)
-    trajectories = train_progress.playable(store.read(data))
+    played = train_progress.playable(store.read(data))
+    trajectories = [t for t in played if keys is None or t.key in keys]
     if not trajectories:
         raise UserError(f"{data}: holds no episode to annotate")
     scores = train_progress.scores_of(policy, data, trajectories, rows)
@@ -64,7 +70,8 @@ def run(
             strict=True,
         )
     ]  # fmt: skip
-    store.write(out, annotated)
+    by_key = {t.key: t for t in annotated}
+    store.write(out, [by_key.get(t.key, t) for t in played])
     return annotated
 
 

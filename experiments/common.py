@@ -136,8 +136,9 @@ def play_jobs(
         bar.update()
 
     name = EXPERT if policy is None else str(policy.folder)
+    version = policy.version if policy else 0
     player = rollout.Player(
-        env.env, name, policy.version if policy else 0, env.max_steps, env.prompt, env.max_retries
+        env.env, name, version, env.max_steps, env.prompt, env.max_retries, env.give_up_after
     )
     with bar:
         if policy is None:

@@ -24,7 +24,7 @@ from spa_jax import config as config_lib
 from spa_jax import evaluation, store
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
-from spa_jax.report.page import write_report
+from spa_jax.report.page import BASE, shown, write_report
 
 CONFIGS = (
     config_lib.RunConfig,
@@ -155,7 +155,10 @@ def train_round(r: Run, iteration: int) -> None:
 
 
 def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summary:
-    """Plays the held-out games, and annotates them for the report."""
+    """Plays the held-out games, and annotates what is read of them.
+
+    Of the base's that is all, which the estimator is judged on; else what the report shows.
+    """
     out = r.workdir / "eval" / name
     sampling = dataclasses.replace(r.sampling, temperature=r.run.eval_temperature)
     games = config_lib.ExploreConfig(
@@ -164,7 +167,8 @@ def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summa
     summary = evaluate.run(out, str(policy), r.env, sampling, games, r.seed)
     last = r.workdir / f"iteration_{r.run.iterations - 1}" / "progress"
     path = out / "trajectories.jsonl"
-    annotate.run(path, str(r.base), path, last, r.credit, r.rows, r.seed)
+    keys = None if name == BASE else {t.key for t in shown(store.read(path))}
+    annotate.run(path, str(r.base), path, last, r.credit, r.rows, r.seed, keys)
     return summary
 
 
@@ -188,7 +192,7 @@ def execute(r: Run) -> None:
     for iteration in range(r.run.iterations):
         train_round(r, iteration)
     newest = train_ppo.policy_before(r.workdir, r.run.iterations)
-    base = evaluate_policy(r, "sft", r.base)
+    base = evaluate_policy(r, BASE, r.base)
     spa = evaluate_policy(r, "spa", newest)
     validity = judge_estimator(r)
     common.write_json(r.workdir / "estimator.json", validity)

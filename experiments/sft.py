@@ -8,7 +8,7 @@ weights of the best held-out loss), metrics.jsonl and checkpoints.  Run again, i
 
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,9 @@ from experiments import flags as flags_lib
 from spa_jax import batching, chat, store
 from spa_jax.config import RowsConfig, SftConfig
 from spa_jax.errors import UserError
+from spa_jax.models import transformer
 from spa_jax.training import metrics as metrics_lib
-from spa_jax.training import partition, schedule, sft_update
+from spa_jax.training import partition, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.trajectory import Trajectory
@@ -52,12 +53,17 @@ def run(
     total = sft.updates or max(1, round(sft.epochs * per_epoch))
     rate = schedule.warmup_cosine(sft.learning_rate, total, sft.warmup_share)
     optimizer = state_lib.adamw(rate, clip_norm=sft.clip_norm, weight_decay=sft.weight_decay)
-    trainer = partition.Pmap(sft_update.make_loss(policy.config), optimizer)
+    trained, frozen = transformer.split(policy.config, policy.params, sft.train_layers)
+    trainer = partition.Pmap(
+        sft_update.make_loss(policy.config), optimizer, frozen={"policy": frozen} if frozen else {}
+    )
     evaluate = partition.pmap_forward(sft_update.make_nll(policy.config))
+    train_data = Demonstrations(train, rows, policy.config, trainer, "frozen layers")
+    valid_data = Demonstrations(valid, rows, policy.config, trainer, "frozen layers, held-out")
     checkpoints = Checkpoints(out / "checkpoints", every=sft.checkpoint_every)
     writer = metrics_lib.MetricsWriter(out)
 
-    state = state_lib.create({"policy": policy.params}, optimizer)
+    state = state_lib.create({"policy": trained}, optimizer)
     restored = checkpoints.restore(state)
     state = restored or state
     start = int(state.update)
@@ -71,9 +77,8 @@ def run(
     for update in bar:
         tick = time.time()
         chosen = schedule.batch_of(update, len(train), sft.batch_size, seed)
-        packed = _pack([train[i] for i in chosen], rows)
+        packed, batches = train_data.batches(chosen)
         tokens = float(packed.token_mask.sum())
-        batches = batching.microbatches(packed, rows.rows_per_device, trainer.devices)
         state, sums = trainer.update(state, batches, {"tokens": tokens})
         metrics = {
             "loss": sums["nll"] / tokens,
@@ -85,11 +90,11 @@ def run(
         }
         last = update + 1 == total
         if valid and ((update + 1) % eval_every == 0 or last):
-            metrics["valid_loss"] = held_out_loss(evaluate, state.params, valid, rows, trainer)
+            metrics["valid_loss"] = held_out_loss(evaluate, state.params, trainer, valid_data)
             improved = metrics["valid_loss"] < best
             best, bad = (metrics["valid_loss"], 0) if improved else (best, bad + 1)
             if improved or not sft.patience:
-                _save(out, policy, state, update + 1)
+                _save(out, policy, state, frozen, update + 1)
         writer.write(update + 1, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", valid=f"{best:.3f}")
         stop = bool(sft.patience) and bad >= sft.patience
@@ -98,29 +103,54 @@ def run(
             break
     bar.close()
     if not valid:
-        _save(out, policy, state, total)
+        _save(out, policy, state, frozen, total)
     writer.close()
     checkpoints.close()
     common.mark_done(out, started, updates=int(state.update[0]), best_valid_loss=best)
 
 
+class Demonstrations:
+    """Encoded demonstrations, and what frozen layers make of their tokens (computed once)."""
+
+    def __init__(
+        self,
+        trajectories: Sequence[Trajectory],
+        rows: RowsConfig,
+        config: transformer.ModelConfig,
+        trainer: partition.Pmap,
+        title: str,
+    ) -> None:
+        self.trajectories = trajectories
+        self._rows = rows
+        self._devices = trainer.devices
+        self._below: list[np.ndarray] | None = None
+        if trainer.frozen and trajectories:
+            self._below = scoring.below(
+                config, trainer.frozen, trajectories, rows, devices=trainer.devices, title=title
+            )
+
+    def batches(
+        self, chosen: Sequence[int] | np.ndarray
+    ) -> tuple[batching.PackedRows, Iterator[sft_update.SftBatch]]:
+        """The rows of the demonstrations with these indices, and their microbatches."""
+        packed = batching.pack([self.trajectories[i] for i in chosen], **self._rows.packing)
+        cut = batching.microbatches(packed, self._rows.rows_per_device, self._devices)
+        below = None if self._below is None else [self._below[i] for i in chosen]
+        return packed, (
+            sft_update.SftBatch(b, None if below is None else batching.scatter_tokens(below, b))
+            for b in cut
+        )
+
+
 def held_out_loss(
-    evaluate: Callable,
-    params: Any,
-    trajectories: list[Trajectory],
-    rows: RowsConfig,
-    trainer: partition.Pmap,
+    evaluate: Callable, params: Any, trainer: partition.Pmap, data: Demonstrations
 ) -> float:
     """Mean negative log-likelihood a policy token, in nats."""
-    packed = _pack(trajectories, rows)
-    total = 0.0
-    for batch in batching.microbatches(packed, rows.rows_per_device, trainer.devices):
-        total += float(np.sum(jax.device_get(evaluate(params, batch))))
+    packed, batches = data.batches(range(len(data.trajectories)))
+    total = sum(
+        float(np.sum(jax.device_get(evaluate(params, trainer.frozen, batch)))) for batch in batches
+    )
     return total / float(packed.token_mask.sum())
-
-
-def _pack(trajectories: list[Trajectory], rows: RowsConfig) -> batching.PackedRows:
-    return batching.pack(trajectories, **rows.packing)
 
 
 def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:
@@ -135,9 +165,14 @@ def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:
 
 
 def _save(
-    out: pathlib.Path, policy: common.Policy, state: state_lib.TrainState, version: int
+    out: pathlib.Path,
+    policy: common.Policy,
+    state: state_lib.TrainState,
+    frozen: transformer.Params,
+    version: int,
 ) -> None:
-    params = jax.device_get(partition.unreplicate(state.params))["policy"]
+    trained = jax.device_get(partition.unreplicate(state.params))["policy"]
+    params = transformer.join(trained, frozen)
     common.save_policy(out / "policy", policy, params, {}, version)
 
 

@@ -24,7 +24,7 @@ from experiments.train_progress import playable
 from spa_jax import batching, store
 from spa_jax.config import PpoConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads
+from spa_jax.models import heads, transformer
 from spa_jax.rl import advantages
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import partition, ppo_update, schedule, scoring
@@ -91,7 +91,21 @@ def run(
         clip_norm=ppo.clip_norm,
         weight_decay=ppo.weight_decay,
     )
-    trainer = partition.Pmap(ppo_update.make_loss(policy.config, ppo, temperature), optimizer)
+    trained, frozen = transformer.split(policy.config, policy.params, ppo.train_layers)
+    params["policy"] = trained
+    trainer = partition.Pmap(
+        ppo_update.make_loss(policy.config, ppo, temperature),
+        optimizer,
+        frozen={"policy": frozen} if frozen else {},
+    )
+    below = (
+        scoring.below(
+            policy.config, trainer.frozen, trajectories, rows,
+            devices=trainer.devices, title="frozen layers",
+        )
+        if frozen
+        else None
+    )  # fmt: skip
     per_epoch = -(-len(trajectories) // ppo.batch_size)
     total = ppo.epochs * per_epoch
     checkpoints = Checkpoints(out / "checkpoints", every=ppo.checkpoint_every)
@@ -104,7 +118,9 @@ def run(
     for update in tqdm.tqdm(range(start, total), initial=start, total=total, desc="ppo"):
         tick = time.time()
         chosen = schedule.batch_of(update, len(trajectories), ppo.batch_size, seed)
-        packed, batches, counts = make_batches(trajectories, table, chosen, rows, trainer.devices)
+        packed, batches, counts = make_batches(
+            trajectories, table, chosen, rows, trainer.devices, below
+        )
         state, sums = trainer.update(state, batches, counts)
         metrics = update_metrics(sums, counts, trajectories, table, chosen)
         tokens = float(batching.token_count(packed))
@@ -117,7 +133,8 @@ def run(
         checkpoints.maybe_save(update + 1, partition.unreplicate(state), force=update + 1 == total)
     final = jax.device_get(partition.unreplicate(state.params))
     version = policy.version + total
-    common.save_policy(out / "policy", policy, final["policy"], {"value": final["value"]}, version)
+    whole = transformer.join(final["policy"], frozen)
+    common.save_policy(out / "policy", policy, whole, {"value": final["value"]}, version)
     writer.close()
     checkpoints.close()
     mismatch = sampler_mismatch(trajectories, scores)
@@ -182,8 +199,13 @@ def make_batches(
     chosen: np.ndarray,
     rows: RowsConfig,
     devices: int,
+    below: Sequence[np.ndarray] | None = None,
 ) -> tuple[batching.PackedRows, list[ppo_update.PpoBatch], dict[str, float]]:
-    """The microbatches of an update, whitened over all its steps, and its global counts."""
+    """The microbatches of an update, whitened over all its steps, and its global counts.
+
+    `below` is what frozen layers made of each trajectory's tokens (`scoring.below`).
+    """
+    part = None if below is None else [below[i] for i in chosen]
     packed = batching.pack([trajectories[i] for i in chosen], **rows.packing)
     white = np.asarray(advantages.whiten(table.advantages[chosen], table.mask[chosen]))
     counts = {"tokens": float(packed.token_mask.sum()), "steps": float(packed.step_mask.sum())}
@@ -193,6 +215,7 @@ def make_batches(
             advantages=batching.scatter_steps(white, batch),
             returns=batching.scatter_steps(table.returns[chosen], batch),
             old_values=batching.scatter_steps(table.values[chosen], batch),
+            below=None if part is None else batching.scatter_tokens(part, batch),
         )
         for batch in batching.microbatches(packed, rows.rows_per_device, devices)
     ]

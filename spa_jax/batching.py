@@ -331,6 +331,60 @@ def gather_steps(
     return out, mask
 
 
+def _placements(rows: PackedRows) -> Iterator[tuple[int, int, int, slice]]:
+    """Where each trajectory lies: (row, its index in the list packed, length of the row's
+    shared prefix, columns of the rest); the rows' leading axes are counted as one."""
+    segments, ends, used, trajectory = (
+        np.asarray(a).reshape(-1, np.shape(a)[-1])
+        for a in (rows.segment_ids, rows.end_index, rows.step_mask, rows.step_trajectory)
+    )
+    for r in range(len(segments)):
+        shared = int(np.count_nonzero(segments[r] == SHARED))
+        of_slot = segments[r, ends[r]]
+        for segment in range(1, int(segments[r].max()) + 1):
+            columns = np.flatnonzero(segments[r] == segment)
+            slot = np.flatnonzero((of_slot == segment) & (used[r] > 0))[0]
+            yield r, int(trajectory[r, slot]), shared, slice(columns[0], columns[-1] + 1)
+
+
+def scatter_tokens(values: Sequence[np.ndarray], rows: PackedRows) -> np.ndarray:
+    """Brings vectors a (trajectory, token) into the rows' columns.
+
+    Args:
+      values: [T_i, D] by index in the list packed.
+      rows: the rows, with any leading axes.
+
+    Returns:
+      [..., R, L, D], 0 in padding; a shared prefix gets its vectors from one of its trajectories.
+    """
+    shape = np.shape(rows.segment_ids)
+    out = np.zeros((int(np.prod(shape[:-1])), shape[-1], values[0].shape[-1]), values[0].dtype)
+    for row, trajectory, shared, columns in _placements(rows):
+        out[row, :shared] = values[trajectory][:shared]
+        out[row, columns] = values[trajectory][shared:]
+    return out.reshape(*shape, -1)
+
+
+def gather_tokens(values: np.ndarray, rows: PackedRows, lengths: Sequence[int]) -> list[np.ndarray]:
+    """The inverse of `scatter_tokens`.
+
+    Args:
+      values: [..., R, L, D] vectors computed on rows.
+      rows: the rows, with the same leading axes.
+      lengths: T_i of each trajectory of the list that was packed.
+
+    Returns:
+      [T_i, D] by index in that list; 0 for a trajectory that is in no row.
+    """
+    values = np.asarray(values)
+    flat = values.reshape(-1, *values.shape[-2:])
+    out = [np.zeros((length, values.shape[-1]), values.dtype) for length in lengths]
+    for row, trajectory, shared, columns in _placements(rows):
+        out[trajectory][:shared] = flat[row, :shared]
+        out[trajectory][shared:] = flat[row, columns]
+    return out
+
+
 def take_rows(rows: PackedRows, order: Sequence[int] | np.ndarray) -> PackedRows:
     """The rows named by `order`, in that order; they may be fewer, or repeat."""
     order = np.asarray(order, np.int64)

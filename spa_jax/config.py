@@ -30,6 +30,10 @@ class EnvConfig:
         "short", "The instruction that opens an episode.", choices=("short", "paper")
     )
     max_steps: int = _setting(40, "Environment steps an episode may take.")
+    give_up_after: int = _setting(
+        0, "An episode fails after this many actions in a row that the environment could not "
+        "execute; 0: never.",
+    )  # fmt: skip
     max_retries: int = _setting(3, "Tries again after an environment error, an episode.")
 
 
@@ -82,6 +86,10 @@ class SftConfig:
     patience: int = _setting(
         0, "Stop after this many held-out losses without a new best, and keep the best; 0: never.",
         "sft_patience",
+    )  # fmt: skip
+    train_layers: int = _setting(
+        0, "Train only this many of the top layers, and the last norm; 0: everything.",
+        "sft_train_layers",
     )  # fmt: skip
     updates: int = _setting(0, "This many updates instead of epochs; 0: by epochs.", "sft_updates")
     checkpoint_every: int = _setting(50, "Updates between checkpoints.", "sft_checkpoint_every")
@@ -139,6 +147,10 @@ class PpoConfig:
     step_baseline: bool = _setting(
         False, "Subtract from each advantage the mean of the other episodes' at the same step."
     )
+    train_layers: int = _setting(
+        0, "Train only this many of the top layers, and the last norm; 0: everything.",
+        "ppo_train_layers",
+    )  # fmt: skip
     clip: float = _setting(0.2, "Clip range of the policy's ratio.", "ppo_clip")
     value_clip: float = _setting(0.2, "Clip range of the value.", "ppo_value_clip")
     value_coef: float = _setting(0.1, "Weight of the value loss.", "ppo_value_coef")

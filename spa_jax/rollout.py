@@ -10,7 +10,7 @@ import dataclasses
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from spa_jax.chat import ChatFormat
@@ -58,6 +58,8 @@ class Player:
       max_steps: environment steps an episode may take.
       prompt: the instruction's name.
       max_retries: tries after an environment error.
+      give_up_after: actions in a row that could not be executed, after which an episode is a
+        failure; 0: never.
     """
 
     env: str
@@ -66,6 +68,7 @@ class Player:
     max_steps: int
     prompt: str
     max_retries: int = 3
+    give_up_after: int = 0
 
 
 class _Episode:
@@ -118,13 +121,17 @@ class _Episode:
         )
 
 
-def _outcome(observation: Observation, steps: int, max_steps: int) -> Status | None:
+def _outcome(observation: Observation, steps: Sequence[Step], player: Player) -> Status | None:
     """How the episode ended with this observation; None if it goes on."""
     if observation.success:
         return Status.SUCCESS
     if observation.done:
         return Status.FAILURE
-    return Status.MAX_STEPS if steps >= max_steps else None
+    if len(steps) >= player.max_steps:
+        return Status.MAX_STEPS
+    last = steps[-player.give_up_after :]
+    stuck = len(last) == player.give_up_after and not any(step.grounded for step in last)
+    return Status.FAILURE if player.give_up_after and stuck else None
 
 
 def play(
@@ -239,7 +246,7 @@ class _Rollout:
     def _read(self, slot: int) -> bool:
         """Shows the policy what came back; False if the episode ended instead."""
         episode, observation = self.episodes[slot], self.episodes[slot].observation
-        status = _outcome(observation, len(episode.steps), self.player.max_steps)
+        status = _outcome(observation, episode.steps, self.player)
         if status is not None:
             self._end(slot, status, observation.text)
             return False
@@ -325,7 +332,7 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
                     job.task.task, job.task.split, job.seed, expert=True, prompt=player.prompt
                 )
                 episode.instruction = now.instruction
-                while (status := _outcome(now, len(episode.steps), player.max_steps)) is None:
+                while (status := _outcome(now, episode.steps, player)) is None:
                     after = session.step(now.expert_action)
                     episode.steps.append(
                         Step(now.text, now.expert_action, now.expert_action, after.grounded)

@@ -32,7 +32,7 @@ class Status(enum.StrEnum):
     """How an episode ended.  `ENV_ERROR` is nobody's outcome: it never reaches a loss."""
 
     SUCCESS = "success"  # the environment paid the full reward
-    FAILURE = "failure"  # the environment ended the episode with less
+    FAILURE = "failure"  # the environment ended it with less, or --give_up_after did
     MAX_STEPS = "max_steps"  # the limit on environment steps was reached
     MAX_TOKENS = "max_tokens"  # the policy did not end its turn within the limit
     CONTEXT_FULL = "context_full"  # the next turn would not fit into the context

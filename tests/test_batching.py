@@ -1,5 +1,7 @@
 """Packing: nothing lost, nothing invented, and no loss term that depends on it."""
 
+import dataclasses
+
 import hypothesis
 import jax
 import numpy as np
@@ -250,6 +252,36 @@ def test_scatter_and_gather_are_inverse_in_any_order_of_rows(made, random):
     # A vector a step, such as a hidden state, goes the same way.
     vectors, mask = batching.gather_steps(np.stack([in_rows, -in_rows], -1), rows, len(made), 4)
     np.testing.assert_array_equal(vectors, np.stack([back, -back], -1))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_tokens_are_scattered_and_gathered_wherever_they_lie(share):
+    opening = (7, 8, 9)
+    made = [
+        dataclasses.replace(
+            t, token_ids=opening + tuple(t.token_ids), step_id=(-1,) * 3 + tuple(t.step_id),
+            log_probs=(0.0,) * 3 + tuple(t.log_probs), ref_log_probs=None,
+        )
+        for t in example()
+    ]  # fmt: skip
+    lengths = [len(t.token_ids) for t in made]
+    vectors = [np.array([[100.0 * i + p, token] for p, token in enumerate(t.token_ids)])
+               for i, t in enumerate(made)]  # fmt: skip
+    rows = batching.pack(
+        made, row_length=30, policy_slots=12, step_slots=8, rows_multiple=2, share_prefix=share
+    )
+    dealt = next(batching.microbatches(rows, 1, 2))
+    scattered = batching.scatter_tokens(vectors, dealt)
+    assert scattered.shape == (2, 1, 30, 2)
+    np.testing.assert_array_equal(scattered[..., 1], dealt.tokens)
+    np.testing.assert_array_equal(
+        scattered[..., 0] % 100, np.where(dealt.segment_ids, dealt.positions, 0)
+    )
+    back = batching.gather_tokens(scattered, dealt, lengths)
+    for mine, theirs in zip(back, vectors, strict=True):
+        own = slice(rows.segment_ids[0].tolist().count(batching.SHARED), None)
+        np.testing.assert_array_equal(mine[:, 1], theirs[:, 1])
+        np.testing.assert_array_equal(mine[own], theirs[own])
 
 
 def test_gather_refuses_tables_that_are_too_small():

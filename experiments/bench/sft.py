@@ -17,7 +17,10 @@ def run() -> None:
         trainer,
         optimizer,
         {"policy": params},
-        lambda: list(batching.microbatches(packed, rows.rows_per_device, trainer.devices)),
+        lambda: [
+            sft_update.SftBatch(batch)
+            for batch in batching.microbatches(packed, rows.rows_per_device, trainer.devices)
+        ],
         {"tokens": float(packed.token_mask.sum())},
     )
     updates.report(config, params, name, packed, seconds)

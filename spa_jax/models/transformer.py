@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.batching import SHARED
+from spa_jax.errors import UserError
 
 Params = Any  # a pytree of arrays
 # Keys [B, G, K, C] and values [B, G, C, K].  Keys lie transposed: on a CPU the scores of
@@ -217,24 +218,33 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens in, last hidden states out; the layers are scanned."""
+    """Tokens in, last hidden states out; the layers are scanned.
+
+    Attributes:
+      config: the model's shape.
+      first: the layers below this one have run: their output comes in, instead of tokens.
+      last: the layers from this one on, and the norm, are left out; None: all run.
+    """
 
     config: ModelConfig
+    first: int = 0
+    last: int | None = None
 
     @nn.compact
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         c = self.config
-        x = nn.Embed(c.vocab_size, c.hidden_size, name="embed")(tokens)
+        if not self.first:
+            x = nn.Embed(c.vocab_size, c.hidden_size, name="embed")(x)
         layers = nn.scan(
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
-            length=c.num_layers,
+            length=(c.num_layers if self.last is None else self.last) - self.first,
         )(c, name="layers")
         x, _ = layers(x, positions, packed_mask(segment_ids))
+        if self.last is not None:
+            return x
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
         if not c.tie_embeddings and self.is_initializing():
             # Only made here: `logits` projects the few positions that need it.
@@ -272,22 +282,88 @@ def hidden_states(
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
+    below: jax.Array | None = None,
 ) -> jax.Array:
     """Last hidden states, after the final norm, of packed rows.
 
     Args:
       config: the model's shape.
-      params: the tree above.
+      params: the tree above; with `below`, its top layers are enough (see `split`).
       tokens: [B, T] int.
       positions: [B, T] int, from 0 in each packed trajectory.
       segment_ids: [B, T] int, 0 = padding, -1 = a prefix that all of the row's segments see.
+      below: [B, T, D] what `states_below` made of the tokens, so that only the layers of
+        `params` run.
 
     Returns:
       [B, T, D].
     """
     chex.assert_equal_shape([tokens, positions, segment_ids])
-    hidden = Decoder(config).apply({"params": params}, tokens, positions, segment_ids)
+    if below is None:
+        hidden = Decoder(config).apply({"params": params}, tokens, positions, segment_ids)
+    else:
+        top = Decoder(config, first=config.num_layers - depth(params))
+        parts = {name: params[name] for name in ("layers", "norm")}
+        hidden = top.apply({"params": parts}, below, positions, segment_ids)
     return cast(jax.Array, hidden)
+
+
+def states_below(
+    config: ModelConfig,
+    frozen: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    """[B, T, D] the output of the lowest layers: those that `split` froze."""
+    parts = {name: frozen[name] for name in ("embed", "layers")}
+    lowest = Decoder(config, last=depth(frozen))
+    return cast(jax.Array, lowest.apply({"params": parts}, tokens, positions, segment_ids))
+
+
+def depth(params: Params) -> int:
+    """How many layers a tree holds."""
+    return int(jax.tree.leaves(params["layers"])[0].shape[0])
+
+
+def split(config: ModelConfig, params: Params, train_layers: int) -> tuple[Params, Params]:
+    """Parts a model into what is trained and what is frozen.
+
+        train_layers = 2 of 5:   trained  {layers 3, 4; norm}
+                                 frozen   {embed; layers 0, 1, 2; unembed}
+
+    Args:
+      config: the model's shape.
+      params: the whole tree.
+      train_layers: how many of the top layers are trained; 0 trains everything.
+
+    Returns:
+      (trained, frozen); `join` puts them together again.
+
+    Raises:
+      UserError: if the model has no layer left to freeze.
+    """
+    if not train_layers:
+        return params, {}
+    if not 0 < train_layers < config.num_layers:
+        raise UserError(
+            f"{train_layers} layers to train: the model has {config.num_layers} layers; give "
+            f"1 to {config.num_layers - 1}, or 0 to train everything"
+        )
+    cut = config.num_layers - train_layers
+    trained = {"norm": params["norm"], "layers": jax.tree.map(lambda x: x[cut:], params["layers"])}
+    frozen = {name: value for name, value in params.items() if name != "norm"}
+    return trained, {**frozen, "layers": jax.tree.map(lambda x: x[:cut], params["layers"])}
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """The whole tree from the parts that `split` made."""
+    if not frozen:
+        return trained
+    layers = jax.tree.map(
+        lambda low, top: jnp.concatenate([low, top]), frozen["layers"], trained["layers"]
+    )
+    return {**frozen, **trained, "layers": layers}
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:

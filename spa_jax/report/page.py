@@ -251,15 +251,11 @@ def _line(metric: str, runs: Sequence[Run]) -> tuple[figures.Curve, list[float]]
 
 
 def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[str, Any]]:
-    """The estimator on each evaluation whose episodes it annotated."""
+    """The estimator on each evaluation that it annotated; a few episodes say nothing of it."""
     judged = []
     for name, trajectories in evaluations.items():
-        annotated = [
-            t
-            for t in trajectories
-            if t.status is not Status.ENV_ERROR and transcripts.is_annotated(t)
-        ]
-        if not annotated:
+        annotated = [t for t in trajectories if t.status is not Status.ENV_ERROR and t.steps]
+        if not annotated or not all(map(transcripts.is_annotated, annotated)):
             continue
         sums = [transcripts.running_sum(t) for t in annotated]
         wins = [s for s, t in zip(sums, annotated, strict=True) if t.success]
@@ -281,6 +277,12 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
             }
         )
     return judged
+
+
+def shown(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The episodes of an evaluation whose transcripts the page holds."""
+    wins, failures = transcripts.choose(trajectories, _TRANSCRIPTS)
+    return [*wins, *failures]
 
 
 def _shown(evaluations: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any] | None:

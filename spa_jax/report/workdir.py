@@ -1,6 +1,6 @@
 """What a run has left in its workdir so far; a stage that has not run is simply not there.
 
-W/demos/{train,valid}.jsonl
+W/demos/{train,valid}/trajectories.jsonl
 W/sft/metrics.jsonl
 W/iteration_i/{explore/trajectories.jsonl, progress/metrics.jsonl, ppo/metrics.jsonl}
 W/eval/NAME/trajectories.jsonl
@@ -80,8 +80,8 @@ def read_workdir(folder: Path) -> Workdir:
 
 def _played(folder: Path, rounds: list[tuple[int, Path]]) -> dict[str, evaluation.Summary]:
     paths = {
-        "Demonstrations": folder / "demos" / "train.jsonl",
-        "Demonstrations held out": folder / "demos" / "valid.jsonl",
+        "Demonstrations": folder / "demos" / "train" / "trajectories.jsonl",
+        "Demonstrations held out": folder / "demos" / "valid" / "trajectories.jsonl",
     }
     for number, path in rounds:
         name = "Exploration" if len(rounds) == 1 else f"Exploration, round {number + 1}"

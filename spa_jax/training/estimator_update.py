@@ -27,19 +27,23 @@ class StepFeatures:
     final_reward: chex.Array
 
 
-def estimator_loss(params: Params, batch: StepFeatures, counts: Counts) -> tuple[jax.Array, Sums]:
+def estimator_loss(
+    params: Params, frozen: Params, batch: StepFeatures, counts: Counts
+) -> tuple[jax.Array, Sums]:
     """L = sum_i (sum_k c_ik - R_i)^2 / (number of trajectories of the update).
 
     Source: SPA-RL, arXiv 2505.20732, section 3.
 
     Args:
       params: {"progress": head}.
+      frozen: not used: the trunk's part is in the features.
       batch: the features.
       counts: "trajectories" of the whole update.
 
     Returns:
       The loss of these trajectories and the sum "squared_error".
     """
+    del frozen
     contributions = heads.progress(params["progress"], batch.hidden)
     error, _ = estimator.progress_loss(contributions, batch.step_mask, batch.final_reward)
     return error / counts["trajectories"], {"squared_error": error}

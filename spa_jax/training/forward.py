@@ -8,9 +8,25 @@ from spa_jax.models import heads, transformer
 from spa_jax.models.transformer import ModelConfig, Params
 
 
-def rows_hidden(config: ModelConfig, params: Params, rows: PackedRows) -> jax.Array:
-    """[R, L, D] last hidden states of packed rows."""
-    return transformer.hidden_states(config, params, rows.tokens, rows.positions, rows.segment_ids)
+def rows_hidden(
+    config: ModelConfig, params: Params, rows: PackedRows, below: jax.Array | None = None
+) -> jax.Array:
+    """[R, L, D] last hidden states of packed rows; `below` as in `transformer.hidden_states`."""
+    return transformer.hidden_states(
+        config, params, rows.tokens, rows.positions, rows.segment_ids, below
+    )
+
+
+def rows_below(config: ModelConfig, frozen: Params, rows: PackedRows) -> jax.Array:
+    """[R, L, D] what the frozen layers {"policy": ...} make of packed rows."""
+    return transformer.states_below(
+        config, frozen["policy"], rows.tokens, rows.positions, rows.segment_ids
+    )
+
+
+def whole(params: Params, frozen: Params) -> Params:
+    """A policy's trained parameters, and those frozen ones that no trained one stands for."""
+    return {**frozen.get("policy", {}), **params["policy"]}
 
 
 def at(hidden: jax.Array, index: jax.Array) -> jax.Array:

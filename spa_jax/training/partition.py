@@ -25,19 +25,31 @@ class Pmap:
 
     Attributes:
       devices: how many local devices share an update.
+      frozen: what is not trained, replicated.
     """
 
     def __init__(
-        self, loss_fn: LossFn, optimizer: optax.GradientTransformation, devices: int | None = None
+        self,
+        loss_fn: LossFn,
+        optimizer: optax.GradientTransformation,
+        devices: int | None = None,
+        frozen: Params | None = None,
     ) -> None:
-        """Compiles nothing yet; all local devices unless `devices` says fewer."""
+        """Compiles nothing yet.
+
+        Args:
+          loss_fn: the loss.
+          optimizer: of the trained parameters.
+          devices: how many local devices; None: all.
+          frozen: the parameters that the loss needs and that are not trained, not replicated.
+        """
         self._devices = jax.local_devices()[:devices]
         self.devices = len(self._devices)
         self._accumulate = jax.pmap(
             functools.partial(state_lib.accumulate, loss_fn),
             axis_name=AXIS,
-            in_axes=(0, 0, 0, 0, None),
-            donate_argnums=(1, 2),
+            in_axes=(0, 0, 0, 0, 0, None),
+            donate_argnums=(2, 3),
             devices=self._devices,
         )
         self._apply = jax.pmap(
@@ -54,6 +66,7 @@ class Pmap:
         )
         self._sum_shapes: Any = None
         self._loss_fn = loss_fn
+        self.frozen = self.replicate(frozen or {})
 
     def replicate(self, tree: Any) -> Any:
         """A copy of the tree on every device."""
@@ -78,7 +91,7 @@ class Pmap:
         for batch in batches:
             if sums is None:
                 sums = self._zero_sums(state.params, batch, totals)
-            grads, sums = self._accumulate(state.params, grads, sums, batch, totals)
+            grads, sums = self._accumulate(state.params, self.frozen, grads, sums, batch, totals)
         state, norm = self._apply(state, grads)
         added = jax.device_get(self._add_up(sums))
         metrics = {name: float(value[0]) for name, value in added.items()}
@@ -86,14 +99,16 @@ class Pmap:
 
     def _zero_sums(self, params: Params, batch: Any, counts: Mapping[str, np.float32]) -> Any:
         if self._sum_shapes is None:
-            first = jax.tree.map(lambda x: x[0], (params, batch))
+            first = jax.eval_shape(
+                functools.partial(jax.tree.map, lambda x: x[0]), (params, self.frozen, batch)
+            )
             self._sum_shapes = jax.eval_shape(self._loss_fn, *first, counts)[1]
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(self._sum_shapes))
         return self.replicate(zeros)
 
 
-def pmap_forward(function: Callable[[Params, Any], Any], devices: int | None = None) -> Callable:
-    """`function(params, batch)` on every device's own batch, parameters replicated."""
+def pmap_forward(function: Callable, devices: int | None = None) -> Callable:
+    """`function(params, ..., batch)` on every device's own batch, parameters replicated."""
     return jax.pmap(function, axis_name=AXIS, devices=jax.local_devices()[:devices])
 
 

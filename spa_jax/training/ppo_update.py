@@ -25,12 +25,14 @@ class PpoBatch:
       advantages: [R, S], whitened over the update's steps.
       returns: [R, S], before whitening.
       old_values: [R, S], those that the advantages were computed with.
+      below: [R, L, D] what frozen layers made of the rows; None if all layers are trained.
     """
 
     rows: PackedRows
     advantages: chex.Array
     returns: chex.Array
     old_values: chex.Array
+    below: chex.Array | None = None
 
 
 def ppo_loss(
@@ -38,6 +40,7 @@ def ppo_loss(
     ppo: PpoConfig,
     temperature: float,
     params: Params,
+    frozen: Params,
     batch: PpoBatch,
     counts: Counts,
 ) -> tuple[jax.Array, Sums]:
@@ -50,16 +53,17 @@ def ppo_loss(
       config: the model's shape.
       ppo: the coefficients.
       temperature: that of sampling.
-      params: {"policy": decoder, "value": head}.
+      params: {"policy": decoder, or what is trained of it, "value": head}.
+      frozen: {"policy": the rest} or {}.
       batch: the rows and their advantages.
       counts: "tokens" and "steps" of the whole update.
 
     Returns:
       The loss of these rows, and sums over tokens or steps.
     """
-    rows = batch.rows
-    hidden = forward.rows_hidden(config, params["policy"], rows)
-    logits = forward.policy_logits(params["policy"], hidden, rows, temperature)
+    rows, whole = batch.rows, forward.whole(params, frozen)
+    hidden = forward.rows_hidden(config, whole, rows, batch.below)
+    logits = forward.policy_logits(whole, hidden, rows, temperature)
     log_probs = forward.log_probs_of(logits, rows.targets)
     advantages = jnp.take_along_axis(batch.advantages, rows.token_step, 1)
     policy, stats = losses.clipped_policy_loss(

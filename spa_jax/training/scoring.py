@@ -101,6 +101,36 @@ def _by_trajectory(
     return Scores(step_mask=mask, log_probs=log_probs, **arrays)
 
 
+def below(
+    config: ModelConfig,
+    frozen: Params,
+    trajectories: Sequence[Trajectory],
+    rows: RowsConfig,
+    *,
+    devices: int,
+    title: str,
+) -> list[np.ndarray]:
+    """What the frozen layers make of every token, once and for all updates: a list of [T_i, D].
+
+    Args:
+      config: the model's shape.
+      frozen: {"policy": the frozen part}, replicated over `devices`.
+      trajectories: N encoded trajectories.
+      rows: the static shape.
+      devices: how many local devices share the work.
+      title: of the progress bar.
+    """
+    packed = batching.pack(trajectories, **rows.packing)
+    run = partition.pmap_forward(functools.partial(forward.rows_below, config), devices)
+    batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
+    parts = [
+        jax.device_get(run(frozen, batch)) for batch in tqdm.tqdm(batches, desc=title, unit="batch")
+    ]
+    values = np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
+    lengths = [len(t.token_ids) for t in trajectories]
+    return batching.gather_tokens(values[: len(packed.tokens)], packed, lengths)
+
+
 def cached_score(
     cache: pathlib.Path,
     policy_folder: pathlib.Path,

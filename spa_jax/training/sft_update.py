@@ -3,8 +3,10 @@
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from spa_jax.batching import PackedRows
 from spa_jax.models.transformer import ModelConfig, Params
@@ -13,22 +15,37 @@ from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
 
 
+@struct.dataclass
+class SftBatch:
+    """Packed demonstrations.
+
+    Attributes:
+      rows: the rows.
+      below: [R, L, D] what frozen layers made of them; None if all layers are trained.
+    """
+
+    rows: PackedRows
+    below: chex.Array | None = None
+
+
 def sft_loss(
-    config: ModelConfig, params: Params, rows: PackedRows, counts: Counts
+    config: ModelConfig, params: Params, frozen: Params, batch: SftBatch, counts: Counts
 ) -> tuple[jax.Array, Sums]:
     """L = - sum_t log pi(a_t) / (number of policy tokens of the update).
 
     Args:
       config: the model's shape.
-      params: {"policy": decoder}.
-      rows: packed demonstrations.
+      params: {"policy": decoder}, or what is trained of it.
+      frozen: {"policy": the rest} or {}.
+      batch: packed demonstrations.
       counts: "tokens", the update's global count of policy tokens.
 
     Returns:
       The loss of these rows and the sum "nll".
     """
-    hidden = forward.rows_hidden(config, params["policy"], rows)
-    logits = forward.policy_logits(params["policy"], hidden, rows, 1.0)
+    rows, policy = batch.rows, forward.whole(params, frozen)
+    hidden = forward.rows_hidden(config, policy, rows, batch.below)
+    logits = forward.policy_logits(policy, hidden, rows, 1.0)
     nll = losses.nll(forward.log_probs_of(logits, rows.targets), rows.token_mask)
     return nll / counts["tokens"], {"nll": nll}
 
@@ -38,10 +55,10 @@ def make_loss(config: ModelConfig) -> LossFn:
     return functools.partial(sft_loss, config)
 
 
-def make_nll(config: ModelConfig) -> Callable[[Params, PackedRows], jax.Array]:
-    """The negative log-likelihood of rows, summed over their policy tokens, in nats."""
+def make_nll(config: ModelConfig) -> Callable[[Params, Params, SftBatch], jax.Array]:
+    """The negative log-likelihood of a batch, summed over its policy tokens, in nats."""
 
-    def nll(params: Params, rows: PackedRows) -> jax.Array:
-        return sft_loss(config, params, rows, {"tokens": jnp.float32(1)})[0]
+    def nll(params: Params, frozen: Params, batch: SftBatch) -> jax.Array:
+        return sft_loss(config, params, frozen, batch, {"tokens": jnp.float32(1)})[0]
 
     return nll

@@ -1,7 +1,7 @@
 """The state of a training stage, and the pure functions that every update is made of.
 
-    accumulate   (params, grads, sums, batch) -> (grads, sums)      once a microbatch
-    apply        (state, grads) -> (state, metrics)                 once an update
+    accumulate   (params, frozen, grads, sums, batch) -> (grads, sums)   once a microbatch
+    apply        (state, grads) -> (state, metrics)                      once an update
 
 A loss function gives a *sum* divided by the update's global counts, so gradients of
 microbatches and devices simply add up, whatever rows they were dealt.
@@ -18,7 +18,8 @@ from flax import struct
 Params = Any
 Counts = Mapping[str, jax.Array]  # global counts of the update, such as "tokens"
 Sums = Mapping[str, jax.Array]  # sums of the update; each is divided by a count in the end
-LossFn = Callable[[Params, Any, Counts], tuple[jax.Array, Sums]]
+# (trained parameters, frozen parameters, batch, counts) -> (loss, sums)
+LossFn = Callable[[Params, Params, Any, Counts], tuple[jax.Array, Sums]]
 
 
 @struct.dataclass
@@ -55,10 +56,16 @@ def adamw(
 
 
 def accumulate(
-    loss_fn: LossFn, params: Params, grads: Params, sums: Sums, batch: Any, counts: Counts
+    loss_fn: LossFn,
+    params: Params,
+    frozen: Params,
+    grads: Params,
+    sums: Sums,
+    batch: Any,
+    counts: Counts,
 ) -> tuple[Params, Sums]:
     """Adds one microbatch's gradients and sums to those before it."""
-    gradient, new_sums = jax.grad(loss_fn, has_aux=True)(params, batch, counts)
+    gradient, new_sums = jax.grad(loss_fn, has_aux=True)(params, frozen, batch, counts)
     return jax.tree.map(jnp.add, grads, gradient), jax.tree.map(jnp.add, sums, dict(new_sums))
 
 

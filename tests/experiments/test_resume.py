@@ -20,8 +20,15 @@ def _demos(folder: pathlib.Path) -> None:
     for split, count in (("train", 8), ("valid", 2)):
         demos = [
             Trajectory(
-                env="alfworld", task=f"{split}_{i}", split=split, seed=0, attempt=0,
-                policy="expert", status=Status.SUCCESS, final_reward=1.0, instruction="Do it.",
+                env="alfworld",
+                task=f"{split}_{i}",
+                split=split,
+                seed=0,
+                attempt=0,
+                policy="expert",
+                status=Status.SUCCESS,
+                final_reward=1.0,
+                instruction="Do it.",
                 steps=tuple(
                     Step(f"You see a mug {i}.", f"take mug {i}", f"take mug {i}", True)
                     for _ in range(1 + i % 2)
@@ -58,7 +65,8 @@ def _prepare(stage: str, workdir: pathlib.Path) -> pathlib.Path:
 STAGES = {
     "sft": (
         ("--sft_updates=24", "--sft_batch_size=4", "--sft_checkpoint_every=5",
-         "--sft_learning_rate=1e-2", "--sft_eval_every=3", "--sft_patience=20"),
+         "--sft_learning_rate=1e-2", "--sft_eval_every=3", "--sft_patience=20",
+         "--sft_train_layers=1"),
         8,
     ),
     "train_progress": (
@@ -111,7 +119,16 @@ def test_a_killed_run_ends_as_an_unbroken_one(stage, policy, tmp_path):
         for name, out in outs.items()
     }
     assert records["broken"] == records["unbroken"]
-    if stage == "sft":  # the three ask the same function
+    if stage == "sft":
+        start = _weights(policy)
+        kept = {
+            name
+            for name, array in start.items()
+            if array.tobytes() == ours[f"policy/{name}"].tobytes()
+        }
+        assert any("layers.0." in name for name in kept)
+        assert not any("layers.1." in name or "model.norm" in name for name in kept)
+        # The three ask the same function whether they are done.
         before = outs["broken"].stat().st_mtime_ns
         assert "already done" in stages.succeed(*command)
         assert outs["broken"].stat().st_mtime_ns == before

@@ -1,10 +1,12 @@
 """The whole method in one command, with a tiny random policy on real games."""
 
+import dataclasses
 import re
 
 import pytest
 
 from spa_jax import store
+from spa_jax.config import CreditConfig, RowsConfig
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from tests import tiny
@@ -16,7 +18,7 @@ _FLAGS = (
     "--max_new_tokens=6", "--context_length=1024", "--row_length=1024", "--policy_slots=256",
     "--rows_per_device=1", "--slots=4", "--sft_epochs=1", "--sft_batch_size=3", "--games=4",
     "--rollouts=1", "--split=explore", "--iterations=2", "--progress_epochs=2",
-    "--ppo_batch_size=4",
+    "--ppo_batch_size=4", "--ppo_train_layers=1", "--give_up_after=2",
 )  # fmt: skip
 
 
@@ -60,6 +62,29 @@ def test_rounds_play_different_games_with_the_newest_policy(finished):
     assert not {t.task for t in rounds[0]} & {t.task for t in rounds[1]}
     assert rounds[1][0].policy.endswith("iteration_0/ppo/policy")
     assert rounds[0][0].steps[0].policy_version < rounds[1][0].steps[0].policy_version
+
+
+def test_only_the_episodes_asked_for_are_annotated(finished, tmp_path):
+    from experiments import annotate
+
+    folder, _, _ = finished
+    whole = store.read(folder / "eval" / "sft" / "trajectories.jsonl")
+    bare = [
+        dataclasses.replace(
+            t, steps=tuple(dataclasses.replace(s, contribution=None, reward=None) for s in t.steps)
+        )
+        for t in whole
+    ]
+    store.write(tmp_path / "bare.jsonl", bare)
+    rows = RowsConfig(row_length=1024, policy_slots=256, rows_per_device=1)
+    annotate.run(
+        tmp_path / "out.jsonl", str(folder / "sft" / "policy"), tmp_path / "bare.jsonl",
+        folder / "iteration_1" / "progress", CreditConfig(), rows, 0, {whole[1].key},
+    )  # fmt: skip
+    first, second, third = store.read(tmp_path / "out.jsonl")
+    assert (first, third) == (bare[0], bare[2])
+    ours = [step.contribution for step in second.steps]
+    assert ours == pytest.approx([step.contribution for step in whole[1].steps], abs=1e-5)
 
 
 def test_run_again_it_is_done(finished):

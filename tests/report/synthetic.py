@@ -30,7 +30,7 @@ def make_workdir(
     rng = np.random.default_rng(7)
     for name, number in (("train", games), ("valid", games // 4)):
         expert = [episode(rng, i, 1.0, policy="expert", split="train") for i in range(number)]
-        store.write(folder / "demos" / f"{name}.jsonl", expert)
+        store.write(folder / "demos" / name / "trajectories.jsonl", expert)
     write_metrics(folder / "sft", sft_metrics(rng, updates * 4))
     for i in range(rounds):
         here = folder / f"iteration_{i}"

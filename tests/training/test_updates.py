@@ -16,7 +16,8 @@ import pytest
 from experiments import train_ppo, train_progress
 from spa_jax import batching
 from spa_jax.config import PpoConfig, RowsConfig
-from spa_jax.models import heads
+from spa_jax.errors import UserError
+from spa_jax.models import heads, transformer
 from spa_jax.training import (
     estimator_update,
     partition,
@@ -67,7 +68,8 @@ def _ppo_batches(episodes, rows: RowsConfig, devices: int):
 
 def _sft(devices: int, rows: RowsConfig):
     packed = _pack(_episodes(), rows)
-    batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
+    cut = batching.microbatches(packed, rows.rows_per_device, devices)
+    batches = [sft_update.SftBatch(batch) for batch in cut]
     counts = {"tokens": float(packed.token_mask.sum())}
     return sft_update.make_loss(CONFIG), {"policy": _params()["policy"]}, batches, counts
 
@@ -250,7 +252,7 @@ def _terms(episodes, monkeypatch):
         lambda params, hidden: jnp.asarray(batching.scatter_steps(by_step, packed)),
     )  # fmt: skip
     loss_fn = jax.jit(ppo_update.make_loss(CONFIG, PPO, 1.0))
-    loss, sums = loss_fn(_params(), batch, counts)
+    loss, sums = loss_fn(_params(), {}, batch, counts)
     advantages, _ = batching.gather_steps(batch.advantages, packed, len(episodes), 4)
     return loss, sums, advantages, counts
 
@@ -322,7 +324,7 @@ def test_the_ppo_loss_by_hand(monkeypatch):
     )
     ppo = PpoConfig(clip=0.2, value_clip=0.2, value_coef=0.1, kl_coef=0.3, entropy_coef=0.01)
     loss, sums = ppo_update.ppo_loss(
-        CONFIG, ppo, 1.0, _params(), batch, {"tokens": 3.0, "steps": 2.0}
+        CONFIG, ppo, 1.0, _params(), {}, batch, {"tokens": 3.0, "steps": 2.0}
     )
     entropy = -np.sum(p * np.log(p) + (1 - p) * np.log(1 - p))
     kl = 2 - 1 - np.log(2)
@@ -335,6 +337,53 @@ def test_the_ppo_loss_by_hand(monkeypatch):
     assert float(sums["clipped"]) == 2
     wanted = -0.6 / 3 + 0.1 * 0.82 / 2 + 0.3 * kl / 3 - 0.01 * entropy / 3
     assert float(loss) == pytest.approx(wanted, abs=1e-5)
+
+
+# --- frozen layers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_top_layers_learn_alone_what_they_learn_in_the_whole_model(name, monkeypatch):
+    """Same sums and the same move, though the frozen part was computed in other rows."""
+    opened = _same_opening(_episodes())
+    monkeypatch.setattr(f"{__name__}._episodes", lambda: opened)
+    rows = dataclasses.replace(ROWS, row_length=64)
+    loss_fn, params, batches, counts = UPDATES[name](2, rows)
+    trained, frozen = transformer.split(CONFIG, params["policy"], 1)
+    whole = transformer.join(trained, frozen)
+    assert jax.tree.structure(whole) == jax.tree.structure(params["policy"])
+    jax.tree.map(np.testing.assert_array_equal, whole, params["policy"])
+
+    def updated(parts, frozen, batches):
+        trainer = partition.Pmap(loss_fn, SGD, 2, frozen=frozen)
+        state = trainer.replicate(state_lib.create(parts, SGD))
+        state, metrics = trainer.update(state, batches, counts)
+        after = jax.device_get(partition.unreplicate(state.params))
+        return metrics, jax.tree.map(lambda a, b: (a - b) / RATE, after, parts)
+
+    metrics, move = updated(params, None, batches)
+    parts, frozen = params | {"policy": trained}, {"policy": frozen}
+    below = scoring.below(
+        CONFIG, partition.replicate(frozen), opened[::-1],
+        dataclasses.replace(rows, row_length=100, policy_slots=60, step_slots=20),
+        devices=8, title="below",
+    )[::-1]  # fmt: skip
+    assert [len(b) for b in below] == [len(t.token_ids) for t in opened]
+    with_below = [
+        dataclasses.replace(b, below=batching.scatter_tokens(below, b.rows)) for b in batches
+    ]
+    top_metrics, top_move = updated(parts, frozen, with_below)
+    for key in metrics.keys() - {"grad_norm"}:
+        assert top_metrics[key] == pytest.approx(metrics[key], rel=2e-5, abs=2e-5), key
+    assert 1e-3 < top_metrics["grad_norm"] < metrics["grad_norm"]
+    move["policy"] = transformer.split(CONFIG, move["policy"], 1)[0]
+    _close(top_move, move, 2e-4)
+
+
+def test_a_model_without_a_layer_to_freeze_is_refused():
+    layers = CONFIG.num_layers
+    with pytest.raises(UserError, match=f"{layers} layers to train: the model has {layers}"):
+        transformer.split(CONFIG, _params()["policy"], layers)
 
 
 # --- the state ------------------------------------------------------------------------------
