@@ -19,7 +19,7 @@ from spa_jax.config import EnvConfig, SamplingConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.server import LocalServer, ServerConfig
 from spa_jax.errors import UserError
-from spa_jax.models import weights
+from spa_jax.models import transformer, weights
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.sampling.engine import Engine
 from spa_jax.trajectory import Sampling, Status, Trajectory
@@ -43,13 +43,30 @@ class Policy:
 
 
 def load_policy(folder: str | os.PathLike[str]) -> Policy:
-    """Reads a Hugging Face folder, with the heads beside it if there are any."""
+    """Reads a Hugging Face folder, with the heads beside it if there are any.
+
+    Raises:
+      UserError: the folder lacks something, or its tokenizer has more ids than the embedding.
+    """
     path = pathlib.Path(folder)
     config, params = weights.load_pretrained(path)
+    backend = tokenizer.load(path)
+    if len(backend) > config.vocab_size:
+        raise UserError(
+            f"{path / 'tokenizer.json'}: {len(backend)} ids, but {path / 'config.json'} and the "
+            f"embedding have vocab_size {config.vocab_size}: they belong to different models"
+        )
     version_file = path / "spa_jax.json"
     version = json.loads(version_file.read_text())["version"] if version_file.exists() else 0
-    fmt = chat.ChatFormat.from_tokenizer(tokenizer.load(path))
+    fmt = chat.ChatFormat.from_tokenizer(backend)
     return Policy(path, config, params, weights.load_heads(path), fmt, version)
+
+
+def check_lengths(policy: Policy, trajectories: Sequence[Trajectory], source: object) -> None:
+    """Refuses episodes that are longer than the model can attend over; `source` is their file."""
+    for t in trajectories:
+        what = f"{source}: task {t.task!r} (seed {t.seed}, attempt {t.attempt})"
+        transformer.check_length(policy.config, len(t.token_ids), what)
 
 
 def save_policy(
@@ -64,6 +81,7 @@ def save_policy(
 
 def make_engine(policy: Policy, sampling: SamplingConfig, slots: int, seed: int) -> Engine:
     """The generation engine of a policy."""
+    transformer.check_length(policy.config, sampling.context_length, "--context_length")
     return Engine(
         policy.config,
         policy.params,

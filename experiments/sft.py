@@ -49,6 +49,7 @@ def run(
     policy = common.load_policy(policy_folder)
     train = [chat.encode_trajectory(policy.chat, t) for t in train]
     valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
+    common.check_lengths(policy, [*train, *valid], "demonstrations")
     per_epoch = -(-len(train) // sft.batch_size)
     total = sft.updates or max(1, round(sft.epochs * per_epoch))
     rate = schedule.warmup_cosine(sft.learning_rate, total, sft.warmup_share)

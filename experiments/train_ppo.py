@@ -67,6 +67,7 @@ def run(
     trajectories = playable(store.read(data))
     temperature = behaviour_temperature(data, trajectories, ppo)
     policy = common.load_policy(policy_folder)
+    common.check_lengths(policy, trajectories, data)
     params = {"policy": policy.params, "value": policy.heads.get("value")}
     scores = scoring.cached_score(
         # In round 0 the policy is the estimator's trunk, whose pass is there already.

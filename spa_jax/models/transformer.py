@@ -1,4 +1,6 @@
-"""A Llama-style decoder in Flax Linen: one module, a frozen config, plain pytrees.
+"""A decoder of the Llama kind in Flax Linen: one module, a frozen config, plain pytrees.
+
+Llama, SmolLM2, Mistral, Qwen2 and Qwen3 are the same layers with another `ModelConfig`.
 
 The parameter tree holds the layers stacked on a leading axis, so that training
 scans over them (one layer is compiled, not thirty):
@@ -7,7 +9,8 @@ scans over them (one layer is compiled, not thirty):
     layers/          every leaf [N, ...]: attn_norm/scale [D], q/kernel [D, H*K],
                      k/kernel [D, G*K], v/kernel [D, G*K], o/kernel [H*K, D],
                      mlp_norm/scale [D], gate/kernel [D, F], up/kernel [D, F],
-                     down/kernel [F, D]
+                     down/kernel [F, D]; q/bias [H*K], k/bias [G*K], v/bias [G*K] with
+                     `qkv_bias`; q_norm/scale [K], k_norm/scale [K] with `qk_norm`
     norm/scale       [D]
     unembed/kernel   [D, V], absent when the embeddings are tied
 
@@ -40,8 +43,36 @@ _MASKED = -1e30  # finite, so that a row which sees nothing stays finite
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch the long wavelengths of their rotary embedding.
+
+    Attributes:
+      factor: wavelengths that are long become this many times longer.
+      low_freq_factor: long is a wavelength above original_max_position / low_freq_factor.
+      high_freq_factor: one below original_max_position / high_freq_factor stays as it is, and
+        between the two the frequency is interpolated.
+      original_max_position: the context length before the stretch, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder; names are ours, `weights.py` maps Hugging Face's."""
+    """The shape of a decoder; names are ours, `weights.py` maps Hugging Face's.
+
+    Attributes:
+      model_type: the family, by Hugging Face's name: llama, mistral, qwen2 or qwen3.
+      qkv_bias: q, k and v have a bias (Qwen2).
+      qk_norm: each head's query and key pass an RMSNorm before the rotation (Qwen3).
+      rope_scaling: None: wavelengths as they are.
+      max_position: tokens that the model was made for.
+      sliding_window: tokens that a layer attends over (Mistral), 0 = all. It is not computed:
+        within the window it makes no difference, and `check_length` refuses more.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -54,6 +85,11 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = True
     max_position: int = 8192
+    model_type: str = "llama"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int = 0
 
 
 @jax.custom_vjp
@@ -96,20 +132,35 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+    """[K/2] float32 angles a position: theta^(-2i/K), stretched as `RopeScaling` says.
+
+    Source: arXiv 2104.09864; the stretch is that of Llama 3.1, arXiv 2407.21783, as
+    transformers' rope type "llama3" computes it.
+    """
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling is None:
+        return frequency
+    c = config.rope_scaling
+    turns = c.original_max_position * frequency / (2 * jnp.pi)  # within the original context
+    kept = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+    kept = jnp.clip(kept, 0.0, 1.0)
+    return frequency * (kept + (1 - kept) / c.factor)
+
+
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Rotary position embedding, arXiv 2104.09864, in the half-split layout.
 
     Args:
       x: [B, T, heads, K] float.
       positions: [B, T] int.
-      theta: the base of the wavelengths.
+      frequencies: [K/2] w of `rope_frequencies`.
 
     Returns:
-      [B, T, heads, K]: the pairs (x_i, x_{i+K/2}) turned by position * theta^(-2i/K).
+      [B, T, heads, K]: the pairs (x_i, x_{i+K/2}) turned by position * w_i.
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
@@ -188,7 +239,11 @@ class Block(nn.Module):
         q = self._heads(h, "q", c.num_heads)
         k = self._heads(h, "k", c.num_kv_heads)
         v = self._heads(h, "v", c.num_kv_heads)
-        q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
+        frequencies = rope_frequencies(c)
+        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         if cache is None:
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         else:
@@ -213,7 +268,8 @@ class Block(nn.Module):
 
     def _heads(self, h: jax.Array, name: str, heads: int) -> jax.Array:
         size = heads * self.config.head_dim
-        y = nn.Dense(size, use_bias=False, dot_general=_dot_general, name=name)(h)
+        bias = self.config.qkv_bias
+        y = nn.Dense(size, use_bias=bias, dot_general=_dot_general, name=name)(h)
         return y.reshape(*h.shape[:2], heads, self.config.head_dim)
 
 
@@ -319,6 +375,27 @@ def states_below(
     parts = {name: frozen[name] for name in ("embed", "layers")}
     lowest = Decoder(config, last=depth(frozen))
     return cast(jax.Array, lowest.apply({"params": parts}, tokens, positions, segment_ids))
+
+
+def check_length(config: ModelConfig, length: int, what: str) -> None:
+    """Refuses more tokens than the model can attend over.
+
+    Args:
+      config: the model's shape.
+      length: tokens.
+      what: what has that many, for the message.
+
+    Raises:
+      UserError: names both.
+    """
+    limits = {"max_position_embeddings": config.max_position}
+    if config.sliding_window:
+        limits["sliding_window"] = config.sliding_window
+    for name, limit in limits.items():
+        if length > limit:
+            raise UserError(
+                f"{what}: {length} tokens exceed the model's {name}, {limit}; make it shorter"
+            )
 
 
 def depth(params: Params) -> int:

@@ -29,7 +29,7 @@ import safetensors
 
 from spa_jax import tokenizer as tokenizer_lib
 from spa_jax.errors import UserError
-from spa_jax.models.transformer import ModelConfig
+from spa_jax.models.transformer import ModelConfig, RopeScaling
 
 Params = Any  # a pytree of arrays
 Shape = tuple[int, ...]
@@ -52,6 +52,13 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+# The families that `transformer.Decoder` computes: Hugging Face's model_type -> its class.
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 # Ours -> (Hugging Face's name in a layer, GGUF's name in a block). Kernels are transposed:
 # Hugging Face and GGUF store a linear layer as [out, in], Flax as [in, out].
 _LAYER = {
@@ -59,6 +66,11 @@ _LAYER = {
     ("q", "kernel"): ("self_attn.q_proj", "attn_q"),
     ("k", "kernel"): ("self_attn.k_proj", "attn_k"),
     ("v", "kernel"): ("self_attn.v_proj", "attn_v"),
+    ("q", "bias"): ("self_attn.q_proj", "attn_q"),
+    ("k", "bias"): ("self_attn.k_proj", "attn_k"),
+    ("v", "bias"): ("self_attn.v_proj", "attn_v"),
+    ("q_norm", "scale"): ("self_attn.q_norm", "attn_q_norm"),
+    ("k_norm", "scale"): ("self_attn.k_norm", "attn_k_norm"),
     ("o", "kernel"): ("self_attn.o_proj", "attn_output"),
     ("mlp_norm", "scale"): ("post_attention_layernorm", "ffn_norm"),
     ("gate", "kernel"): ("mlp.gate_proj", "ffn_gate"),
@@ -78,7 +90,7 @@ _DTYPES = {
 
 
 def load_pretrained(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
-    """Reads a Hugging Face folder of a Llama-architecture model.
+    """Reads a Hugging Face folder of a Llama, SmolLM2, Mistral, Qwen2 or Qwen3 model.
 
     Args:
       folder: holds `config.json` and `model.safetensors` (or shards and their index).
@@ -251,9 +263,14 @@ def _names(config: ModelConfig) -> Iterator[tuple[tuple, str, str]]:
     for path, (hf, ggml) in _TOP.items():
         if path[0] != "unembed" or not config.tie_embeddings:
             yield (*path, None), hf, ggml
+    absent = {"bias": not config.qkv_bias, "q_norm": not config.qk_norm}
+    absent["k_norm"] = absent["q_norm"]
     for i in range(config.num_layers):
         for path, (hf, ggml) in _LAYER.items():
-            yield (*path, i), f"model.layers.{i}.{hf}.weight", f"blk.{i}.{ggml}.weight"
+            if any(absent.get(part) for part in path):
+                continue
+            kind = "bias" if path[1] == "bias" else "weight"
+            yield (*path, i), f"model.layers.{i}.{hf}.{kind}", f"blk.{i}.{ggml}.{kind}"
 
 
 def _our_shape(path: tuple, config: ModelConfig) -> Shape:
@@ -265,7 +282,9 @@ def _our_shape(path: tuple, config: ModelConfig) -> Shape:
         "q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d),
         "gate": (d, f), "up": (d, f), "down": (f, d),
     }  # fmt: skip
-    return kernels.get(path[0], (d,))
+    if path[1] == "bias":
+        return kernels[path[0]][1:]
+    return kernels.get(path[0], (config.head_dim,) if path[0] in ("q_norm", "k_norm") else (d,))
 
 
 def _hf_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -288,7 +307,7 @@ def _stack(config: ModelConfig, get: Callable[[str], np.ndarray]) -> Params:
             continue
         if layer == 0:
             stacked = np.empty((config.num_layers, *array.shape), np.float32)
-            params["layers"][module] = {leaf: stacked}
+            params["layers"].setdefault(module, {})[leaf] = stacked
         params["layers"][module][leaf][layer] = array
     return params
 
@@ -337,22 +356,22 @@ def _read_config(folder: pathlib.Path) -> ModelConfig:
             "(python -m experiments.fetch_policy makes one for the quickstart)"
         )
     raw = _read_json(path)
-    if raw.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported (llama is)")
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-    rope = raw.get("rope_parameters") or {}
-    scaling = rope.get("rope_type", "default") if rope else raw.get("rope_scaling")
+    family = raw.get("model_type")
+    if family not in _CLASSES:
+        known = ", ".join(_CLASSES)
+        raise UserError(f"{path}: model_type {family!r} is not supported ({known} are)")
     unsupported = {
-        "rope_scaling": scaling not in (None, "default"),
         "attention_bias": bool(raw.get("attention_bias")),
         "mlp_bias": bool(raw.get("mlp_bias")),
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "use_sliding_window": family != "mistral" and bool(raw.get("use_sliding_window")),
     }
     for key, is_set in unsupported.items():
         if is_set:
             raise UserError(f"{path}: {key} as set there is not supported")
     try:
         heads = int(raw["num_attention_heads"])
+        theta, scaling = _read_rope(path, raw)
         return ModelConfig(
             vocab_size=int(raw["vocab_size"]),
             hidden_size=int(raw["hidden_size"]),
@@ -361,20 +380,49 @@ def _read_config(folder: pathlib.Path) -> ModelConfig:
             num_kv_heads=int(raw.get("num_key_value_heads") or heads),
             head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
             intermediate_size=int(raw["intermediate_size"]),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+            rope_theta=theta,
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_position=int(raw.get("max_position_embeddings", 2048)),
+            model_type=family,
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            rope_scaling=scaling,
+            sliding_window=int((family == "mistral" and raw.get("sliding_window")) or 0),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error!r} is missing or not a number") from error
 
 
+def _read_rope(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) of a config.json.
+
+    transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling.
+    """
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UserError(f"{path}: rope_scaling of type {kind!r} is not supported (llama3 is)")
+    try:
+        return theta, RopeScaling(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_max_position=int(rope["original_max_position_embeddings"]),
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: rope_scaling of type llama3 lacks {error}") from error
+
+
 def _hf_config(config: ModelConfig, dtype: str, special: Mapping[str, int]) -> dict[str, Any]:
-    """config.json of a Llama model; read by transformers 4 and 5."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    """config.json of a model; read by transformers 4 and 5."""
+    family = config.model_type
+    made: dict[str, Any] = {
+        "architectures": [_CLASSES[family]],
+        "model_type": family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -387,11 +435,25 @@ def _hf_config(config: ModelConfig, dtype: str, special: Mapping[str, int]) -> d
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "torch_dtype": dtype,
-        **special,
     }
+    if scaling := config.rope_scaling:
+        made["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    if family in ("llama", "qwen3"):
+        made["attention_bias"] = False
+    if family == "llama":
+        made["mlp_bias"] = False
+    if family == "mistral":
+        made["sliding_window"] = config.sliding_window or None
+    if family in ("qwen2", "qwen3"):
+        made["use_sliding_window"] = False
+    return {**made, **special}
 
 
 def _open_tensors(
@@ -438,7 +500,7 @@ def _check_names(
         )
         if not known:
             raise UserError(
-                f"{where}: tensor {name} is not part of the llama architecture that "
+                f"{where}: tensor {name} is not part of the {config.model_type} architecture that "
                 f"{folder / 'config.json'} names"
             )
 

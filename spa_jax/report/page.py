@@ -202,7 +202,7 @@ def _stages(run: Workdir) -> list[dict[str, Any]]:
             {
                 "title": title,
                 "text": text,
-                "updates": sum(len({record["update"] for record in r.records}) for r in runs),
+                "updates": sum(max(record["update"] for record in r.records) for r in runs),
                 "rounds": len(runs),
                 "minutes": sum(_seconds(r) for r in runs) / 60,
                 "figures": [drawn for panel in panels if (drawn := _figure(panel, runs))],

@@ -248,8 +248,10 @@ def decode_turn(
         ended=jnp.zeros((slots,), bool),
     )
 
-    def body(carry: tuple) -> tuple:
-        index, state, turn, writing = carry
+    def write(
+        index: jax.Array, state: SlotState, turn: Turn, writing: jax.Array
+    ) -> tuple[Turn, jax.Array, jax.Array]:
+        """Draws token `index` of the slots that still write; says which of them to feed."""
         step_keys = jax.vmap(jax.random.fold_in)(keys, state.length)
         tokens, log_probs = draw(
             transformer.logits(params, state.hidden),
@@ -265,7 +267,10 @@ def decode_turn(
             ended=turn.ended | (writing & (tokens == end_of_turn)),
         )
         feeds = writing & (tokens != end_of_turn) & (index + 1 < max_new_tokens)
-        feeds &= state.length < cache_length
+        return turn, tokens, feeds & (state.length < cache_length)
+
+    def body(carry: tuple) -> tuple:
+        index, state, turn, tokens, feeds = carry
         positions = jnp.where(feeds, state.length, cache_length)
         hidden, cache = transformer.cached_hidden_states(
             config, params, tokens[:, None], positions[:, None], state.cache
@@ -275,8 +280,10 @@ def decode_turn(
             hidden=jnp.where(feeds[:, None], hidden[:, 0], state.hidden),
             length=state.length + feeds,
         )
-        return index + 1, state, turn, feeds
+        return index + 1, state, *write(index + 1, state, turn, feeds)
 
-    start = (jnp.int32(0), state, turn, active)
-    _, state, turn, _ = jax.lax.while_loop(lambda carry: carry[3].any(), body, start)
+    # Fed, then drawn: the last token of the longest turn costs no forward pass.
+    first = write(jnp.int32(0), state, turn, active)
+    start = (jnp.int32(0), state, *first)
+    _, state, turn, _, _ = jax.lax.while_loop(lambda carry: carry[4].any(), body, start)
     return state, turn

@@ -66,7 +66,7 @@ def test_tied_and_untied_logits():
 
 
 def test_rotation_by_hand():
-    """K = 4, theta = 100: pairs (0, 2) by the position, (1, 3) by a tenth of it."""
+    """K = 4, frequencies 1 and 0.1: pairs (0, 2) by the position, (1, 3) by a tenth of it."""
     x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
     for position in (0, 1, 7):
         a, b = position * 1.0, position * 0.1
@@ -76,7 +76,7 @@ def test_rotation_by_hand():
             3 * np.cos(a) + 1 * np.sin(a),
             4 * np.cos(b) + 2 * np.sin(b),
         ]
-        out = transformer.rotate(x, jnp.array([[position]]), 100.0)
+        out = transformer.rotate(x, jnp.array([[position]]), jnp.array([1.0, 0.1]))
         np.testing.assert_allclose(out.reshape(4), wanted, atol=1e-5)
 
 
