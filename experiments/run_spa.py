@@ -24,7 +24,7 @@ from spa_jax import config as config_lib
 from spa_jax import evaluation, store
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
-from spa_jax.report.page import BASE, shown, write_report
+from spa_jax.report.page import BASE, SPA, shown, write_report
 
 CONFIGS = (
     config_lib.RunConfig,
@@ -174,7 +174,7 @@ def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summa
 
 def judge_estimator(r: Run) -> dict[str, float]:
     """The last estimator on the base policy's held-out episodes."""
-    played = train_progress.playable(store.read(r.workdir / "eval" / "sft" / "trajectories.jsonl"))
+    played = train_progress.playable(store.read(r.workdir / "eval" / BASE / "trajectories.jsonl"))
     contributions = [[step.contribution or 0.0 for step in t.steps] for t in played]
     return evaluation.estimator_validity(
         np.array([sum(c) for c in contributions]),
@@ -193,7 +193,7 @@ def execute(r: Run) -> None:
         train_round(r, iteration)
     newest = train_ppo.policy_before(r.workdir, r.run.iterations)
     base = evaluate_policy(r, BASE, r.base)
-    spa = evaluate_policy(r, "spa", newest)
+    spa = evaluate_policy(r, SPA, newest)
     validity = judge_estimator(r)
     common.write_json(r.workdir / "estimator.json", validity)
     report = r.workdir / "report.html"

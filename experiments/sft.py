@@ -50,13 +50,14 @@ def run(
     train = [chat.encode_trajectory(policy.chat, t) for t in train]
     valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
     common.check_lengths(policy, [*train, *valid], "demonstrations")
+    lengths = [len(t.token_ids) for t in train]
     per_epoch = -(-len(train) // sft.batch_size)
     total = sft.updates or max(1, round(sft.epochs * per_epoch))
     rate = schedule.warmup_cosine(sft.learning_rate, total, sft.warmup_share)
     optimizer = state_lib.adamw(rate, clip_norm=sft.clip_norm, weight_decay=sft.weight_decay)
     trained, frozen = transformer.split(policy.config, policy.params, sft.train_layers)
     trainer = partition.Pmap(
-        sft_update.make_loss(policy.config), optimizer, frozen={"policy": frozen} if frozen else {}
+        sft_update.make_loss(policy.config), optimizer, frozen={"policy": frozen}
     )
     evaluate = partition.pmap_forward(sft_update.make_nll(policy.config))
     train_data = Demonstrations(train, rows, policy.config, trainer, "frozen layers")
@@ -77,16 +78,17 @@ def run(
     bar = tqdm.tqdm(range(start, end), initial=start, total=total, desc="sft", unit="update")
     for update in bar:
         tick = time.time()
-        chosen = schedule.batch_of(update, len(train), sft.batch_size, seed)
+        chosen = schedule.batch_of(update, lengths, sft.batch_size, seed)
         packed, batches = train_data.batches(chosen)
         tokens = float(packed.token_mask.sum())
         state, sums = trainer.update(state, batches, {"tokens": tokens})
+        computed = float(batching.token_count(packed))
         metrics = {
             "loss": sums["nll"] / tokens,
             "grad_norm": sums["grad_norm"],
             "learning_rate": float(rate(update)),
-            "tokens": float(batching.token_count(packed)),
-            "tokens_per_second": batching.token_count(packed) / (time.time() - tick),
+            "tokens": computed,
+            "tokens_per_second": computed / (time.time() - tick),
             "padding_share": batching.padding_share(packed),
         }
         last = update + 1 == total
@@ -124,11 +126,9 @@ class Demonstrations:
         self.trajectories = trajectories
         self._rows = rows
         self._devices = trainer.devices
-        self._below: list[np.ndarray] | None = None
-        if trainer.frozen and trajectories:
-            self._below = scoring.below(
-                config, trainer.frozen, trajectories, rows, devices=trainer.devices, title=title
-            )
+        self._below = scoring.below(
+            config, trainer.frozen, trajectories, rows, devices=trainer.devices, title=title
+        )
 
     def batches(
         self, chosen: Sequence[int] | np.ndarray
@@ -136,10 +136,8 @@ class Demonstrations:
         """The rows of the demonstrations with these indices, and their microbatches."""
         packed = batching.pack([self.trajectories[i] for i in chosen], **self._rows.packing)
         cut = batching.microbatches(packed, self._rows.rows_per_device, self._devices)
-        below = None if self._below is None else [self._below[i] for i in chosen]
         return packed, (
-            sft_update.SftBatch(b, None if below is None else batching.scatter_tokens(below, b))
-            for b in cut
+            sft_update.SftBatch(b, scoring.below_in_rows(self._below, chosen, b)) for b in cut
         )
 
 

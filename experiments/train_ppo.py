@@ -97,16 +97,13 @@ def run(
     trainer = partition.Pmap(
         ppo_update.make_loss(policy.config, ppo, temperature),
         optimizer,
-        frozen={"policy": frozen} if frozen else {},
+        frozen={"policy": frozen},
     )
-    below = (
-        scoring.below(
-            policy.config, trainer.frozen, trajectories, rows,
-            devices=trainer.devices, title="frozen layers",
-        )
-        if frozen
-        else None
+    below = scoring.below(
+        policy.config, trainer.frozen, trajectories, rows,
+        devices=trainer.devices, title="frozen layers",
     )  # fmt: skip
+    lengths = [len(t.token_ids) for t in trajectories]
     per_epoch = -(-len(trajectories) // ppo.batch_size)
     total = ppo.epochs * per_epoch
     checkpoints = Checkpoints(out / "checkpoints", every=ppo.checkpoint_every)
@@ -118,7 +115,7 @@ def run(
     state = trainer.replicate(state)
     for update in tqdm.tqdm(range(start, total), initial=start, total=total, desc="ppo"):
         tick = time.time()
-        chosen = schedule.batch_of(update, len(trajectories), ppo.batch_size, seed)
+        chosen = schedule.batch_of(update, lengths, ppo.batch_size, seed)
         packed, batches, counts = make_batches(
             trajectories, table, chosen, rows, trainer.devices, below
         )
@@ -206,7 +203,6 @@ def make_batches(
 
     `below` is what frozen layers made of each trajectory's tokens (`scoring.below`).
     """
-    part = None if below is None else [below[i] for i in chosen]
     packed = batching.pack([trajectories[i] for i in chosen], **rows.packing)
     white = np.asarray(advantages.whiten(table.advantages[chosen], table.mask[chosen]))
     counts = {"tokens": float(packed.token_mask.sum()), "steps": float(packed.step_mask.sum())}
@@ -216,7 +212,7 @@ def make_batches(
             advantages=batching.scatter_steps(white, batch),
             returns=batching.scatter_steps(table.returns[chosen], batch),
             old_values=batching.scatter_steps(table.values[chosen], batch),
-            below=None if part is None else batching.scatter_tokens(part, batch),
+            below=scoring.below_in_rows(below, chosen, batch),
         )
         for batch in batching.microbatches(packed, rows.rows_per_device, devices)
     ]

@@ -64,9 +64,9 @@ def run(
     writer = metrics_lib.MetricsWriter(out)
     writer.truncate_after(start)
     state = trainer.replicate(state)
-    error, count = 0.0, 0
+    error, count, equal = 0.0, 0, [1] * len(train)
     for update in tqdm.tqdm(range(start, total), initial=start, total=total, desc="progress"):
-        chosen = train[schedule.batch_of(update, len(train), progress.batch_size, seed)]
+        chosen = train[schedule.batch_of(update, equal, progress.batch_size, seed)]
         batch = _batch(features, chosen, progress.batch_size, trainer.devices)
         state, sums = trainer.update(state, [batch], {"trajectories": len(chosen)})
         error, count = error + sums["squared_error"], count + len(chosen)

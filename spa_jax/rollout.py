@@ -129,9 +129,9 @@ def _outcome(observation: Observation, steps: Sequence[Step], player: Player) ->
         return Status.FAILURE
     if len(steps) >= player.max_steps:
         return Status.MAX_STEPS
-    last = steps[-player.give_up_after :]
-    stuck = len(last) == player.give_up_after and not any(step.grounded for step in last)
-    return Status.FAILURE if player.give_up_after and stuck else None
+    tries = player.give_up_after
+    stuck = 0 < tries <= len(steps) and not any(step.grounded for step in steps[-tries:])
+    return Status.FAILURE if stuck else None
 
 
 def play(

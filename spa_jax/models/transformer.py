@@ -29,6 +29,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spa_jax.batching import SHARED
 from spa_jax.errors import UserError
@@ -114,9 +115,30 @@ def _matmul_backward(
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
 
 
-def _dot_general(x: jax.Array, w: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """`matmul` as `nn.Dense` calls it: the last axis of x against the first of w."""
-    return matmul(x, w)
+class Linear(nn.Module):
+    """x W + b, of a kernel [n, m] in training and of its transpose [m, n] in sampling.
+
+    With the kernel transposed (`unstack`), 16 or 32 decoded tokens pass two matrices of 576 x 1536
+    in 0.6 or 0.9 ms on two cores instead of 1.0 or 1.3: XLA packs the larger operand of a
+    product anew for every call, and that one needs no packing.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.has_variable("params", "transposed"):
+            w = self.get_variable("params", "transposed")
+            y = jax.lax.dot_general(w, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
+            # Else XLA turns the product round again.
+            y = jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+        else:
+            shape = (x.shape[-1], self.features)
+            y = matmul(x, self.param("kernel", nn.initializers.lecun_normal(), shape))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -255,21 +277,14 @@ class Block(nn.Module):
         q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         attention = attend_causally if cache is None else attend
         out = attention(q, k, v, mask).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
-        x = x + nn.Dense(c.hidden_size, use_bias=False, dot_general=_dot_general, name="o")(out)
+        x = x + Linear(c.hidden_size, name="o")(out)
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        gate = nn.Dense(c.intermediate_size, use_bias=False, dot_general=_dot_general, name="gate")(
-            h
-        )
-        up = nn.Dense(c.intermediate_size, use_bias=False, dot_general=_dot_general, name="up")(h)
-        x = x + nn.Dense(c.hidden_size, use_bias=False, dot_general=_dot_general, name="down")(
-            nn.silu(gate) * up
-        )
-        return x, cache
+        gate = Linear(c.intermediate_size, name="gate")(h)
+        up = Linear(c.intermediate_size, name="up")(h)
+        return x + Linear(c.hidden_size, name="down")(nn.silu(gate) * up), cache
 
     def _heads(self, h: jax.Array, name: str, heads: int) -> jax.Array:
-        size = heads * self.config.head_dim
-        bias = self.config.qkv_bias
-        y = nn.Dense(size, use_bias=bias, dot_general=_dot_general, name=name)(h)
+        y = Linear(heads * self.config.head_dim, self.config.qkv_bias, name=name)(h)
         return y.reshape(*h.shape[:2], heads, self.config.head_dim)
 
 
@@ -434,11 +449,11 @@ def split(config: ModelConfig, params: Params, train_layers: int) -> tuple[Param
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """The whole tree from the parts that `split` made."""
+    """The whole tree, on the host, from the parts that `split` made."""
     if not frozen:
         return trained
     layers = jax.tree.map(
-        lambda low, top: jnp.concatenate([low, top]), frozen["layers"], trained["layers"]
+        lambda low, top: np.concatenate([low, top]), frozen["layers"], trained["layers"]
     )
     return {**frozen, **trained, "layers": layers}
 
@@ -447,7 +462,11 @@ def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """Vocabulary logits [..., V] float32 of hidden states [..., D]."""
     if "unembed" in params:
         return jnp.dot(hidden, params["unembed"]["kernel"]).astype(jnp.float32)
-    return jnp.dot(hidden, params["embed"]["embedding"].T).astype(jnp.float32)
+    table = params["embed"]["embedding"]
+    if hidden.ndim == 2:  # a token of every slot: as in `Linear`
+        product = jax.lax.dot_general(table, hidden, (((1,), (1,)), ((), ())))
+        return jax.lax.optimization_barrier(product).T.astype(jnp.float32)
+    return jnp.dot(hidden, table.T).astype(jnp.float32)
 
 
 def unstack(params: Params) -> Params:
@@ -455,10 +474,17 @@ def unstack(params: Params) -> Params:
 
     A scan would copy each layer's weights out of the stack on every decoded token,
     which for a token at a time is more traffic than the matrix products themselves.
+    Kernels are transposed, see `Linear`.
     """
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)]
-    return {**params, "layers": layers}
+
+    def one(i: int) -> Params:
+        layer = jax.tree.map(lambda x: x[i], params["layers"])
+        return {
+            name: {"transposed" if key == "kernel" else key: x.T for key, x in part.items()}
+            for name, part in layer.items()
+        }
+
+    return {**params, "layers": [one(i) for i in range(depth(params))]}
 
 
 def empty_cache(

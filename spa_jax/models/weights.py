@@ -263,11 +263,10 @@ def _names(config: ModelConfig) -> Iterator[tuple[tuple, str, str]]:
     for path, (hf, ggml) in _TOP.items():
         if path[0] != "unembed" or not config.tie_embeddings:
             yield (*path, None), hf, ggml
-    absent = {"bias": not config.qkv_bias, "q_norm": not config.qk_norm}
-    absent["k_norm"] = absent["q_norm"]
+    present = {"bias": config.qkv_bias, "q_norm": config.qk_norm, "k_norm": config.qk_norm}
     for i in range(config.num_layers):
         for path, (hf, ggml) in _LAYER.items():
-            if any(absent.get(part) for part in path):
+            if not all(present.get(part, True) for part in path):
                 continue
             kind = "bias" if path[1] == "bias" else "weight"
             yield (*path, i), f"model.layers.{i}.{hf}.{kind}", f"blk.{i}.{ggml}.{kind}"
@@ -277,14 +276,14 @@ def _our_shape(path: tuple, config: ModelConfig) -> Shape:
     """The shape of a parameter (of one layer)."""
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    kernels = {
+    shapes = {
         "embed": (config.vocab_size, d), "unembed": (d, config.vocab_size),
         "q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d),
         "gate": (d, f), "up": (d, f), "down": (f, d),
+        "q_norm": (config.head_dim,), "k_norm": (config.head_dim,),
     }  # fmt: skip
-    if path[1] == "bias":
-        return kernels[path[0]][1:]
-    return kernels.get(path[0], (config.head_dim,) if path[0] in ("q_norm", "k_norm") else (d,))
+    shape = shapes.get(path[0], (d,))
+    return shape[1:] if path[1] == "bias" else shape
 
 
 def _hf_shapes(config: ModelConfig) -> dict[str, Shape]:

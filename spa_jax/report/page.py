@@ -133,7 +133,7 @@ def render(run: Workdir) -> str:
         played=run.played,
         stages=_stages(run),
         judgements=_judgements(run.evaluations),
-        shown=_shown(run.evaluations),
+        shown=_transcript_groups(run.evaluations),
     )
 
 
@@ -285,7 +285,7 @@ def shown(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     return [*wins, *failures]
 
 
-def _shown(evaluations: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any] | None:
+def _transcript_groups(evaluations: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any] | None:
     """Transcripts of SPA's evaluation; of the last one where SPA has not been evaluated."""
     if not evaluations:
         return None

@@ -109,8 +109,8 @@ def below(
     *,
     devices: int,
     title: str,
-) -> list[np.ndarray]:
-    """What the frozen layers make of every token, once and for all updates: a list of [T_i, D].
+) -> list[np.ndarray] | None:
+    """What the frozen layers make of every token, once and for all updates.
 
     Args:
       config: the model's shape.
@@ -119,7 +119,12 @@ def below(
       rows: the static shape.
       devices: how many local devices share the work.
       title: of the progress bar.
+
+    Returns:
+      A list of N arrays [T_i, D]; None if nothing is frozen, or there is no trajectory.
     """
+    if not frozen["policy"] or not trajectories:
+        return None
     packed = batching.pack(trajectories, **rows.packing)
     run = partition.pmap_forward(functools.partial(forward.rows_below, config), devices)
     batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
@@ -129,6 +134,15 @@ def below(
     values = np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
     lengths = [len(t.token_ids) for t in trajectories]
     return batching.gather_tokens(values[: len(packed.tokens)], packed, lengths)
+
+
+def below_in_rows(
+    below: Sequence[np.ndarray] | None,
+    chosen: Sequence[int] | np.ndarray,
+    rows: batching.PackedRows,
+) -> np.ndarray | None:
+    """[..., R, L, D] of rows that the chosen trajectories were packed into; None for None."""
+    return None if below is None else batching.scatter_tokens([below[i] for i in chosen], rows)
 
 
 def cached_score(

@@ -168,7 +168,7 @@ def test_unstack_names_every_layer():
     assert len(layers) == CONFIG.num_layers
     for i, layer in enumerate(layers):
         np.testing.assert_array_equal(
-            layer["down"]["kernel"], PARAMS["layers"]["down"]["kernel"][i]
+            layer["down"]["transposed"], PARAMS["layers"]["down"]["kernel"][i].T
         )
 
 
