@@ -1,8 +1,8 @@
 """The host loop: engine x environment sessions -> trajectories.  The only place that plays.
 
-Every slot of the engine holds one episode.  A round waits for the environments that are
-still thinking, appends what they said, lets the policy write in all slots that are ready,
-and sends the actions off.  A finished episode's slot takes the next job at once.
+Every slot of the engine holds one episode.  A round takes what environments have answered,
+gives it to the engine, lets that read and write a little, and sends the actions of the turns
+that ended off; nobody waits for the slowest.  A finished episode's slot takes the next job at once.
 """
 
 import concurrent.futures
@@ -21,9 +21,10 @@ from spa_jax.errors import UserError
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
 if TYPE_CHECKING:
-    from spa_jax.sampling.engine import Engine
+    from spa_jax.sampling.engine import Engine, Response
 
-# Once one environment has answered, how long a round waits for the others, in seconds.
+# With nothing else to do: once one environment has answered, how long a round waits for others,
+# in seconds.
 _GRACE = 0.05
 
 
@@ -189,12 +190,12 @@ class _Rollout:
     def _loop(self) -> None:
         self._fill()
         while self.episodes:
-            ready = self._harvest()
-            ready = [slot for slot in ready if self._read(slot)]
+            for slot in self._harvest():
+                self._read(slot)
             self._fill()
-            if ready:
-                self._write(ready)
-                self._fill()
+            for slot, response in self.engine.advance().items():
+                self._act(slot, response)
+            self._fill()
 
     def _fill(self) -> None:
         """Gives free slots the next jobs."""
@@ -209,9 +210,11 @@ class _Rollout:
         return session.reset(job.task.task, job.task.split, job.seed, prompt=self.player.prompt)
 
     def _harvest(self) -> list[int]:
-        """Slots whose environment has answered; waits for the first, and a little more."""
-        concurrent.futures.wait(self.waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-        done, _ = concurrent.futures.wait(self.waiting, timeout=_GRACE)
+        """Slots whose environment has answered; waits for one only if the engine is idle."""
+        if not self.engine.busy:
+            concurrent.futures.wait(self.waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+        grace = 0 if self.engine.busy else _GRACE
+        done, _ = concurrent.futures.wait(self.waiting, timeout=grace)
         ready = []
         for future in done:
             slot = self.waiting.pop(future)
@@ -243,13 +246,13 @@ class _Rollout:
         episode = self.episodes.pop(slot)
         self.on_done(episode.result(self.player, status, final, self.engine.sampling))
 
-    def _read(self, slot: int) -> bool:
-        """Shows the policy what came back; False if the episode ended instead."""
+    def _read(self, slot: int) -> None:
+        """Shows the policy what came back, or ends the episode."""
         episode, observation = self.episodes[slot], self.episodes[slot].observation
         status = _outcome(observation, episode.steps, self.player)
         if status is not None:
             self._end(slot, status, observation.text)
-            return False
+            return
         if not episode.ids:
             episode.instruction = observation.instruction
             ids = self.chat.first_turn(observation.instruction, observation.text)
@@ -262,35 +265,24 @@ class _Rollout:
             ids = self.chat.next_turn(observation.text)
             if not self.engine.fits(slot, ids):
                 self._end(slot, Status.CONTEXT_FULL, observation.text)
-                return False
+                return
         episode.read(ids)
-        return True
+        self.engine.submit(slot, ids)
 
-    def _write(self, ready: list[int]) -> None:
-        """The policy's turn in every ready slot; its actions go to the environments."""
-        fresh = {slot: self._unread(slot) for slot in ready}
-        self.engine.append(fresh)
-        for slot, response in self.engine.generate(ready).items():
-            episode = self.episodes[slot]
-            text = self.chat.decode(response.ids)
-            action = parse_action(text)
-            episode.write(response.ids, response.log_probs)
-            episode.steps.append(
-                Step(episode.observation.text, text, action, False, self.player.version)
-            )
-            if not response.ended:
-                full = len(response.ids) < self.engine.sampling.max_new_tokens
-                self._end(slot, Status.CONTEXT_FULL if full else Status.MAX_TOKENS, "")
-            else:
-                self.waiting[self.pool.submit(self._step, slot, action)] = slot
-
-    def _unread(self, slot: int) -> list[int]:
-        """The context at the end of the episode that the engine has not seen."""
+    def _act(self, slot: int, response: "Response") -> None:
+        """Records a turn and sends its action to the environment."""
         episode = self.episodes[slot]
-        count = 0
-        while count < len(episode.ids) and episode.step_id[-1 - count] == -1:
-            count += 1
-        return episode.ids[len(episode.ids) - count :]
+        text = self.chat.decode(response.ids)
+        action = parse_action(text)
+        episode.write(response.ids, response.log_probs)
+        episode.steps.append(
+            Step(episode.observation.text, text, action, False, self.player.version)
+        )
+        if not response.ended:
+            full = len(response.ids) < self.engine.sampling.max_new_tokens
+            self._end(slot, Status.CONTEXT_FULL if full else Status.MAX_TOKENS, "")
+        else:
+            self.waiting[self.pool.submit(self._step, slot, action)] = slot
 
     def _step(self, slot: int, action: str) -> Observation:
         session = self.sessions[slot]

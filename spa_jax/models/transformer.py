@@ -244,6 +244,7 @@ class Block(nn.Module):
         positions: jax.Array,
         mask: jax.Array,
         cache: LayerCache | None = None,
+        rows: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Applies the layer.
 
@@ -252,6 +253,7 @@ class Block(nn.Module):
           positions: [B, T] int.
           mask: [B, T, T] bool, or [B, T, C] with a cache.
           cache: keys and values so far; a position >= C writes nothing.
+          rows: [B] int, the cache's row of each row of x, as in `cached_hidden_states`.
 
         Returns:
           [B, T, D] and the cache with the new tokens in it (None without one).
@@ -269,10 +271,12 @@ class Block(nn.Module):
         if cache is None:
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            k = cache[0].at[rows, :, :, positions].set(k.astype(cache[0].dtype), mode="drop")
-            v = cache[1].at[rows, :, positions].set(v.astype(cache[1].dtype), mode="drop")
+            at = (jnp.arange(x.shape[0]) if rows is None else rows)[:, None]
+            k = cache[0].at[at, :, :, positions].set(k.astype(cache[0].dtype), mode="drop")
+            v = cache[1].at[at, :, positions].set(v.astype(cache[1].dtype), mode="drop")
             cache = (k, v)
+            if rows is not None:
+                k, v = k.at[rows].get(mode="clip"), v.at[rows].get(mode="clip")
         batch, length = x.shape[:2]
         q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         attention = attend_causally if cache is None else attend
@@ -502,6 +506,7 @@ def cached_hidden_states(
     tokens: jax.Array,
     positions: jax.Array,
     cache: list[LayerCache],
+    rows: jax.Array | None = None,
 ) -> tuple[jax.Array, list[LayerCache]]:
     """Hidden states of new tokens, each row at its own place in its conversation.
 
@@ -518,6 +523,8 @@ def cached_hidden_states(
       tokens: [B, T] int.
       positions: [B, T] int.
       cache: the past, from `empty_cache`; every slot below a position must be filled.
+      rows: [B] int, the row of the cache that each row of tokens continues, each at most
+        once; one beyond the cache writes nothing (padding).  None: row i continues row i.
 
     Returns:
       [B, T, D] after the final norm (rows of padding hold garbage), and the new cache.
@@ -528,7 +535,7 @@ def cached_hidden_states(
     block = Block(config)
     new_cache = []
     for layer, past in zip(layers_params["layers"], cache, strict=True):
-        x, past = cast(tuple, block.apply({"params": layer}, x, positions, mask, past))
+        x, past = cast(tuple, block.apply({"params": layer}, x, positions, mask, past, rows))
         new_cache.append(past)
     norm = RMSNorm(config.rms_norm_eps)
     return cast(jax.Array, norm.apply({"params": layers_params["norm"]}, x)), new_cache

@@ -8,7 +8,7 @@ key/value cache that holds one conversation; the cache place of a token is its p
                                                           ^ <eot> is sampled but not yet fed:
                                                             it opens the next chunk
 
-B slots, C cache places, M new tokens a turn, D hidden, V vocabulary.
+B slots, C cache places, D hidden, V vocabulary.
 """
 
 import chex
@@ -38,20 +38,22 @@ class SlotState:
 
 
 @struct.dataclass
-class Turn:
-    """What one call of `decode_turn` wrote.
+class Chunk:
+    """What one call of `decode_chunk` wrote, of N steps.
 
     Attributes:
-      tokens: [B, M] int32; the first `count` are real.
-      log_probs: [B, M] float32, log softmax(logits / temperature)[token].
+      tokens: [B, N + 1] int32; the first `count` are real.
+      log_probs: [B, N + 1] float32, log softmax(logits / temperature)[token].
       count: [B] int32.
       ended: [B] bool, whether the turn closed with the end-of-turn token.
+      writing: [B] bool, whether the turn goes on in the next chunk.
     """
 
     tokens: jax.Array
     log_probs: jax.Array
     count: jax.Array
     ended: jax.Array
+    writing: jax.Array
 
 
 def empty_state(config: ModelConfig, slots: int, length: int) -> SlotState:
@@ -67,10 +69,10 @@ def prefill(
     config: ModelConfig,
     params: Params,
     state: SlotState,
+    slots: jax.Array,
     tokens: jax.Array,
     starts: jax.Array,
     counts: jax.Array,
-    slots: jax.Array | None = None,
 ) -> SlotState:
     """Appends a chunk of tokens to some slots.
 
@@ -78,31 +80,27 @@ def prefill(
       config: the model's shape.
       params: the tree of `transformer.unstack`.
       state: the slots.
+      slots: [A] int32, the slots to append to, each at most once; an entry >= B is padding.
       tokens: [A, T] int32, the chunk, padded on the right.
       starts: [A] int32, each slot's length before the chunk (0 empties the slot).
-      counts: [A] int32, how many of the T tokens are real; 0 leaves the slot as it is.
-      slots: [A] int32, the slots to append to, an entry >= B being padding; None: all B in
-        their order, which spares the copy of their caches.
+      counts: [A] int32, how many of the T tokens are real.
 
     Returns:
       The slots with the chunk in their caches; `hidden` is that of the last real token.
     """
-    chex.assert_rank([tokens, starts, counts], [2, 1, 1])
+    chex.assert_rank([slots, tokens, starts, counts], [1, 2, 1, 1])
     cache_length = state.cache[0][1].shape[2]
     offset = jnp.arange(tokens.shape[1])
     positions = jnp.where(offset < counts[:, None], starts[:, None] + offset, cache_length)
-    take = (lambda x: x) if slots is None else (lambda x: x.at[slots].get(mode="clip"))
-    put = (lambda _, y: y) if slots is None else (lambda x, y: x.at[slots].set(y, mode="drop"))
     hidden, cache = transformer.cached_hidden_states(
-        config, params, tokens, positions, jax.tree.map(take, state.cache)
+        config, params, tokens, positions, state.cache, slots
     )
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    real = counts > 0
     return SlotState(
-        cache=jax.tree.map(put, state.cache, cache),
-        hidden=put(state.hidden, jnp.where(real[:, None], last_hidden, take(state.hidden))),
-        length=put(state.length, jnp.where(real, starts + counts, take(state.length))),
+        cache=cache,
+        hidden=state.hidden.at[slots].set(last_hidden, mode="drop"),
+        length=state.length.at[slots].set(starts + counts, mode="drop"),
     )
 
 
@@ -207,70 +205,86 @@ def draw(
     return tokens, jnp.take_along_axis(log_probs, tokens[:, None], 1)[:, 0]
 
 
-def decode_turn(
+def decode_chunk(
     config: ModelConfig,
     params: Params,
     state: SlotState,
-    active: jax.Array,
+    tokens: jax.Array,
+    budget: jax.Array,
     keys: chex.PRNGKey,
     *,
+    steps: int,
     end_of_turn: int,
-    max_new_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
-) -> tuple[SlotState, Turn]:
-    """Lets the policy write one turn in every active slot.
+) -> tuple[SlotState, Chunk]:
+    """Lets the policy go on writing in every slot that has a budget, for at most N steps.
 
-    The loop ends when every active slot has ended its turn, reached M tokens, or filled
-    its context.  The last token of a turn is sampled but not fed (see the drawing above).
+    A step feeds the newest token of each writing slot and draws the next one.  A slot whose
+    turn begins has no token to feed yet, and draws its first one before the first step:
+
+        N = 3         drawn before   step 0   step 1   step 2      N + 1 tokens at most
+        begins              a           b        c        d        (d is fed in the next chunk)
+        goes on                         b        c       eot       (eot opens the next turn)
+
+    The loop ends early when every slot has ended its turn, used its budget or filled its
+    context.  The last token of a turn is drawn but not fed (see the drawing above).
 
     Args:
       config: the model's shape.
       params: the tree of `transformer.unstack`.
       state: the slots, each prefilled up to where the policy writes.
-      active: [B] bool.
+      tokens: [B] int32, the newest token of a turn that goes on, which was drawn but not
+        fed; negative where the turn begins.
+      budget: [B] int32, how many tokens the turn may still have; 0: the slot does not write.
       keys: [B] keys, one an episode.
+      steps: N.
       end_of_turn: the id that closes a turn.
-      max_new_tokens: M.
       temperature: see `draw`.
       top_k: see `draw`.
       top_p: see `draw`.
 
     Returns:
-      The slots and the `Turn`.
+      The slots and the `Chunk`.
     """
-    slots, cache_length = active.shape[0], state.cache[0][1].shape[2]
-    turn = Turn(
-        tokens=jnp.zeros((slots, max_new_tokens), jnp.int32),
-        log_probs=jnp.zeros((slots, max_new_tokens), jnp.float32),
+    slots, cache_length = tokens.shape[0], state.cache[0][1].shape[2]
+    rows = jnp.arange(slots)
+    chunk = Chunk(
+        tokens=jnp.zeros((slots, steps + 1), jnp.int32),
+        log_probs=jnp.zeros((slots, steps + 1), jnp.float32),
         count=jnp.zeros((slots,), jnp.int32),
         ended=jnp.zeros((slots,), bool),
+        writing=(budget > 0) & (tokens >= 0) & (state.length < cache_length),
     )
 
-    def write(
-        index: jax.Array, state: SlotState, turn: Turn, writing: jax.Array
-    ) -> tuple[Turn, jax.Array, jax.Array]:
-        """Draws token `index` of the slots that still write; says which of them to feed."""
-        step_keys = jax.vmap(jax.random.fold_in)(keys, state.length)
-        tokens, log_probs = draw(
+    def draw_next(
+        state: SlotState, chunk: Chunk, tokens: jax.Array, drawing: jax.Array
+    ) -> tuple[Chunk, jax.Array]:
+        """Draws a token in some slots; says in which of all slots to feed the newest."""
+        drawn, log_probs = draw(
             transformer.logits(params, state.hidden),
-            step_keys,
+            jax.vmap(jax.random.fold_in)(keys, state.length),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
         )
-        turn = Turn(
-            tokens=turn.tokens.at[:, index].set(tokens),
-            log_probs=turn.log_probs.at[:, index].set(log_probs),
-            count=turn.count + writing,
-            ended=turn.ended | (writing & (tokens == end_of_turn)),
+        at = (rows, jnp.where(drawing, chunk.count, steps + 1))
+        count = chunk.count + drawing
+        ended = drawing & (drawn == end_of_turn)
+        feeds = ~ended & (count < budget) & (state.length < cache_length)
+        chunk = Chunk(
+            tokens=chunk.tokens.at[at].set(drawn, mode="drop"),
+            log_probs=chunk.log_probs.at[at].set(log_probs, mode="drop"),
+            count=count,
+            ended=chunk.ended | ended,
+            writing=jnp.where(drawing, feeds, chunk.writing),
         )
-        feeds = writing & (tokens != end_of_turn) & (index + 1 < max_new_tokens)
-        return turn, tokens, feeds & (state.length < cache_length)
+        return chunk, jnp.where(drawing, drawn, tokens)
 
-    def body(carry: tuple) -> tuple:
-        index, state, turn, tokens, feeds = carry
+    def step(carry: tuple) -> tuple:
+        index, state, chunk, tokens = carry
+        feeds = chunk.writing
         positions = jnp.where(feeds, state.length, cache_length)
         hidden, cache = transformer.cached_hidden_states(
             config, params, tokens[:, None], positions[:, None], state.cache
@@ -280,10 +294,12 @@ def decode_turn(
             hidden=jnp.where(feeds[:, None], hidden[:, 0], state.hidden),
             length=state.length + feeds,
         )
-        return index + 1, state, *write(index + 1, state, turn, feeds)
+        return index + 1, state, *draw_next(state, chunk, tokens, feeds)
 
-    # Fed, then drawn: the last token of the longest turn costs no forward pass.
-    first = write(jnp.int32(0), state, turn, active)
-    start = (jnp.int32(0), state, *first)
-    _, state, turn, _, _ = jax.lax.while_loop(lambda carry: carry[4].any(), body, start)
-    return state, turn
+    first = draw_next(state, chunk, tokens, (budget > 0) & (tokens < 0))
+    _, state, chunk, _ = jax.lax.while_loop(
+        lambda carry: (carry[0] < steps) & carry[2].writing.any(),
+        step,
+        (jnp.int32(0), state, *first),
+    )
+    return state, chunk

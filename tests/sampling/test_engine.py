@@ -12,7 +12,7 @@ import pytest
 from spa_jax import batching
 from spa_jax.models import transformer
 from spa_jax.sampling import decode
-from spa_jax.sampling.engine import Engine
+from spa_jax.sampling.engine import Engine, Response
 from spa_jax.training import forward
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 from tests import tiny
@@ -81,7 +81,7 @@ def _shared_engine(slots: int, sampling: Sampling) -> Engine:
 def _play(engine: Engine, episodes: list[Episode], seed: int) -> list[Episode]:
     """Plays them in a random order of slots, episodes, and of who is ready in a round."""
     rng = random.Random(seed)
-    waiting, slots = list(episodes), {}
+    waiting, slots, busy = list(episodes), {}, set()
     rng.shuffle(waiting)
     while waiting or slots:
         free = [s for s in range(engine.slots) if s not in slots]
@@ -90,14 +90,29 @@ def _play(engine: Engine, episodes: list[Episode], seed: int) -> list[Episode]:
             if waiting:
                 slots[slot] = waiting.pop()
                 engine.open(slot, slots[slot].number)
-        ready = rng.sample(sorted(slots), rng.randint(1, len(slots)))
-        engine.append({slot: slots[slot].read() for slot in ready})
-        for slot, response in engine.generate(ready).items():
+        idle = sorted(set(slots) - busy)
+        for slot in rng.sample(idle, rng.randint(0 if busy else 1, len(idle))):
+            engine.submit(slot, slots[slot].read())
+            busy.add(slot)
+        for slot, response in engine.advance().items():
+            busy.remove(slot)
             episode = slots[slot]
             episode.write(response.ids, response.log_probs)
             if episode.turn == len(episode.contexts):
                 del slots[slot]
+        assert engine.busy == bool(busy)
     return sorted(episodes, key=lambda e: e.number)
+
+
+def _turn(engine: Engine, contexts: dict[int, list[int]]) -> dict[int, Response]:
+    """One turn in each of the slots."""
+    for slot, ids in contexts.items():
+        engine.submit(slot, ids)
+    responses = {}
+    while engine.busy:
+        responses |= engine.advance()
+    assert responses.keys() == contexts.keys()
+    return responses
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -207,14 +222,11 @@ def test_what_episodes_open_with_is_encoded_once(sampling):
 def test_nothing_is_compiled_after_the_first_shapes():
     engine = _engine(4, DRAWN)
     rng = np.random.default_rng(0)
-    for slots in ([0], [0, 1, 2, 3]):
-        for length in (3, 20):
-            for slot in slots:
-                engine.open(slot, slot)
-            engine.append({slot: rng.integers(3, 384, length).tolist() for slot in slots})
-            engine.generate(slots)
+    for length in (3, 20, 30, 40):
+        engine.open(0, length)
+        _turn(engine, {0: rng.integers(3, 384, length).tolist()})
     sizes = engine._prefill._cache_size(), engine._decode._cache_size()
-    assert sizes == (4, 1)  # two chunks, a few rows or all of them
+    assert sizes == (4, 1)  # four lengths of a chunk
     _play(engine, _episodes(count=14), 0)
     assert (engine._prefill._cache_size(), engine._decode._cache_size()) == sizes
 
@@ -228,10 +240,8 @@ def test_the_cache_is_updated_in_place():
     for slot in range(4):
         engine.open(slot, slot)
     before, old = pointers(), engine._state
-    engine.append({slot: [5] * 20 for slot in range(4)})
-    engine.append({0: [6]})
-    engine.generate([0, 1, 2, 3])
-    engine.generate([1])
+    _turn(engine, {slot: [5] * 20 for slot in range(4)})
+    _turn(engine, {1: [6]})
     assert pointers() == before
     assert all(x.is_deleted() for x in jax.tree.leaves(old.cache))
 
@@ -241,22 +251,18 @@ def test_a_turn_ends_at_its_limit_or_when_the_context_is_full():
     engine = _engine(1, DRAWN, context_length=24, params=never)
     engine.open(0, 1)
     assert engine.fits(0, [5] * 23) and not engine.fits(0, [5] * 24)
-    engine.append({0: [5] * 10})
-    response = engine.generate([0])[0]
+    response = _turn(engine, {0: [5] * 10})[0]
     assert len(response.ids) == 6 and not response.ended  # max_new_tokens
     assert len(response.log_probs) == 6
     # 10 + 6 tokens so far (one of them not fed yet): room for 7 and one more token.
     assert engine.fits(0, [5] * 7) and not engine.fits(0, [5] * 8)
-    engine.append({0: [5] * 5})
-    response = engine.generate([0])[0]
+    response = _turn(engine, {0: [5] * 5})[0]
     # 21 in the cache: 3 more are fed, and the token after the last place is still drawn.
     assert len(response.ids) == 4 and not response.ended
     assert int(engine._state.length[0]) == 24
     # A full slot is free for the next conversation, which sees nothing of it.
     engine.open(0, 9)
-    engine.append({0: [7] * 3})
-    again = engine.generate([0])[0]
+    again = _turn(engine, {0: [7] * 3})
     fresh = _engine(1, DRAWN, context_length=24, params=never)
     fresh.open(0, 9)
-    fresh.append({0: [7] * 3})
-    assert again == fresh.generate([0])[0]
+    assert again == _turn(fresh, {0: [7] * 3})
