@@ -21,23 +21,22 @@ def _measure(engine: Engine, prompts: np.ndarray) -> tuple[float, float, int]:
     """(seconds of prefilling all slots, median seconds of a turn, tokens of a turn)."""
     for slot in range(_SLOTS):
         engine.open(slot, slot)
+        engine.submit(slot, prompts[slot].tolist())
     start = time.perf_counter()
-    engine.append({slot: prompts[slot].tolist() for slot in range(_SLOTS)})
+    engine._read()
     _wait(engine)
     prefill = time.perf_counter() - start
     turns = []
     for _ in range(_TURNS):
         start = time.perf_counter()
-        engine.generate(range(_SLOTS))  # returns tokens on the host: nothing is left running
+        while engine._turns:
+            engine._write()  # returns tokens on the host: nothing is left running
         turns.append(time.perf_counter() - start)
-        engine.append({slot: [] for slot in range(_SLOTS)})  # feeds each turn's last token
+        for slot in range(_SLOTS):
+            engine.submit(slot, [])  # feeds each turn's last token
+        engine._read()
         _wait(engine)
     return prefill, statistics.median(turns), _SLOTS * _NEW
-
-
-def _wait(engine: Engine) -> None:
-    """Until the device has done what it was told: the engine itself waits only for tokens."""
-    jax.block_until_ready(engine._state)
 
 
 def run() -> None:
