@@ -30,6 +30,12 @@ class Tolerance:
 
 
 EXACT = Tolerance()  # integers, names
+# What the recorded numbers came with: 1e-5 for forward values, rewards and advantages, 1e-4
+# relative for gradients and weights.  Beyond 1 a float32 has fewer digits after the point.
+FORWARD = Tolerance(absolute=1e-5, relative=1e-6)
+GRADIENT = Tolerance(absolute=5e-7, relative=1e-4, of_largest=1e-5)
+STATISTIC = Tolerance(absolute=3e-5, relative=3e-6)  # sums over some hundred tokens
+COEFFICIENT = Tolerance(absolute=1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +82,25 @@ class Comparison:
         """Compares one array, or one number; arguments as `largest_error`."""
         self.errors.append(largest_error(name, ours, recorded, tolerance, slack))
 
+    def copy(self) -> "Comparison":
+        """One to go on with, that leaves this one as it is."""
+        other = Comparison()
+        other.errors, other.failures = list(self.errors), list(self.failures)
+        other.unchecked, other.notes = list(self.unchecked), list(self.notes)
+        return other
+
+    @property
+    def compared(self) -> set[str]:
+        """The names of the arrays that were compared, without elements and remarks."""
+        return {error.name.split("[")[0].split(" (")[0] for error in self.errors}
+
     @property
     def misses(self) -> list[str]:
         """A line for everything that makes the case miss."""
         wrong = [e for e in self.errors if not e.share <= 1.0]
-        return self.failures + [
-            f"{e.name}: error {e.error:.2e}, allowed {e.allowed:.2e}" for e in wrong
-        ]
+        lines = [f"{e.name}: error {e.error:.2e}, allowed {e.allowed:.2e}" for e in wrong]
+        nothing = [] if self.errors else ["nothing in it could be compared"]
+        return self.failures + lines + nothing
 
     @property
     def worst(self) -> Error:
@@ -125,3 +143,10 @@ def largest_error(
 
 def _element(name: str, at: Sequence[Any]) -> str:
     return name + (f"[{', '.join(str(int(i)) for i in at)}]" if at else "")
+
+
+def check_padding(result: Comparison, name: str, scores: np.ndarray, count: np.ndarray) -> None:
+    """Behind the `count` [B] scores of a row of `scores` [B, S] there is nothing: 0, or nan."""
+    behind = np.arange(scores.shape[1]) >= np.asarray(count)[:, None]
+    rest = np.nan_to_num(scores[behind].astype(np.float64))
+    result.add(f"{name} (padding)", np.zeros_like(rest), rest, FORWARD)
