@@ -25,7 +25,8 @@ def test_a_new_adapter_changes_nothing():
 
 
 def test_merged_by_hand():
-    params = {"layers": {"q": {"kernel": jnp.ones((1, 2, 3))}, "v": {"kernel": jnp.ones((1, 2, 1))}}}
+    kernels = {"q": {"kernel": jnp.ones((1, 2, 3))}, "v": {"kernel": jnp.ones((1, 2, 1))}}
+    params = {"layers": kernels}
     adapter = {"layers": {"q": {"a": jnp.array([[[1.0], [2.0]]]), "b": jnp.array([[[3.0, 0, 1]]])}}}
     merged = lora.merge(LoraConfig(rank=1, alpha=0.5, targets=("q",)), params, adapter)
     np.testing.assert_allclose(merged["layers"]["q"]["kernel"], [[[2.5, 1, 1.5], [4, 1, 2]]])

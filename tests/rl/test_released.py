@@ -283,7 +283,8 @@ class StepTest(parameterized.TestCase):
 
     def test_the_coefficient_moves_after_the_updates(self):
         state, after, trace = run(released.Config(4, 2, horizon=100.0))
-        kl = np.mean(np.sum(np.asarray(trace.experience.kl) * case(released.Config(4, 2))[2].mask, 1))
+        kls = np.asarray(trace.experience.kl) * case(released.Config(4, 2))[2].mask
+        kl = np.mean(np.sum(kls, 1))
         expected = released.next_kl_coef(0.3, float(kl), released.Config(4, 2, horizon=100.0))
         self.assertAlmostEqual(after.kl_coef, expected, places=6)
         self.assertNotEqual(after.kl_coef, state.kl_coef)
