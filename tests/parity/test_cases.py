@@ -16,13 +16,14 @@ from spa_jax.parity import cases, files, ppo
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 RELEASED, EXTRA = GOLDEN / "released", GOLDEN / "released_extra"
-QUICK = {"ppo_accumulate_clip", "ppo_edge_full_accumulate", "progress_sides"}
+QUICK = {"gae", "rewards", "ppo_lora", "ppo_accumulate_clip", "ppo_edge_full_accumulate"}
 
 
 def _every_case():
     for folder in (RELEASED, EXTRA):
         for case in cases.find(folder):
-            slow = folder is EXTRA and case.name not in QUICK
+            # The authors' cases are all checked by tests/experiments/test_check_parity.py as well.
+            slow = case.name not in QUICK
             yield pytest.param(case, id=case.name, marks=[pytest.mark.slow] if slow else [])
 
 

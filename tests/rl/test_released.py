@@ -15,7 +15,7 @@ f32 = functools.partial(np.asarray, dtype=np.float32)
 
 
 class MaskedTest(chex.TestCase):
-    @chex.all_variants
+    @chex.variants(with_jit=True, without_jit=True)
     def test_mean_and_variance(self):
         x, mask = f32([1, 2, 6, 100]), np.array([1, 1, 1, 0])
         np.testing.assert_allclose(self.variant(released.masked_mean)(x, mask), 3.0)
@@ -99,7 +99,7 @@ class RewardTest(parameterized.TestCase):
 
 
 class TokenGaeTest(chex.TestCase):
-    @chex.all_variants
+    @chex.variants(with_jit=True, without_jit=True)
     def test_by_hand(self):
         """Q5: the token that was read has value 0, and what comes after it fades across it."""
         run = functools.partial(released.token_gae, gamma=0.5, lam=0.5)
@@ -148,7 +148,7 @@ class LossTest(chex.TestCase):
     def outputs(self, ratios, values):
         return released.Outputs(np.log(f32([ratios])), f32([values]), f32([[1, 2, 50]]))
 
-    @chex.all_variants
+    @chex.variants(with_jit=True, without_jit=True)
     def test_by_hand(self):
         config = released.Config(1, 1, vf_coef=0.1)
         run = self.variant(functools.partial(released.losses, config=config))
