@@ -188,6 +188,33 @@ def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:
     return heads
 
 
+def from_named(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
+    """The parameter tree of `models.transformer` from tensors under Hugging Face's names.
+
+    Args:
+      config: the model's shape.
+      tensors: "model.embed_tokens.weight" -> array, and so on.
+
+    Raises:
+      UserError: a tensor is missing or of another shape; the caller names the file.
+    """
+    shapes = _hf_shapes(config)
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise UserError(f"tensor {name} is missing")
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"tensor {name} has shape {list(tensors[name].shape)}, "
+                f"the model's config asks for {list(shape)}"
+            )
+    return _stack(config, tensors.__getitem__)
+
+
+def to_named(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
+    """Hugging Face's name -> array of every tensor of a parameter tree, as `from_named` reads."""
+    return {name: get() for name, (_, _, get) in _unstack(config, params).items()}
+
+
 def save_heads(folder: str | os.PathLike[str], heads: Mapping[str, Params]) -> None:
     """Writes heads beside a model, as `heads.safetensors` with names such as "value/kernel".
 
@@ -354,6 +381,15 @@ def _read_config(folder: pathlib.Path) -> ModelConfig:
             f"{path}: no such file; give a Hugging Face model folder "
             "(python -m experiments.fetch_policy makes one for the quickstart)"
         )
+    return read_config(path)
+
+
+def read_config(path: pathlib.Path) -> ModelConfig:
+    """The model's shape of a Hugging Face config.json, whatever the file is called.
+
+    Raises:
+      UserError: not JSON, or an architecture or setting that is not supported.
+    """
     raw = _read_json(path)
     family = raw.get("model_type")
     if family not in _CLASSES:

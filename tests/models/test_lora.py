@@ -1,0 +1,73 @@
+"""Low-rank adapters: what they add, their derivative, PEFT's names."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spa_jax.models import lora, transformer
+from spa_jax.models.lora import LoraConfig
+from tests import tiny
+
+CONFIG = tiny.tiny_config()
+PARAMS = transformer.init(CONFIG, jax.random.key(0))
+ALL = LoraConfig(rank=4, alpha=8.0, targets=tuple(lora.MODULES))
+
+
+def test_a_new_adapter_changes_nothing():
+    adapter = lora.init(ALL, PARAMS, jax.random.key(1))
+    merged = lora.merge(ALL, PARAMS, adapter)
+    assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, merged, PARAMS)
+    a = np.asarray(adapter["layers"]["down"]["a"])
+    assert a.shape == (2, 64, 4)
+    assert 0.1 < np.abs(a).max() <= 1 / 8  # 1 / sqrt(64 inputs)
+
+
+def test_merged_by_hand():
+    kernels = {"q": {"kernel": jnp.ones((1, 2, 3))}, "v": {"kernel": jnp.ones((1, 2, 1))}}
+    params = {"layers": kernels}
+    adapter = {"layers": {"q": {"a": jnp.array([[[1.0], [2.0]]]), "b": jnp.array([[[3.0, 0, 1]]])}}}
+    merged = lora.merge(LoraConfig(rank=1, alpha=0.5, targets=("q",)), params, adapter)
+    np.testing.assert_allclose(merged["layers"]["q"]["kernel"], [[[2.5, 1, 1.5], [4, 1, 2]]])
+    assert merged["layers"]["v"] is params["layers"]["v"]
+
+
+def test_the_gradient_is_the_adapters():
+    config = LoraConfig(rank=2, targets=("q", "v"))
+    adapter = lora.init(config, PARAMS, jax.random.key(1))
+    ids = jnp.arange(6)[None]
+
+    def loss(adapter):
+        params = lora.merge(config, PARAMS, adapter)
+        hidden = transformer.hidden_states(CONFIG, params, ids, ids, jnp.ones_like(ids))
+        return jnp.sum(hidden * jnp.cos(jnp.arange(hidden.size).reshape(hidden.shape)))
+
+    gradient = jax.jit(jax.grad(loss))(adapter)
+    assert jax.tree.structure(gradient) == jax.tree.structure(adapter)
+    for name in ("q", "v"):
+        np.testing.assert_array_equal(gradient["layers"][name]["a"], 0)  # b is 0
+        assert np.any(np.asarray(gradient["layers"][name]["b"]) != 0)
+
+
+def test_pefts_names_there_and_back():
+    adapter = jax.tree.map(np.asarray, lora.init(ALL, PARAMS, jax.random.key(1)))
+    named = lora.to_peft(adapter)
+    assert named["model.layers.1.self_attn.k_proj.lora_A.default.weight"].shape == (4, 32)
+    assert named["model.layers.1.mlp.up_proj.lora_B.default.weight"].shape == (64, 4)
+    wrapped = {f"base_model.model.{name}": array for name, array in named.items()}
+    wrapped["base_model.model.model.norm.weight"] = np.ones(32)
+    jax.tree.map(np.testing.assert_array_equal, lora.from_peft(wrapped), adapter)
+    saved = {name.replace(".default.", "."): array for name, array in named.items()}
+    jax.tree.map(np.testing.assert_array_equal, lora.from_peft(saved), adapter)
+
+
+def test_what_is_not_supported_is_named():
+    assert lora.targets_of(["q_proj", "down_proj"]) == ("q", "down")
+    with pytest.raises(ValueError, match="embed_tokens"):
+        lora.targets_of(["q_proj", "embed_tokens"])
+    name = "model.layers.0.self_attn.{}.lora_A.default.weight"
+    with pytest.raises(ValueError, match="rotary"):
+        lora.from_peft({name.format("rotary"): np.ones((2, 2))})
+    with pytest.raises(ValueError, match="q lacks b"):
+        lora.from_peft({name.format("q_proj"): np.ones((2, 2))})
