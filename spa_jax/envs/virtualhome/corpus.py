@@ -1,0 +1,340 @@
+"""Tasks from the ActivityPrograms corpus: program + preconditions + scene -> task.
+
+The simulator's own preparation puts what a program needs into a scene and sets the states and
+relations that its preconditions demand; the program is executed, and what differs between the
+first and the last graph (states, and ON, INSIDE and HOLDS edges) is the goal.
+
+The data folder holds, at any depth, the corpus as it is distributed
+(`withoutconds/<source>/<name>.txt` beside `initstate/<source>/<name>.json`), the scenes
+(`TrimmedTestScene<n>_graph.json`) and VirtualHome's `resources`, which its package lacks.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import io
+import json
+import pickle
+import random
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from spa_jax.envs.virtualhome.actions import TEMPLATES, command
+from spa_jax.envs.virtualhome.engine import VirtualhomeEngine
+from spa_jax.envs.virtualhome.simulator import CHARACTER, Graph, World, library
+from spa_jax.envs.virtualhome.tasks import Goal, HomeTask, layout_hash
+from spa_jax.errors import UserError
+
+_RESOURCES = ("properties_data", "object_states", "object_script_placing", "class_name_equivalence")
+_GOAL_RELATIONS = ("HOLDS_LH", "HOLDS_RH", "INSIDE", "ON")
+_MAX_NODES = 500  # as VirtualHome's own preparation
+
+# An object of a program: its class name and which one it is, counted from 1.
+Key = tuple[str, int]
+Ordering = Callable[[list[Key]], list[Key]]
+
+
+class LeftOut(Exception):
+    """A program that gives no task in a scene; the message is the reason, for counting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program of the corpus.
+
+    Attributes:
+      source: the folder that it is in; names are unique in it.
+      name: its file's name without suffix.
+      title: the activity.
+      description: the rest of what its author said.
+      lines: the steps, such as "[Walk] <home_office> (1)".
+      conditions: the preconditions, as in initstate.
+    """
+
+    source: str
+    name: str
+    title: str
+    description: str
+    lines: tuple[str, ...]
+    conditions: tuple[dict[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A task made from a program.
+
+    Attributes:
+      task: the task, whose program may be unable to solve it through the interface.
+      graph: its initial graph.
+      ids: the nodes of the program's objects.
+    """
+
+    task: HomeTask
+    graph: Graph
+    ids: dict[Key, int]
+
+
+@contextlib.contextmanager
+def unpacked(data: Path) -> Iterator[Path]:
+    """The data folder; a `virtualhome_data.tar.xz` in it is unpacked for the time of the block."""
+    archives = [*data.glob("virtualhome_data.tar.xz"), *data.glob("*/virtualhome_data.tar.xz")]
+    if not archives or next(data.glob("**/withoutconds"), None):
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="virtualhome_") as folder:
+        with tarfile.open(archives[0]) as archive:
+            archive.extractall(folder, filter="data")
+        yield Path(folder)
+
+
+@functools.lru_cache(maxsize=8)
+def _pickled_scene(file: Path) -> bytes:
+    """A scene, read once: unpickling is the fastest copy."""
+    return pickle.dumps(json.loads(file.read_text()))
+
+
+class Corpus:
+    """The corpus, the scenes and the resources of a data folder.
+
+    Args:
+      data: see the module.
+
+    Attributes:
+      scenes: the scenes' names, such as "scene2", sorted.
+
+    Raises:
+      UserError: if a part is missing, naming it, or the simulator is not installed.
+    """
+
+    def __init__(self, data: Path) -> None:
+        if not data.is_dir():
+            raise UserError(f"the VirtualHome data {data} is no folder")
+        self._programs = self._part(data, "**/withoutconds", "the programs (ActivityPrograms)")
+        resources = self._part(data, f"**/resources/{_RESOURCES[0]}.json", "the resources").parent
+        scene = self._part(data, "**/TrimmedTestScene*_graph.json", "the scenes").parent
+        self._scenes = {
+            f"scene{path.name.removeprefix('TrimmedTestScene').removesuffix('_graph.json')}": path
+            for path in sorted(scene.glob("TrimmedTestScene*_graph.json"))
+        }
+        self.scenes = list(self._scenes)
+        self._load_resources(resources)
+
+    @staticmethod
+    def _part(data: Path, pattern: str, what: str) -> Path:
+        found = min(data.glob(pattern), default=None)
+        if found is None:
+            raise UserError(
+                f"{data} lacks {what}: no {pattern.removeprefix('**/')} in it. The programs are "
+                "VirtualHome's programs_processed_precond_nograb_morepreconds.zip, scenes and "
+                "resources are in its repository (example_graphs, virtualhome/resources)"
+            )
+        return found
+
+    def _load_resources(self, folder: Path) -> None:
+        try:
+            data = {name: json.loads((folder / f"{name}.json").read_text()) for name in _RESOURCES}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: VirtualHome's resources are not whole ({error})") from error
+        properties = library().environment.Property
+        self._properties = {
+            name: [properties[p] for p in those] for name, those in data[_RESOURCES[0]].items()
+        }
+        states = data["object_states"]
+        self._states = states | {name.replace("_", ""): states[name] for name in states}
+        self._placing = data["object_script_placing"]
+        self._equivalence = data["class_name_equivalence"]
+
+    def programs(self) -> list[Program]:
+        """All programs, sorted by source and name."""
+        files = sorted(self._programs.glob("*/*.txt"))
+        return [self._program(file) for file in files]
+
+    def find(self, name: str, title: str, description: str) -> Program | None:
+        """The program with this name, title and description."""
+        files = sorted(self._programs.glob(f"*/{name}.txt"))
+        programs = (self._program(file) for file in files)
+        return next(
+            (p for p in programs if (p.title, p.description) == (title, description)), None
+        )
+
+    def _program(self, file: Path) -> Program:
+        conditions = self._programs.parent / "initstate" / file.parent.name / f"{file.stem}.json"
+        try:
+            title, description, *lines = file.read_text().split("\n")
+            preconditions = tuple(json.loads(conditions.read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} with {conditions} is not whole: {error}") from error
+        steps = tuple(line.strip() for line in lines if line.startswith("["))
+        return Program(
+            file.parent.name, file.stem, title.strip(), description.strip(), steps, preconditions
+        )
+
+    def prepare(
+        self, program: Program, scene: str, seed: int, order: Ordering = list
+    ) -> Prepared:
+        """Makes the task of a program in a scene.
+
+        Args:
+          program: the program.
+          scene: one of `scenes`.
+          seed: draws the room where the character starts and where things are moved to.
+          order: puts the program's objects (in the order of their first mention) in the order
+            in which they are looked for in the scene or added to it, numbered from 1000.
+
+        Raises:
+          LeftOut: if the program cannot be executed there, or changes nothing.
+        """
+        script = self._script(program)
+        graph = pickle.loads(_pickled_scene(self._scenes[scene]))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                ids = self._furnish(script, program, graph, seed, order)
+        except Exception as error:  # whatever fails in the library: asserts, missing keys, ...
+            raise LeftOut(f"the scene cannot be prepared ({type(error).__name__})") from error
+        start = World({"nodes": graph["nodes"], "edges": _edges(graph)})
+        nodes = [
+            {key: node[key] for key in ("id", "class_name", "category", "properties")}
+            | {"states": list(start.states()[node["id"]])}
+            for node in graph["nodes"]
+        ]
+        initial: Graph = {"nodes": nodes, "edges": start.edges()}
+        end = World(initial)
+        commands = []
+        for line in script:
+            objects = [(p.name, p.instance) for p in line.parameters]
+            if not _executed(end, line.action.name, objects):
+                raise LeftOut("a step of the program cannot be executed")
+            commands.append(command(line.action.name, [name for name, _ in objects]))
+        goal = difference(World(initial), end)
+        if not (goal.states or goal.absent or goal.present):
+            raise LeftOut("the program changes nothing")
+        task = HomeTask(
+            title=program.title, description=program.description, goal=goal,
+            objects={name: node_id for (name, _), node_id in ids.items()},
+            program=tuple(commands), scene=scene, layout=layout_hash(initial, goal), seed=seed,
+        )  # fmt: skip
+        return Prepared(task, initial, ids)
+
+    def _script(self, program: Program) -> Any:
+        scripts = library().scripts
+        try:
+            script = scripts.read_script_from_list_string(program.lines)
+        except scripts.ScriptParseException as error:
+            raise LeftOut("an action or object that the simulator does not know") from error
+        if not len(script):
+            raise LeftOut("no steps")
+        if any(line.action.name not in TEMPLATES for line in script):
+            raise LeftOut("an action that is none of the 42")
+        return script
+
+    def _helper(self, seed: int) -> Any:
+        """VirtualHome's own preparation, fed with our resources and with our random numbers."""
+        utils = library().utils
+        utils.random = random.Random(seed)
+        utils.load_name_equivalence = lambda: self._equivalence
+        # It writes into the table of placings.
+        return utils.graph_dict_helper(
+            self._properties, copy.deepcopy(self._placing), self._states, _MAX_NODES
+        )
+
+    @staticmethod
+    def _rename(helper: Any, script: Any, conditions: Sequence[dict[str, Any]]) -> None:
+        """Gives objects the names that they have in scenes; as check_programs, in place."""
+        names = helper.unity_object2script_object
+        for line in script:
+            for parameter in line.parameters:
+                parameter.name = names.get(parameter.name, parameter.name)
+        for condition in conditions:
+            for value in condition.values():
+                for entry in value if isinstance(value[0], list) else [value]:
+                    name = entry[0].lower().replace(" ", "_")
+                    entry[0] = names.get(name, name)
+
+    def _furnish(
+        self, script: Any, program: Program, graph: Any, seed: int, order: Ordering
+    ) -> dict[Key, int]:
+        """Changes a scene into the program's initial graph; returns its objects' ids.
+
+        The steps of the library's `check_programs.check_one_program`, without objects that the
+        program does not need, and with an order of the program's objects that is not a set's.
+        """
+        helper = self._helper(seed)
+        helper.initialize(graph)
+        conditions = copy.deepcopy(list(program.conditions))
+        self._rename(helper, script, conditions)
+        script.obtain_objects = lambda: order(_objects(script))
+        everything: Callable[[int], bool] = lambda _: True  # noqa: E731
+        helper.set_to_default_state(graph, None, id_checker=everything)
+        ids, first_room, _ = helper.add_missing_object_from_script(script, conditions, graph, {})
+        own = set(ids.values())
+        helper.set_to_default_state(graph, first_room, id_checker=own.__contains__)
+        helper.check_binary(graph, id_checker=everything, verbose=False)
+        helper.prepare_from_precondition(conditions, ids, graph)
+        helper.open_all_doors(graph)
+        helper.ensure_light_on(graph, id_checker=lambda node_id: node_id not in own)
+        helper.check_binary(graph, id_checker=everything, verbose=False)
+        return ids
+
+
+def _objects(script: Any) -> list[Key]:
+    """A script's objects in the order of their first mention."""
+    return list(dict.fromkeys((p.name, p.instance) for line in script for p in line.parameters))
+
+
+def _edges(graph: Any) -> list[tuple[int, str, int]]:
+    return [(e["from_id"], e["relation_type"], e["to_id"]) for e in graph["edges"]]
+
+
+def _executed(world: World, action: str, objects: Sequence[Key]) -> bool:
+    try:
+        return world.execute(action, objects)
+    except AttributeError:  # the library's way to say that an object is in no room
+        return False
+
+
+def difference(before: World, after: World) -> Goal:
+    """What differs, as a goal."""
+    old, new = before.states(), after.states()
+    states = sorted(
+        (node.id, node.class_name, new[node.id])
+        for node in after.nodes()
+        if new[node.id] != old[node.id]
+    )
+    lost, won = set(before.edges(_GOAL_RELATIONS)), set(after.edges(_GOAL_RELATIONS))
+    return Goal(tuple(states), tuple(sorted(lost - won)), tuple(sorted(won - lost)))
+
+
+def check_worth(prepared: Prepared) -> None:
+    """Leaves out a task whose goal is only where the character is.
+
+    Raises:
+      LeftOut: if it is one: a single "walk to" would solve it.
+    """
+    goal, nodes = prepared.task.goal, prepared.graph["nodes"]
+    rooms = {node["id"] for node in nodes if node["category"] == "Rooms"}
+    character = prepared.task.objects[CHARACTER]
+    edges = (*goal.absent, *goal.present)
+    moved = all(edge[:2] == (character, "INSIDE") and edge[2] in rooms for edge in edges)
+    if moved and not goal.states:
+        raise LeftOut("the goal is only to be in a room")
+
+
+def check_solved(prepared: Prepared, max_steps: int) -> int:
+    """Plays a task's program through the interface; returns the steps that it takes.
+
+    Raises:
+      LeftOut: if it does not solve the task in `max_steps` steps.
+    """
+    engine = VirtualhomeEngine()
+    engine.begin(prepared.task, prepared.graph)
+    program = prepared.task.program
+    for steps, text in enumerate(program[:max_steps], start=1):
+        if engine.step(text).success:
+            return steps
+    if len(program) > max_steps:
+        raise LeftOut(f"longer than {max_steps} steps")
+    raise LeftOut("the program does not solve it through the interface")
