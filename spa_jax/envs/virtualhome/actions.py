@@ -1,7 +1,7 @@
 """The 42 actions of SPA-RL's VirtualHome, as text, and which objects a command means.  Pure text.
 
-    walk to home office  ->  ("WALK", ("home_office",))
-    put mug on table     ->  ("PUTBACK", ("mug", "table"))
+walk to home office  ->  ("WALK", ("home_office",))
+put mug on table     ->  ("PUTBACK", ("mug", "table"))
 """
 
 import re

@@ -26,8 +26,9 @@ from typing import Any
 import tqdm
 
 from spa_jax.envs.conformance import Report
-from spa_jax.envs.virtualhome.corpus import Corpus, Key, LeftOut, Ordering, unpacked
+from spa_jax.envs.virtualhome.corpus import Corpus, Key, Ordering, unpacked
 from spa_jax.envs.virtualhome.engine import VirtualhomeEngine
+from spa_jax.envs.virtualhome.making import LeftOut
 from spa_jax.envs.virtualhome.simulator import Edge, Graph
 from spa_jax.envs.virtualhome.tasks import Goal, HomeTask
 from spa_jax.errors import UserError
@@ -79,7 +80,9 @@ def read_cases(folder: Path) -> list[dict[str, Any]]:
     Raises:
       UserError: if there are none, or they cannot be read.
     """
-    places = [folder / part / f"{CASES}{end}" for part in ("", "virtualhome") for end in ("", ".xz")]
+    places = [
+        folder / part / f"{CASES}{end}" for part in ("", "virtualhome") for end in ("", ".xz")
+    ]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(f"--cases={folder}: no {CASES} or {CASES}.xz in it or in its virtualhome/")
@@ -192,7 +195,9 @@ def _replay(case: Mapping[str, Any], task: HomeTask, graph: Graph) -> dict[str, 
     if not success and len(steps) >= _MAX_STEPS:
         reasons |= {"max_steps"}
     equal = case["steps"] == len(steps) and case["reason"] in reasons and case["reward"] is None
-    end = f"{name}: steps {case['steps']}, reason {case['reason']}, reward {case['reward']} recorded"
+    end = (
+        f"{name}: steps {case['steps']}, reason {case['reason']}, reward {case['reward']} recorded"
+    )
     return {
         "tasks": [""],
         "observations": seen,

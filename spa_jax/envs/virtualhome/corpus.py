@@ -23,23 +23,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from spa_jax.envs.virtualhome.actions import TEMPLATES, command
-from spa_jax.envs.virtualhome.engine import VirtualhomeEngine
-from spa_jax.envs.virtualhome.simulator import CHARACTER, Graph, World, library
-from spa_jax.envs.virtualhome.tasks import Goal, HomeTask, layout_hash
+from spa_jax.envs.virtualhome.actions import TEMPLATES
+from spa_jax.envs.virtualhome.making import LeftOut, Made, make_task
+from spa_jax.envs.virtualhome.simulator import library
 from spa_jax.errors import UserError
 
 _RESOURCES = ("properties_data", "object_states", "object_script_placing", "class_name_equivalence")
-_GOAL_RELATIONS = ("HOLDS_LH", "HOLDS_RH", "INSIDE", "ON")
 _MAX_NODES = 500  # as VirtualHome's own preparation
 
 # An object of a program: its class name and which one it is, counted from 1.
 Key = tuple[str, int]
 Ordering = Callable[[list[Key]], list[Key]]
-
-
-class LeftOut(Exception):
-    """A program that gives no task in a scene; the message is the reason, for counting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +56,10 @@ class Program:
     lines: tuple[str, ...]
     conditions: tuple[dict[str, Any], ...]
 
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A task made from a program.
-
-    Attributes:
-      task: the task, whose program may be unable to solve it through the interface.
-      graph: its initial graph.
-      ids: the nodes of the program's objects.
-    """
-
-    task: HomeTask
-    graph: Graph
-    ids: dict[Key, int]
+    @property
+    def key(self) -> str:
+        """Its name in the corpus."""
+        return f"{self.source}/{self.name}"
 
 
 @contextlib.contextmanager
@@ -158,9 +142,7 @@ class Corpus:
         """The program with this name, title and description."""
         files = sorted(self._programs.glob(f"*/{name}.txt"))
         programs = (self._program(file) for file in files)
-        return next(
-            (p for p in programs if (p.title, p.description) == (title, description)), None
-        )
+        return next((p for p in programs if (p.title, p.description) == (title, description)), None)
 
     def _program(self, file: Path) -> Program:
         conditions = self._programs.parent / "initstate" / file.parent.name / f"{file.stem}.json"
@@ -174,9 +156,7 @@ class Corpus:
             file.parent.name, file.stem, title.strip(), description.strip(), steps, preconditions
         )
 
-    def prepare(
-        self, program: Program, scene: str, seed: int, order: Ordering = list
-    ) -> Prepared:
+    def prepare(self, program: Program, scene: str, seed: int, order: Ordering = list) -> Made:
         """Makes the task of a program in a scene.
 
         Args:
@@ -191,33 +171,18 @@ class Corpus:
         """
         script = self._script(program)
         graph, ids = self._try_to_furnish(script, program, scene, seed, order, whole=True)
-        start = World({"nodes": graph["nodes"], "edges": _edges(graph)})
-        states = start.states()
-        nodes = [
-            {key: node[key] for key in ("id", "class_name", "category", "properties")}
-            | {"states": list(states[node["id"]])}
-            for node in graph["nodes"]
+        steps = [
+            (line.action.name, [(p.name, p.instance) for p in line.parameters]) for line in script
         ]
-        initial: Graph = {"nodes": nodes, "edges": start.edges()}
-        end = World(initial)
-        commands = []
-        for line in script:
-            objects = [(p.name, p.instance) for p in line.parameters]
-            if not _executed(end, line.action.name, objects):
-                raise LeftOut("a step of the program cannot be executed")
-            commands.append(command(line.action.name, [name for name, _ in objects]))
-        goal = difference(World(initial), end)
-        if not (goal.states or goal.absent or goal.present):
-            raise LeftOut("the program changes nothing")
-        task = HomeTask(
-            title=program.title, description=program.description, goal=goal,
-            objects={name: node_id for (name, _), node_id in ids.items()},
-            program=tuple(commands), scene=scene, layout=layout_hash(initial, goal), seed=seed,
+        return make_task(
+            title=program.title, description=program.description, nodes=graph["nodes"],
+            edges=[(e["from_id"], e["relation_type"], e["to_id"]) for e in graph["edges"]],
+            steps=steps, objects={name: node_id for (name, _), node_id in ids.items()},
+            scene=scene, seed=seed,
         )  # fmt: skip
-        return Prepared(task, initial, ids)
 
     def ids(self, program: Program, scene: str, seed: int, order: Ordering) -> dict[Key, int]:
-        """Only the `Prepared.ids` that `prepare` would give; much faster.
+        """The nodes of the program's objects as `prepare` would choose them; much faster.
 
         Raises:
           LeftOut: if the program's objects cannot be put into the scene.
@@ -300,58 +265,3 @@ class Corpus:
 def _objects(script: Any) -> list[Key]:
     """A script's objects in the order of their first mention."""
     return list(dict.fromkeys((p.name, p.instance) for line in script for p in line.parameters))
-
-
-def _edges(graph: Any) -> list[tuple[int, str, int]]:
-    return [(e["from_id"], e["relation_type"], e["to_id"]) for e in graph["edges"]]
-
-
-def _executed(world: World, action: str, objects: Sequence[Key]) -> bool:
-    try:
-        return world.execute(action, objects)
-    except AttributeError:  # the library's way to say that an object is in no room
-        return False
-
-
-def difference(before: World, after: World) -> Goal:
-    """What differs, as a goal."""
-    old, new = before.states(), after.states()
-    states = sorted(
-        (node.id, node.class_name, new[node.id])
-        for node in after.nodes()
-        if new[node.id] != old[node.id]
-    )
-    lost, won = set(before.edges(_GOAL_RELATIONS)), set(after.edges(_GOAL_RELATIONS))
-    return Goal(tuple(states), tuple(sorted(lost - won)), tuple(sorted(won - lost)))
-
-
-def check_worth(prepared: Prepared) -> None:
-    """Leaves out a task whose goal is only where the character is.
-
-    Raises:
-      LeftOut: if it is one: a single "walk to" would solve it.
-    """
-    goal, nodes = prepared.task.goal, prepared.graph["nodes"]
-    rooms = {node["id"] for node in nodes if node["category"] == "Rooms"}
-    character = prepared.task.objects[CHARACTER]
-    edges = (*goal.absent, *goal.present)
-    moved = all(edge[:2] == (character, "INSIDE") and edge[2] in rooms for edge in edges)
-    if moved and not goal.states:
-        raise LeftOut("the goal is only to be in a room")
-
-
-def check_solved(prepared: Prepared, max_steps: int) -> int:
-    """Plays a task's program through the interface; returns the steps that it takes.
-
-    Raises:
-      LeftOut: if it does not solve the task in `max_steps` steps.
-    """
-    engine = VirtualhomeEngine()
-    engine.begin(prepared.task, prepared.graph)
-    program = prepared.task.program
-    for steps, text in enumerate(program[:max_steps], start=1):
-        if engine.step(text).success:
-            return steps
-    if len(program) > max_steps:
-        raise LeftOut(f"longer than {max_steps} steps")
-    raise LeftOut("the program does not solve it through the interface")

@@ -75,5 +75,3 @@ def describe(world: World) -> str:
 def introduce(title: str, description: str) -> str:
     """The first observation."""
     return f"The task is {title}({description})."
-
-

@@ -143,7 +143,7 @@ class World:
         return done
 
     def nodes(self) -> list[Any]:
-        """All nodes (`id`, `class_name`, `category`, `properties`, `states`): changed ones first."""
+        """All nodes, with `id`, `class_name`, `category`, `properties` and `states`."""
         return self._state.get_nodes()
 
     def node(self, node_id: int) -> Any:

@@ -52,9 +52,7 @@ class Goal:
         """Reads the authors' form, `revised_graph` (whose "revised_nodes" are edges)."""
 
         def edges(name: str) -> tuple[Edge, ...]:
-            return tuple(
-                sorted((e["from_id"], e["relation_type"], e["to_id"]) for e in data[name])
-            )
+            return tuple(sorted((e["from_id"], e["relation_type"], e["to_id"]) for e in data[name]))
 
         states = ((n["id"], n["class_name"], tuple(sorted(n["states"]))) for n in data["nodes"])
         return cls(tuple(sorted(states)), edges("revised_nodes"), edges("revised_add_edges"))
@@ -224,7 +222,9 @@ class TaskIndex:
     def splits(self) -> list[str]:
         """The names of the splits."""
         folders = {path.parent.parent.name for path in self.root.glob(f"*/*/{TASK_FILE}")}
-        files = {path.stem for suffix in ("json", "jsonl") for path in self.root.glob(f"*.{suffix}")}
+        files = {
+            path.stem for suffix in ("json", "jsonl") for path in self.root.glob(f"*.{suffix}")
+        }
         return sorted(folders | files)
 
     def _split(self, split: str) -> tuple[Path, Collection[str]]:
