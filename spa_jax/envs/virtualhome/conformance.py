@@ -34,6 +34,8 @@ from spa_jax.envs.virtualhome.tasks import Goal, HomeTask
 from spa_jax.errors import UserError
 
 CASES = "cases_episodes.json"
+_FIELDS = {"task", "log", "success", "steps", "reason", "reward"}
+_TASK = {"id", "path", "task", "description", "revised_graph", "object_id_dict"}
 _PREFIX = "Observation: "
 _SEED = 0  # of the recorded preparations
 _MAX_STEPS = 20  # the fewest after which the published class ends an episode
@@ -89,9 +91,11 @@ def read_cases(folder: Path) -> list[dict[str, Any]]:
     try:
         text = lzma.open(file, "rt").read() if file.suffix == ".xz" else file.read_text()
         cases = json.loads(text)
-        if not cases or not all(case["log"] and case["task"]["id"] for case in cases):
-            raise ValueError("no cases in it")
-    except (OSError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
+        whole = (case["log"] and _FIELDS <= case.keys() and _TASK <= case["task"].keys()
+                 for case in cases)  # fmt: skip
+        if not cases or not all(whole):
+            raise ValueError(f"each has {sorted(_FIELDS)} and its task {sorted(_TASK)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, lzma.LZMAError) as error:
         raise UserError(f"{file} holds no cases of VirtualHome ({error})") from error
     return cases
 
@@ -191,18 +195,16 @@ def _replay(case: Mapping[str, Any], task: HomeTask, graph: Graph) -> dict[str, 
         where = f"{name}, step {number}, {command!r}"
         seen.append("" if equal else f"{where}: {observation.text!r} here, {text!r} recorded")
     success = observation.success
-    reasons = {"success"} if success else {None}
+    reasons: set[str | None] = {"success"} if success else {None}
     if not success and len(steps) >= _MAX_STEPS:
-        reasons |= {"max_steps"}
+        reasons.add("max_steps")
     equal = case["steps"] == len(steps) and case["reason"] in reasons and case["reward"] is None
-    end = (
-        f"{name}: steps {case['steps']}, reason {case['reason']}, reward {case['reward']} recorded"
-    )
+    ends = {key: case[key] for key in ("steps", "reason", "reward")}
     return {
         "tasks": [""],
         "observations": seen,
         "success": ["" if case["success"] is success else f"{name}: {success} here"],
-        "ends": ["" if equal else end],
+        "ends": ["" if equal else f"{name}: {ends} recorded"],
     }
 
 

@@ -103,12 +103,15 @@ def test_missing_cases_and_data_are_named(
 ) -> None:
     with pytest.raises(UserError, match=r"no cases_episodes\.json"):
         check(corpus_folder, tmp_path)
+    recorded = copy.deepcopy(recorded)
     cases = _write(tmp_path / "cases", recorded)
     with pytest.raises(UserError, match="lacks the programs"):
         check(tmp_path, cases)
-    (cases / "cases_episodes.json").write_text("[1]")
-    with pytest.raises(UserError, match="holds no cases"):
-        check(corpus_folder, cases)
+    del recorded[0]["reward"]
+    for broken in ("[1]", "[]", "{", json.dumps(recorded)):
+        (cases / "cases_episodes.json").write_text(broken)
+        with pytest.raises(UserError, match="holds no cases"):
+            check(corpus_folder, cases)
 
 
 def test_normal_form_forgets_order_and_nothing_else() -> None:
