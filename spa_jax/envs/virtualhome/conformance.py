@@ -157,7 +157,8 @@ def _best_replay(
             return len(results) > 1, results[-1]
     for seed in range(_MAX_ORDERS):
         task, graph = graphs[seed % len(graphs)]
-        found = _replay(case, task, graph | {"edges": _reordered(graph["edges"], seed)})
+        other = graph | {"edges": _reordered(graph["edges"], seed)}
+        found = _replay(case, task, other, stop=True)
         if _agrees(found):
             return True, found
     return False, results[0]
@@ -177,8 +178,14 @@ def _reordered(edges: Sequence[Edge], seed: int) -> list[Edge]:
     return [edge for key in keys for edge in groups[key]]
 
 
-def _replay(case: Mapping[str, Any], task: HomeTask, graph: Graph) -> dict[str, list[str]]:
-    """Replays a case; for each kind of recorded value what differs, empty for what is equal."""
+def _replay(
+    case: Mapping[str, Any], task: HomeTask, graph: Graph, stop: bool = False
+) -> dict[str, list[str]]:
+    """Replays a case; for each kind of recorded value what differs, empty for what is equal.
+
+    Args:
+      stop: whether to go no further than the first observation that differs.
+    """
     name = case["task"]["id"]
     (_, introduction), *steps = case["log"]
     engine = VirtualhomeEngine()
@@ -194,6 +201,8 @@ def _replay(case: Mapping[str, Any], task: HomeTask, graph: Graph) -> dict[str, 
         )
         where = f"{name}, step {number}, {command!r}"
         seen.append("" if equal else f"{where}: {observation.text!r} here, {text!r} recorded")
+        if stop and not equal:
+            break
     success = observation.success
     reasons: set[str | None] = {"success"} if success else {None}
     if not success and len(steps) >= _MAX_STEPS:
@@ -223,7 +232,11 @@ def rebuild(corpus: Corpus, recorded: Mapping[str, Any]) -> Iterator[tuple[HomeT
     program = corpus.find(stem, recorded["task"].strip(), recorded["description"].strip())
     if program is None or scene not in corpus.scenes or recorded["path"] != f"{recorded['id']}.txt":
         raise LeftOut("the data has no such program and scene")
-    objects, goal = dict(recorded["object_id_dict"]), Goal.from_json(recorded["revised_graph"])
+    objects = dict(recorded["object_id_dict"])
+    try:
+        goal = Goal.from_json(recorded["revised_graph"])
+    except (KeyError, TypeError) as error:
+        raise LeftOut(f"the recorded goal cannot be read ({error!r})") from error
     given: list[Graph] = []
     why = LeftOut("the program does not have these objects")
     for order in _orderings(list(objects)):

@@ -97,7 +97,7 @@ class _Builder:
 
     def add(
         self, name: str, category: str, properties: Sequence[str], states: Sequence[str]
-    ) -> int:
+    ) -> None:
         node_id = len(self.nodes) + 1
         self.ids[name] = node_id
         self.nodes.append(
