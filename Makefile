@@ -55,7 +55,9 @@ $(STAMP): requirements.txt pyproject.toml
 	@echo "installing into $(VENV): some minutes"
 # TextWorld's planner is compiled here, and its set-up calls a program named python.
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install --quiet --disable-pip-version-check \
-	  -r requirements.txt -e ".[alfworld,dev]"
+	  -r requirements.txt -e ".[alfworld,webshop,dev]"
+# VirtualHome's package pins old versions of much that its simulator does not need.
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps virtualhome==2.3.0
 	@$(PY) -c 'import sys; print("installed for Python %d.%d" % sys.version_info[:2])'
 	@touch $@
 
