@@ -77,8 +77,18 @@ class Files:
     human: Path
 
 
-def find_files(data: str | Path) -> Files:
-    """The files in `data` or its subfolder "webshop"; the full catalogue before the small one.
+_NAMES = (
+    ("items_shuffle.json", "items_ins_v2.json"),
+    ("items_shuffle_1000*.json", "items_ins_v2_1000*.json"),
+)
+
+
+def find_files(data: str | Path, small_first: bool = False) -> Files:
+    """The files in `data` or its subfolder "webshop".
+
+    Args:
+      data: the folder.
+      small_first: whether the 1,000-product files come before the full ones.
 
     Raises:
       UserError: if one is missing.
@@ -86,20 +96,15 @@ def find_files(data: str | Path) -> Files:
     root = Path(data)
     if not root.is_dir():
         raise UserError(
-            f"--webshop_data: {root} is no folder; give the one that holds items_shuffle.json, or "
+            f"{root} is no folder; give the one that holds WebShop's items_shuffle.json, or "
             "make a catalogue with python -m spa_jax.envs.webshop.generate"
         )
     for folder in (root, root / "webshop"):
-        for products, attributes in (
-            ("items_shuffle.json", "items_ins_v2.json"),
-            ("items_shuffle_1000*.json", "items_ins_v2_1000*.json"),
-        ):
-            found = sorted(folder.glob(products))
-            if not found:
-                continue
-            return Files(
-                found[0], _needed(folder, attributes), _needed(folder, "items_human_ins*.json")
-            )
+        for products, attributes in reversed(_NAMES) if small_first else _NAMES:
+            if found := sorted(folder.glob(products)):
+                return Files(
+                    found[0], _needed(folder, attributes), _needed(folder, "items_human_ins*.json")
+                )
     raise UserError(
         f"{root} holds no items_shuffle.json or items_shuffle_1000.json; download WebShop's data, "
         "or make a catalogue with python -m spa_jax.envs.webshop.generate"

@@ -23,20 +23,28 @@ class Shop:
       catalogue: what there is to buy.
       goal: what is to be bought.
       search: finds the ids of products, best first; None: the catalogue's search.
+      title: the title score of a purchase; None: that of our nouns.
 
     Attributes:
       page: the page that is shown.
+      query: the last search.
       options: the chosen options, name -> value.
       score: of the purchase; None before it.
     """
 
-    def __init__(self, catalogue: Catalogue, goal: Goal, search: Search | None = None):
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        goal: Goal,
+        search: Search | None = None,
+        title: float | None = None,
+    ):
         self.goal = goal
         self.options: dict[str, str] = {}
         self.score: Score | None = None
-        self._catalogue = catalogue
+        self._catalogue, self._title = catalogue, title
         self._search = search or (lambda query: [asin for asin, _ in catalogue.search(query)])
-        self._query, self._number = "", 1
+        self.query, self._number = "", 1
         self._item: Product | None = None
         self.page = pages.search_page(goal.instruction_text)
 
@@ -64,24 +72,24 @@ class Shop:
         text, kind, item = self.goal.instruction_text, self.page.kind, self._item
         detail = next((detail for detail in pages.DETAILS if detail.lower() == name), None)
         if name == pages.BUY.lower() and item is not None:
-            self.score = score(item, self.goal, item.price, self.options)
+            self.score = score(item, self.goal, item.price, self.options, self._title)
             self.page = pages.done_page(item.asin, self.options, self.score.reward)
         elif name == pages.BACK.lower():
-            self._query, self._number, self._item, self.options = "", 1, None, {}
+            self.query, self._number, self._item, self.options = "", 1, None, {}
             self.page = pages.search_page(text)
         elif name == pages.NEXT.lower() and kind == pages.RESULTS:
-            self._show_results(self._query, self._number + 1)
+            self._show_results(self.query, self._number + 1)
         elif name == pages.PREVIOUS.lower() and kind == pages.RESULTS:
-            self._show_results(self._query, self._number - 1)
+            self._show_results(self.query, self._number - 1)
         elif name == pages.PREVIOUS.lower() and kind == pages.ITEM:
-            self._show_results(self._query, self._number)
+            self._show_results(self.query, self._number)
         elif detail is not None and item is not None:
             self.page = pages.detail_page(text, item, detail)
         else:
             self._show_item(name)
 
     def _show_results(self, query: str, number: int) -> None:
-        self._query, self._number, self._item, self.options = query, number, None, {}
+        self.query, self._number, self._item, self.options = query, number, None, {}
         found = self._search(query)
         shown = found[(number - 1) * pages.PAGE_SIZE : number * pages.PAGE_SIZE]
         products = [product for asin in shown if (product := self._catalogue.find(asin))]
@@ -145,8 +153,8 @@ class WebshopEngine:
         if self._expert is not None and not done:
             expert_action = self._expert.act(shop.page, shop.item, shop.options)
         return Observation(
-            text=shop.page.text, reward=min(reward, 1.0), done=done,
-            success=shop.score is not None and shop.score.reward >= 1.0, grounded=grounded,
+            text=shop.page.text, reward=reward, done=done,
+            success=shop.score is not None and shop.score.reward == 1.0, grounded=grounded,
             instruction=instruction, task=self._task, task_type=shop.goal.category,
             expert_action=expert_action,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from thefuzz import fuzz
 from spa_jax.envs.webshop.catalogue import Product
 from spa_jax.envs.webshop.goals import Goal
 
-# The first of these that occurs in an option stands for it (MIT, web_agent_site/engine/normalize.py).
+# The first of these that an option holds stands for it (from the original's normalize.py, MIT).
 COLOURS = (
     "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown "
     "burgundy camel camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee "
@@ -51,8 +51,7 @@ class Score:
     """A purchase's reward and how it came about.
 
     Attributes:
-      reward: in [0, 1]... above it only where a purchase matches more options than were asked
-        for, as in the original.
+      reward: in [0, 1].
       info: the original's `verbose_info`.
     """
 
@@ -80,13 +79,13 @@ def normalise_colour(option: str | tuple[str, str]) -> str | tuple[str, str]:
     return next((colour for colour in COLOURS if colour in option), option)
 
 
+def title_score(bought: list[str], wanted: list[str]) -> float:
+    """The share of the wanted name's nouns that the bought name has; 0.2 if it has none."""
+    return len(set(bought) & set(wanted)) / len(wanted) if wanted else 0.2
+
+
 def score(
-    product: Product,
-    goal: Goal,
-    price: float,
-    options: dict[str, str],
-    product_nouns: list[str] | None = None,
-    goal_nouns: list[str] | None = None,
+    product: Product, goal: Goal, price: float, options: dict[str, str], title: float | None = None
 ) -> Score:
     """Scores a purchase.
 
@@ -95,15 +94,14 @@ def score(
       goal: what was wanted.
       price: what was paid, in dollars.
       options: the chosen options.
-      product_nouns: of the product's name; None: those of `nouns`.
-      goal_nouns: of the goal's name; None: those of `nouns`.
+      title: the title score; None: that of `nouns`.
 
     Raises:
       TypeError: if the goal has no price bound above 0, as in the original.
     """
-    bought = nouns(product.title) if product_nouns is None else product_nouns
-    wanted = nouns(goal.name) if goal_nouns is None else goal_nouns
-    kind = _type_score(product, goal, bought, wanted)
+    if title is None:
+        title = title_score(nouns(product.title), nouns(goal.name))
+    kind = _type_score(product, goal, title)
     attributes = sum(_has_attribute(product, attribute) for attribute in goal.attributes)
     matched = _matched_options(goal, list(options.values()))
     affordable = price <= goal.price_upper if goal.price_upper > 0 else None
@@ -115,7 +113,7 @@ def score(
         "w_att": len(goal.attributes) / parts,
         "query_match": kind["query_match"],
         "category_match": kind["category_match"],
-        "title_score": kind["title_score"],
+        "title_score": title,
     }
     if goal.options:
         info["r_option"] = matched / len(goal.options)
@@ -125,23 +123,17 @@ def score(
     return Score(total, info)
 
 
-def _type_score(
-    product: Product, goal: Goal, bought: list[str], wanted: list[str]
-) -> dict[str, Any]:
+def _type_score(product: Product, goal: Goal, title: float) -> dict[str, Any]:
     """Whether the product is of the kind that was asked for."""
     query_match = product.query == goal.query
     shared = _categories(product.product_category) & _categories(goal.product_category)
     category_match = len(shared) >= 2
-    title_score = len(set(bought) & set(wanted)) / len(wanted) if wanted else 0.2
-    r_type = 1.0 if query_match or category_match or title_score > 0.2 else 0.5
-    if title_score < 0.1:
+    r_type = 1.0 if query_match or category_match or title > 0.2 else 0.5
+    if title < 0.1:
         r_type = 0.1
-    if title_score == 0.0:
+    if title == 0.0:
         r_type = 0.0
-    return {
-        "r_type": r_type, "query_match": query_match, "category_match": category_match,
-        "title_score": title_score,
-    }  # fmt: skip
+    return {"r_type": r_type, "query_match": query_match, "category_match": category_match}
 
 
 def _categories(path: str) -> set[str]:

@@ -130,9 +130,12 @@ class Catalogue:
             for row, score in self._index.search(query, HITS)
         ]
 
-    def close(self) -> None:
-        """Closes the store's files."""
-        self._database.close()
+    def scores(self, query: str, asins: Iterable[str]) -> dict[str, float]:
+        """The scores of these products for a query; ids of no product are left out."""
+        scores = self._index.scores(query)
+        select = "SELECT row FROM product WHERE asin = ?"
+        found = {asin: self._database.execute(select, (asin,)).fetchone() for asin in asins}
+        return {asin: float(scores[row[0]]) for asin, row in found.items() if row}
 
 
 def _product(record: str) -> Product:
