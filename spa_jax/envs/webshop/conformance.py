@@ -465,8 +465,6 @@ class _Replay:
         # Only products that our ranking has as well may stand elsewhere in it, and close by.
         scores = dict(found)
         values = [scores.get(asin, 0.0) for asin in recorded]
-        falling = all(
-            a >= b - SCORE_TOLERANCE for a, b in zip(values, values[1:], strict=False)
-        )
+        falling = all(a >= b - SCORE_TOLERANCE for a, b in zip(values, values[1:], strict=False))
         self._tally.expect("result pages", f"{what}: out of order {recorded}", falling)
         return number, recorded
