@@ -165,7 +165,7 @@ def _set(*path: Any) -> Callable[[Cases], None]:
         place: Any = cases
         for step in way:
             place = place[step]
-        assert place[key] != value
+        assert not isinstance(place, dict) or place.get(key) != value
         place[key] = value
 
     return change

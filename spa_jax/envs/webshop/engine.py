@@ -143,8 +143,8 @@ class WebshopEngine:
     def step(self, action_text: str) -> Observation:
         """Plays what the policy wrote.  What is no action shows the same page again."""
         grounded = self._shop.act(prompts.parse_action(action_text))
-        paid = grounded and self._shop.score is not None
-        return self._observation(self._shop.score.reward if paid else 0.0, grounded)
+        bought = self._shop.score if grounded else None
+        return self._observation(bought.reward if bought else 0.0, grounded)
 
     def _observation(self, reward: float, grounded: bool, instruction: str = "") -> Observation:
         shop = self._shop

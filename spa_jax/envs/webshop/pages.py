@@ -83,8 +83,8 @@ def item_page(instruction: str, product: Product) -> Page:
     for name, values in product.options.items():
         texts += [name, *values]
     texts += [product.title, f"Price: {product.price_tag}", "Rating: N.A.", *DETAILS, BUY]
-    values = [value for values in product.options.values() for value in values]
-    clickables = dict.fromkeys([*_lower(BACK, PREVIOUS, *DETAILS, BUY), *values])
+    choices = [value for values in product.options.values() for value in values]
+    clickables = dict.fromkeys([*_lower(BACK, PREVIOUS, *DETAILS, BUY), *choices])
     return Page(ITEM, _pieces(texts), tuple(clickables))
 
 
