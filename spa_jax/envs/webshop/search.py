@@ -15,6 +15,7 @@ in float32, as Lucene computes it (org.apache.lucene.search.similarities.BM25Sim
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import re
@@ -96,17 +97,21 @@ _WORD = _word_pattern()
 _stem = Stemmer.Stemmer("porter").stemWord
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _term(word: str) -> str:
+    """What a word is indexed as; empty if it is not."""
+    if word.endswith(_POSSESSIVE):
+        word = word[:-2]
+    if word in _STOP_WORDS or not word.strip("_"):
+        return ""
+    return _stem(word) if len(word) > 2 else word
+
+
 def analyse(text: str) -> list[str]:
     """The terms of a text, in order."""
     text = text.lower()
     words = (_ASCII_WORD if text.isascii() else _WORD).findall(text)
-    terms = []
-    for word in words:
-        if word.endswith(_POSSESSIVE):
-            word = word[:-2]
-        if word not in _STOP_WORDS and word.strip("_"):
-            terms.append(_stem(word) if len(word) > 2 else word)
-    return terms
+    return [term for term in map(_term, words) if term]
 
 
 def stored_length(length: int) -> int:

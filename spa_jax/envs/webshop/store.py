@@ -10,7 +10,6 @@ Nothing of it is loaded: SQLite and NumPy map the files, so all processes of a m
 share one copy, in its page cache.
 """
 
-import dataclasses
 import json
 import shutil
 import sqlite3
@@ -323,7 +322,7 @@ def _add_products(
         )
         if product.instruction is not None or product.human:
             with_goals.append(row)
-        text = json.dumps(dataclasses.asdict(product), ensure_ascii=False)
+        text = json.dumps(vars(product), ensure_ascii=False)
         database.execute("INSERT INTO product VALUES (?, ?, ?)", (row, asin, text))
         writer.add(product.document)
     notes.close()
