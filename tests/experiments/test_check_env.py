@@ -202,6 +202,7 @@ _EPISODE = ("cases_episodes.json", "episodes", 0)
         _set(*_REWARD, "desired_nouns", 0, "other"),
         _set(*_REWARD, "reward_if_every_token_is_noun", 0.123),
         _set(*_REWARD, "product", "Description", "Other."),
+        _set(*_REWARD, "product", "asin", "B000000000"),
         _set(*_REWARD, "goal", "instruction_text", "Other."),
         _set(*_REWARD, "goal", "attributes", ["other"]),
         _set("cases_search.json", 0, "top50", 3, 1, 99.0),

@@ -183,6 +183,7 @@ def _check_rewards(tally: _Tally, cases: list[dict[str, Any]], catalogue: Catalo
     if catalogue.kind == "synthetic":
         goals = (catalogue.goal(place) for place in range(catalogue.goals))
         texts = {goal.instruction_text: goal for goal in goals}
+    sold = {(product.title, product.bullets) for product in catalogue.all_products()}
     own = 0
     for case in cases:
         what = f"case {case['id']}"
@@ -192,7 +193,8 @@ def _check_rewards(tally: _Tally, cases: list[dict[str, Any]], catalogue: Catalo
         found = case["purchased_nouns"], case["desired_nouns"]
         for name, words in zip(names, found, strict=True):
             tally.expect("nouns", f"{what}: not in order in {name!r}", _in_order(words, name))
-        _check_inputs(tally, what, case, catalogue, texts)
+        _check_product(tally, what, case, catalogue, sold)
+        _check_goal(tally, what, case["goal"], catalogue, texts)
         bought = (product, goal, case["price"], case["options"])
         value, info, error = _scored(*bought, title_score(*found))
         tally.compare("rewards, given nouns", what, value, case["reward"])
@@ -237,33 +239,43 @@ def _check_every_token(tally: _Tally, what: str, case: dict[str, Any]) -> None:
         tally.expect(group, f"{what}: {other} fits no r_type", close)
 
 
-def _check_inputs(
-    tally: _Tally, what: str, case: dict[str, Any], catalogue: Catalogue, texts: dict[str, Goal]
+def _check_product(
+    tally: _Tally, what: str, case: dict[str, Any], catalogue: Catalogue, sold: set[Any]
 ) -> None:
-    """What a case says about a product or goal of the catalogue is what we read there."""
-    record, goal = case["product"], case["goal"]
-    if product := catalogue.find(record["asin"]):
-        ours = {
-            "asin": product.asin, "name": product.title, "Title": product.title,
-            "query": product.query, "product_category": product.product_category,
-            "Attributes": list(product.attributes), "BulletPoints": list(product.bullets),
-            "Description": product.description,
-            "options": {name: list(values) for name, values in product.options.items()},
-        }  # fmt: skip
-        for name in ours.keys() | record.keys():
-            tally.compare(
-                "products", f"{what} {name}", ours.get(name, "nothing"), record.get(name, "nothing")
-            )
-        # Some cases ask for a cent above the bound.
-        above = round(goal["price_upper"] + 0.01, 2)
-        known = case["price"] in (product.price, above)
-        tally.expect("products", f"{what}: the price is {product.price}", known)
+    """What a case says about a product of the catalogue is what we read there."""
+    record = case["product"]
+    product = catalogue.find(record["asin"])
+    if product is None:
+        unknown = (record["name"], tuple(record["BulletPoints"])) not in sold
+        tally.expect("products", f"{what}: {record['asin']} has another id", unknown)
+        return
+    ours = {
+        "asin": product.asin, "name": product.title, "Title": product.title,
+        "query": product.query, "product_category": product.product_category,
+        "Attributes": list(product.attributes), "BulletPoints": list(product.bullets),
+        "Description": product.description,
+        "options": {name: list(values) for name, values in product.options.items()},
+    }  # fmt: skip
+    for name in ours.keys() | record.keys():
+        mine, theirs = ours.get(name, "nothing"), record.get(name, "nothing")
+        tally.compare("products", f"{what} {name}", mine, theirs)
+    # Some cases ask for a cent above the bound.
+    above = round(case["goal"]["price_upper"] + 0.01, 2)
+    known = case["price"] in (product.price, above)
+    tally.expect("products", f"{what}: the price is {product.price}", known)
+
+
+def _check_goal(
+    tally: _Tally, what: str, goal: dict[str, Any], catalogue: Catalogue, texts: dict[str, Goal]
+) -> None:
+    """What a case says about a synthetic goal of the catalogue is what we draw."""
+    text = goal["instruction_text"]
+    ours = texts.get(text)
     if isinstance(goal["goal_options"], dict) and catalogue.find(goal["asin"]):
-        text = goal["instruction_text"]
-        tally.expect("reward cases' goals", f"{what}: no goal says {text!r}", text in texts)
-        for name in goal if text in texts else ():
-            ours_goal = _goal_record(texts[text])[name]
-            tally.compare("reward cases' goals", f"{what} {name}", ours_goal, goal[name])
+        tally.expect("reward cases' goals", f"{what}: no goal says {text!r}", ours is not None)
+    for name in goal if ours else ():
+        assert ours is not None
+        tally.compare("reward cases' goals", f"{what} {name}", _goal_record(ours)[name], goal[name])
 
 
 def _goal_record(goal: Goal) -> dict[str, Any]:
