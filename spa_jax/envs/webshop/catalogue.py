@@ -20,6 +20,7 @@ from spa_jax.errors import UserError
 STORE = "webshop_store"  # a prepared store's folder, beside the files it was made of
 NO_PRICE = 100.0
 _CHUNK = 1 << 20
+_LONGEST = 1 << 26  # characters of one value; what is longer is broken
 _SPACE = re.compile(r"[ \t\n\r,]*")
 
 
@@ -65,7 +66,7 @@ class Product:
         options = ", and ".join(
             f"{name}: {', '.join(values)}" for name, values in self.options.items()
         )
-        return " ".join([self.title, self.description, self.bullets[0], options]).lower()
+        return " ".join([self.title, self.description, *self.bullets[:1], options]).lower()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ class _Reader:
             try:
                 value, end = self._decode(self._text, self._at)
             except ValueError:
-                if not self._more():
+                if len(self._text) - self._at > _LONGEST or not self._more():
                     raise
                 continue
             # A number at the very end may go on in the next piece.
@@ -228,7 +229,7 @@ def make_product(
             instruction_attributes=tuple((notes or {}).get("instruction_attributes") or ()),
             human=tuple(human),
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"product {record.get('asin')!r} is not in WebShop's format: "
             f"{type(error).__name__} {error}"

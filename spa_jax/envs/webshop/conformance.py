@@ -111,7 +111,9 @@ def check(data: str | Path, cases: str | Path) -> Report:
         _check_searches(tally, searches, catalogue)
         _check_recording(tally, episodes, catalogue)
         _Replay(tally, catalogue).run(episodes["episodes"])
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"--cases: a file in {cases} has another structure: {type(error).__name__} {error}"
         ) from error
