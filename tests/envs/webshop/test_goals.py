@@ -1,0 +1,55 @@
+from random import Random
+
+from spa_jax.envs.webshop.catalogue import Product
+from spa_jax.envs.webshop.goals import NO_BOUND, GoalKey, draw_goals, make_goal, order
+
+_PRODUCT = Product(
+    "B000000001", "Oak Table", "", ("b",), "$12.0", 12.0,
+    {"size": ("s", "l"), "color": ("red", "blue", "tan")}, ("solid wood",), "garden", "tables",
+    "Home › Tables", "Find me tables", ("solid wood", "easy clean"),
+    ({"instruction_attributes": [], "instruction": "x", "instruction_options": []},
+     {"instruction_attributes": ["oak"], "instruction": "a table.",
+      "instruction_options": ["red"]}),
+)  # fmt: skip
+
+
+def test_synthetic_goals_are_all_combinations_with_names_sorted() -> None:
+    drawn = draw_goals(_PRODUCT, "synthetic", Random(1))
+    assert [choice for choice, _ in drawn] == list(range(6))
+    counts = {"solid wood": 6, "easy clean": 3}
+    goals = [
+        make_goal(_PRODUCT, GoalKey(0, choice, bound), "synthetic", counts)
+        for choice, bound in drawn
+    ]
+    assert [goal.options for goal in goals[:3]] == [
+        {"color": "red", "size": "s"}, {"color": "red", "size": "l"},
+        {"color": "blue", "size": "s"},
+    ]  # fmt: skip
+    bound = goals[0].price_upper
+    assert bound in (30.0, 40.0, 50.0)  # the larger of two of 20, 30, 40, 50
+    assert goals[0].instruction_text == (
+        f"Find me tables with color: red, and size: s, and price lower than {bound:.2f} dollars"
+    )
+    assert goals[0].weight == (1 / 6 + 1 / 3) / 2
+
+
+def test_human_goals_without_attributes_are_left_out() -> None:
+    ((choice, bound),) = draw_goals(_PRODUCT, "human", Random(1))
+    goal = make_goal(_PRODUCT, GoalKey(0, choice, bound), "human", {})
+    assert goal.options == ("red",) and goal.attributes == ("oak",)
+    assert goal.instruction_text == f"a table, and price lower than {bound:.2f} dollars"
+
+
+def test_the_dearest_products_have_no_bound() -> None:
+    product = Product(**(_PRODUCT.__dict__ | {"price": 985.0}))
+    ((_, bound),) = draw_goals(product, "human", Random(1))
+    assert bound == NO_BOUND
+    goal = make_goal(product, GoalKey(0, 1, bound), "human", {})
+    assert goal.instruction_text == "a table"
+
+
+def test_the_order_is_the_originals_shuffle() -> None:
+    names = [f"goal {i}" for i in range(20)]
+    shuffled = names[:]
+    Random(233).shuffle(shuffled)
+    assert [names[place] for place in order(20)] == shuffled
