@@ -229,8 +229,8 @@ def rebuild(corpus: Corpus, recorded: Mapping[str, Any]) -> Iterator[tuple[HomeT
     """
     scene, _, stem = recorded["id"].partition("_")
     scene = f"scene{scene.removeprefix('s')}"
-    program = corpus.find(stem, recorded["task"].strip(), recorded["description"].strip())
-    if program is None or scene not in corpus.scenes or recorded["path"] != f"{recorded['id']}.txt":
+    programs = corpus.find(stem, recorded["task"].strip(), recorded["description"].strip())
+    if not programs or scene not in corpus.scenes or recorded["path"] != f"{recorded['id']}.txt":
         raise LeftOut("the data has no such program and scene")
     objects = dict(recorded["object_id_dict"])
     try:
@@ -239,19 +239,19 @@ def rebuild(corpus: Corpus, recorded: Mapping[str, Any]) -> Iterator[tuple[HomeT
         raise LeftOut(f"the recorded goal cannot be read ({error!r})") from error
     given: list[Graph] = []
     why = LeftOut("the program does not have these objects")
-    for order in _orderings(list(objects)):
+    for program, order in ((p, order) for p in programs for order in _orderings(list(objects))):
         try:
             if _by_name(corpus.ids(program, scene, _SEED, order)) != objects:
                 continue
-            prepared = corpus.prepare(program, scene, _SEED, order)
+            made = corpus.prepare(program, scene, _SEED, order)
         except LeftOut as error:
             why = error
             continue
-        if prepared.task.goal != goal:
+        if made.task.goal != goal:
             why = LeftOut("the goal comes out different")
-        elif prepared.graph not in given:
-            given.append(prepared.graph)
-            yield prepared.task, prepared.graph
+        elif made.graph not in given:
+            given.append(made.graph)
+            yield made.task, made.graph
     if not given:
         raise why
 
