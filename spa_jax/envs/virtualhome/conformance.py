@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import lzma
+import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ def read_cases(folder: Path) -> list[dict[str, Any]]:
     return cases
 
 
-def check(data: Path, cases: Path) -> Report:
+def check(data: str | os.PathLike[str], cases: str | os.PathLike[str]) -> Report:
     """Replays the cases in a folder on the data of another.
 
     Args:
@@ -113,10 +114,10 @@ def check(data: Path, cases: Path) -> Report:
     Raises:
       UserError: if data or cases are missing or broken.
     """
-    recorded = read_cases(cases)
+    recorded = read_cases(Path(cases))
     counts = {kind: _Counts() for kind in ("tasks", "observations", "success", "ends")}
     other_orders = 0
-    with unpacked(data) as folder:
+    with unpacked(Path(data)) as folder:
         corpus = Corpus(folder)
         for case in tqdm.tqdm(recorded, desc="virtualhome", unit="episode"):
             try:
