@@ -4,7 +4,7 @@
 
 DIR holds the corpus (withoutconds/ and initstate/), the scenes (TrimmedTestScene*_graph.json) and
 VirtualHome's resources/, at any depth. Writes OUT/{train,valid,heldout}/<task>, split by program;
-every task is solved by its own program, which is its expert. About 5 minutes on one core.
+every task is solved by its own program, which is its expert. About 3 minutes on one core.
 """
 
 import pathlib

@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import lzma
+import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ def read_cases(folder: Path) -> list[dict[str, Any]]:
     return cases
 
 
-def check(data: Path, cases: Path) -> Report:
+def check(data: str | os.PathLike[str], cases: str | os.PathLike[str]) -> Report:
     """Replays the cases in a folder on the data of another.
 
     Args:
@@ -113,10 +114,10 @@ def check(data: Path, cases: Path) -> Report:
     Raises:
       UserError: if data or cases are missing or broken.
     """
-    recorded = read_cases(cases)
+    recorded = read_cases(Path(cases))
     counts = {kind: _Counts() for kind in ("tasks", "observations", "success", "ends")}
     other_orders = 0
-    with unpacked(data) as folder:
+    with unpacked(Path(data)) as folder:
         corpus = Corpus(folder)
         for case in tqdm.tqdm(recorded, desc="virtualhome", unit="episode"):
             try:
@@ -229,8 +230,8 @@ def rebuild(corpus: Corpus, recorded: Mapping[str, Any]) -> Iterator[tuple[HomeT
     """
     scene, _, stem = recorded["id"].partition("_")
     scene = f"scene{scene.removeprefix('s')}"
-    program = corpus.find(stem, recorded["task"].strip(), recorded["description"].strip())
-    if program is None or scene not in corpus.scenes or recorded["path"] != f"{recorded['id']}.txt":
+    programs = corpus.find(stem, recorded["task"].strip(), recorded["description"].strip())
+    if not programs or scene not in corpus.scenes or recorded["path"] != f"{recorded['id']}.txt":
         raise LeftOut("the data has no such program and scene")
     objects = dict(recorded["object_id_dict"])
     try:
@@ -239,19 +240,19 @@ def rebuild(corpus: Corpus, recorded: Mapping[str, Any]) -> Iterator[tuple[HomeT
         raise LeftOut(f"the recorded goal cannot be read ({error!r})") from error
     given: list[Graph] = []
     why = LeftOut("the program does not have these objects")
-    for order in _orderings(list(objects)):
+    for program, order in ((p, order) for p in programs for order in _orderings(list(objects))):
         try:
             if _by_name(corpus.ids(program, scene, _SEED, order)) != objects:
                 continue
-            prepared = corpus.prepare(program, scene, _SEED, order)
+            made = corpus.prepare(program, scene, _SEED, order)
         except LeftOut as error:
             why = error
             continue
-        if prepared.task.goal != goal:
+        if made.task.goal != goal:
             why = LeftOut("the goal comes out different")
-        elif prepared.graph not in given:
-            given.append(prepared.graph)
-            yield prepared.task, prepared.graph
+        elif made.graph not in given:
+            given.append(made.graph)
+            yield made.task, made.graph
     if not given:
         raise why
 

@@ -138,11 +138,10 @@ class Corpus:
         files = sorted(self._programs.glob("*/*.txt"))
         return [self._program(file) for file in files]
 
-    def find(self, name: str, title: str, description: str) -> Program | None:
-        """The program with this name, title and description."""
-        files = sorted(self._programs.glob(f"*/{name}.txt"))
-        programs = (self._program(file) for file in files)
-        return next((p for p in programs if (p.title, p.description) == (title, description)), None)
+    def find(self, name: str, title: str, description: str) -> list[Program]:
+        """The programs with this name, title and description; several sources may have one."""
+        programs = map(self._program, sorted(self._programs.glob(f"*/{name}.txt")))
+        return [p for p in programs if (p.title, p.description) == (title, description)]
 
     def _program(self, file: Path) -> Program:
         conditions = self._programs.parent / "initstate" / file.parent.name / f"{file.stem}.json"

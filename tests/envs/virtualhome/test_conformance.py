@@ -95,7 +95,7 @@ def test_packed_cases_and_data_will_do(
         json.dump(recorded[:1], file)
     with tarfile.open(packed / "virtualhome_data.tar.xz", "w:xz") as archive:
         archive.add(corpus_folder, "corpus")
-    assert check(tmp_path, tmp_path).ok
+    assert check(str(tmp_path), str(tmp_path)).ok
 
 
 def test_missing_cases_and_data_are_named(

@@ -29,12 +29,11 @@ def test_programs_are_read(corpus: Corpus) -> None:
     programs = corpus.programs()
     assert [program.key for program in programs] == sorted(program.key for program in programs)
     assert len(programs) == 6
-    tv = corpus.find("file1_1", "Watch TV", "Switch on the set and watch.")
-    assert tv is not None and tv.lines[2] == "[SwitchOn] <television> (1)"
+    (tv,) = corpus.find("file1_1", "Watch TV", "Switch on the set and watch.")
+    assert tv.lines[2] == "[SwitchOn] <television> (1)"
     # A name alone is ambiguous.
-    rest = corpus.find("file2_1", "Rest", "Lie down.")
-    assert rest is not None and rest.source == "more"
-    assert corpus.find("file2_1", "Rest", "Sit down.") is None
+    assert [p.source for p in corpus.find("file2_1", "Rest", "Lie down.")] == ["more"]
+    assert corpus.find("file2_1", "Rest", "Sit down.") == []
 
 
 def test_goal_objects_and_program(corpus: Corpus) -> None:
