@@ -103,12 +103,12 @@ def open_env(env: EnvConfig, sessions: int, log: pathlib.Path) -> Iterator[EnvCl
         client.health()
         yield client
         return
-    if not env.alfworld_data:
+    if not env.data:
         raise UserError(
-            "--alfworld_data is not set: give the folder of ALFWorld games (make some with "
-            "python -m spa_jax.envs.alfworld.generate), or --env_address of a running server"
+            f"--{env.env}_data is not set: give the folder of the environment's data (make some "
+            f"with python -m spa_jax.envs.{env.env}.generate), or --env_address of a running server"
         )
-    config = ServerConfig(data_dir=env.alfworld_data, prompt=env.prompt, max_sessions=sessions)
+    config = ServerConfig(data_dir=env.data, prompt=env.prompt, max_sessions=sessions, env=env.env)
     with LocalServer(config, log) as server:
         yield EnvClient(server.address)
 

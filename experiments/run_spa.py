@@ -65,8 +65,13 @@ class Run:
 
 def generate_games(r: Run) -> Run:
     """Makes the games of every split that --generate_* asks for; returns the run on them."""
-    if r.env.alfworld_data or r.env.env_address:
+    if r.env.data or r.env.env_address:
         return r
+    if r.env.env != "alfworld":
+        raise UserError(
+            f"--env={r.env.env}: give its data with --{r.env.env}_data (make some with "
+            f"python -m spa_jax.envs.{r.env.env}.generate); run_spa generates ALFWorld games only"
+        )
     root = r.workdir / "games"
     for index, split in enumerate(_GENERATED):
         count = getattr(r.run, f"generate_{split}")

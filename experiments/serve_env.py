@@ -1,27 +1,32 @@
 """Serves an environment to trainers, here or on another machine.
 
     python -m experiments.serve_env --alfworld_data=DIR
+    python -m experiments.serve_env --env=webshop --webshop_data=DIR
 
 `explore` and `evaluate` start one by themselves when no --env_address is given.
 """
 
+import dataclasses
 import sys
 from typing import NoReturn
 
 from absl import app, flags
 
+from spa_jax.config import EnvConfig
+from spa_jax.envs.benchmarks import BENCHMARKS
 from spa_jax.errors import UserError
 
-_ENV = flags.DEFINE_enum("env", "alfworld", ["alfworld"], "Which environment.")
-_DATA = flags.DEFINE_string(
-    "alfworld_data", None, "Games: json_2.1.1, its parent, or a folder that holds splits.",
-    required=True,
-)  # fmt: skip
+_ENV = flags.DEFINE_enum("env", "alfworld", list(BENCHMARKS), "Which environment.")
+for _field in dataclasses.fields(EnvConfig):
+    if _field.name.endswith("_data"):
+        flags.DEFINE_string(_field.name, "", _field.metadata["help"])
 _PROMPT = flags.DEFINE_string("prompt", "paper", "Instruction shown to the policy: paper, short.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8700, "Port to listen on; 0 takes a free one.")
 _SESSIONS = flags.DEFINE_integer("max_sessions", 16, "Sessions at once; each has a process.")
-_GAMES = flags.DEFINE_integer("games_per_worker", 40, "Games after which a process is replaced.")
+_GAMES = flags.DEFINE_integer(
+    "games_per_worker", 0, "Games after which a process is replaced; 0: as suits."
+)
 _RESET = flags.DEFINE_float("reset_deadline_s", 120.0, "Seconds that a reset may take.")
 _STEP = flags.DEFINE_float("step_deadline_s", 60.0, "Seconds that a step may take.")
 _PARENT = flags.DEFINE_bool("exit_with_parent", False, "End when standard input closes.")
@@ -34,8 +39,11 @@ def main(argv: list[str]) -> None:
     # Each environment process imports this file: what only the server needs is imported here.
     from spa_jax.envs.server import ServerConfig, serve
 
+    data = flags.FLAGS[f"{_ENV.value}_data"].value
+    if not data:
+        _refuse(f"--{_ENV.value}_data is not set: give the folder of the environment's data")
     config = ServerConfig(
-        data_dir=_DATA.value, prompt=_PROMPT.value, max_sessions=_SESSIONS.value,
+        env=_ENV.value, data_dir=data, prompt=_PROMPT.value, max_sessions=_SESSIONS.value,
         games_per_worker=_GAMES.value, reset_deadline_s=_RESET.value,
         step_deadline_s=_STEP.value,
     )  # fmt: skip

@@ -20,12 +20,17 @@ def _setting(default: Any, help: str, flag: str | None = None, choices: tuple = 
 class EnvConfig:
     """Which environment, and where its server is."""
 
-    env: str = _setting("alfworld", "The environment.", choices=("alfworld",))
+    env: str = _setting(
+        "alfworld", "The environment.", choices=("alfworld", "webshop", "virtualhome")
+    )
     env_address: str = _setting(
         "", "Address of a running environment server, such as http://127.0.0.1:8000. "
         "Empty: start one on this machine and stop it at the end."
     )  # fmt: skip
     alfworld_data: str = _setting("", "Folder of ALFWorld games: holds SPLIT/GAME/game.tw-pddl.")
+    webshop_data: str = _setting("", "Folder of a WebShop catalogue, or of a prepared store.")
+    virtualhome_data: str = _setting("", "Folder of VirtualHome tasks: holds SPLIT/TASK, or the "
+                                     "authors' task files.")  # fmt: skip
     prompt: str = _setting(
         "short", "The instruction that opens an episode.", choices=("short", "paper")
     )
@@ -35,6 +40,11 @@ class EnvConfig:
         "execute; 0: never.",
     )  # fmt: skip
     max_retries: int = _setting(3, "Tries again after an environment error, an episode.")
+
+    @property
+    def data(self) -> str:
+        """The data folder of the environment: the flag --<env>_data."""
+        return getattr(self, f"{self.env}_data")
 
 
 @dataclasses.dataclass(frozen=True)

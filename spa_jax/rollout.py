@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from spa_jax.chat import ChatFormat
-from spa_jax.envs.alfworld.prompt import parse_action
 from spa_jax.envs.client import EnvClient, Session
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation, Task
+from spa_jax.envs.text import parse_action
 from spa_jax.errors import UserError
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
@@ -97,9 +97,14 @@ class _Episode:
         self.log_probs += log_probs
 
     def result(
-        self, player: Player, status: Status, final: str, sampling: Sampling | None = None
+        self,
+        player: Player,
+        status: Status,
+        final: str,
+        sampling: Sampling | None = None,
+        reward: float = 0.0,
     ) -> Trajectory:
-        """The finished record."""
+        """The finished record; `reward` is what the environment paid at the end."""
         job = self.job
         return Trajectory(
             env=player.env,
@@ -110,7 +115,7 @@ class _Episode:
             retry=job.retry,
             policy=player.policy,
             status=status,
-            final_reward=1.0 if status is Status.SUCCESS else 0.0,
+            final_reward=reward,
             instruction=self.instruction,
             steps=tuple(self.steps),
             final_observation=final,
@@ -133,6 +138,11 @@ def _outcome(observation: Observation, steps: Sequence[Step], player: Player) ->
     tries = player.give_up_after
     stuck = 0 < tries <= len(steps) and not any(step.grounded for step in steps[-tries:])
     return Status.FAILURE if stuck else None
+
+
+def _final_reward(episode: _Episode) -> float:
+    """R: what the environment paid when it ended the episode; 0 if it did not end it."""
+    return episode.observation.reward if episode.observation.done else 0.0
 
 
 def play(
@@ -244,7 +254,8 @@ class _Rollout:
 
     def _end(self, slot: int, status: Status, final: str) -> None:
         episode = self.episodes.pop(slot)
-        self.on_done(episode.result(self.player, status, final, self.engine.sampling))
+        reward = 0.0 if status is Status.ENV_ERROR else _final_reward(episode)
+        self.on_done(episode.result(self.player, status, final, self.engine.sampling, reward))
 
     def _read(self, slot: int) -> None:
         """Shows the policy what came back, or ends the episode."""
@@ -330,7 +341,8 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
                         Step(now.text, now.expert_action, now.expert_action, after.grounded)
                     )
                     now = after
-                return episode.result(player, status, now.text)
+                episode.observation = now
+                return episode.result(player, status, now.text, reward=_final_reward(episode))
         except EnvError as error:
             if error.code == USER_ERROR:
                 raise UserError(str(error)) from error

@@ -2,8 +2,8 @@
 
 import pytest
 
-from spa_jax.envs.protocol import Observation
-from spa_jax.rollout import Player, _outcome
+from spa_jax.envs.protocol import Observation, Task
+from spa_jax.rollout import Job, Player, _Episode, _final_reward, _outcome
 from spa_jax.trajectory import Status, Step
 
 
@@ -41,3 +41,20 @@ def test_the_environment_decides_first():
     won = _observation(done=True, success=True, reward=1.0)
     assert _outcome(won, stuck, player) is Status.SUCCESS
     assert _outcome(_observation(done=True), [], player) is Status.FAILURE
+
+
+@pytest.mark.parametrize(
+    ("observation", "status", "reward"),
+    [
+        (_observation(done=True, success=True, reward=1.0), Status.SUCCESS, 1.0),
+        (_observation(done=True, reward=0.5), Status.FAILURE, 0.5),  # bought nearly the right thing
+        (_observation(reward=0.5), Status.MAX_STEPS, 0.0),  # not ended by the environment
+    ],
+)
+def test_the_final_reward_is_what_the_environment_paid_at_the_end(observation, status, reward):
+    player = Player("webshop", "p", 0, max_steps=2, prompt="short")
+    assert _outcome(observation, _steps("++"), player) is status
+    episode = _Episode(Job(Task("goal_1", "test", "", ""), 0, 0))
+    episode.observation = observation
+    record = episode.result(player, status, "", reward=_final_reward(episode))
+    assert record.final_reward == reward and record.success == (reward == 1.0)

@@ -39,6 +39,11 @@ def _measure(engine: Engine, prompts: np.ndarray) -> tuple[float, float, int]:
     return prefill, statistics.median(turns), _SLOTS * _NEW
 
 
+def _wait(engine: Engine) -> None:
+    """Until the device has done what it was told: the engine itself waits only for tokens."""
+    jax.block_until_ready(engine._state)
+
+
 def run() -> None:
     """Prints the figures and a last RESULT line."""
     config, params, name = floor.model()

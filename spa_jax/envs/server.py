@@ -2,8 +2,8 @@
 
 It speaks OpenEnv's session protocol (`spa_jax.envs.protocol`) on /ws and answers GET
 /health, /metadata and /schema, and /tasks?split=... for what can be played.  No JAX, and
-no TextWorld: that lives in the workers (`spa_jax.envs.worker`), which start when they are
-needed, so that the server answers at once.
+no environment's engine: that lives in the workers (`spa_jax.envs.worker`), which start when they
+are needed, so that the server answers at once.
 """
 
 import asyncio
@@ -30,8 +30,7 @@ import pydantic
 import uvicorn
 
 from spa_jax.envs import protocol
-from spa_jax.envs.alfworld.games import GameIndex
-from spa_jax.envs.alfworld.prompt import PROMPTS
+from spa_jax.envs.benchmarks import BENCHMARKS, Benchmark, load
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import EnvError, Observation, Task
 from spa_jax.envs.worker import Worker, WorkerPool, start_fork_server
@@ -47,20 +46,24 @@ class ServerConfig:
     """What a server is started with.
 
     Attributes:
-      data_dir: the games: json_2.1.1, its parent, or a folder that holds splits.
+      data_dir: the environment's data, such as ALFWorld's json_2.1.1, its parent, or a folder
+        that holds splits.
       prompt: the instruction of a session that does not choose one itself.
       max_sessions: how many sessions may be open at once; each has a process.
-      games_per_worker: a process is replaced after that many games (its memory grows).
+      games_per_worker: a process is replaced after that many games; 0: as many as suit the
+        environment.
       reset_deadline_s: a reset that takes longer fails, and its process is ended.
       step_deadline_s: the same for a step.
+      env: the environment's name, one of `benchmarks.BENCHMARKS`.
     """
 
     data_dir: str
     prompt: str = "paper"
     max_sessions: int = 16
-    games_per_worker: int = 40
+    games_per_worker: int = 0
     reset_deadline_s: float = 120.0
     step_deadline_s: float = 60.0
+    env: str = "alfworld"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +78,10 @@ class _State:
 
 
 class _Games:
-    """The game index, with the playable games of each split read once."""
+    """The index of the data, with the playable games of each split read once."""
 
-    def __init__(self, data_dir: str):
-        self.index = GameIndex(data_dir)
+    def __init__(self, benchmark: Benchmark, data_dir: str):
+        self.index = load(benchmark, benchmark.index)(data_dir)
         self._tasks: dict[str, list[Task]] = {}
         self._lock = threading.Lock()
 
@@ -205,12 +208,14 @@ def make_app(config: ServerConfig) -> fastapi.FastAPI:
     Raises:
       UserError: if the data folder is missing or the prompt is unknown.
     """
-    if config.prompt not in PROMPTS:
-        raise UserError(f"--prompt={config.prompt}: choose one of {', '.join(PROMPTS)}")
-    if config.max_sessions < 1 or config.games_per_worker < 1:
-        raise UserError("--max_sessions and --games_per_worker must be at least 1")
-    games = _Games(config.data_dir)
-    pool = WorkerPool(config.games_per_worker)
+    benchmark = BENCHMARKS[config.env]
+    prompts = load(benchmark, benchmark.prompts).PROMPTS
+    if config.prompt not in prompts:
+        raise UserError(f"--prompt={config.prompt}: choose one of {', '.join(prompts)}")
+    if config.max_sessions < 1 or config.games_per_worker < 0:
+        raise UserError("--max_sessions must be at least 1, --games_per_worker at least 0")
+    games = _Games(benchmark, config.data_dir)
+    pool = WorkerPool(benchmark, config.games_per_worker or benchmark.games_per_worker)
     # Every open session may have a call waiting; the others are for /tasks.
     threads = concurrent.futures.ThreadPoolExecutor(config.max_sessions + 2)
 
@@ -219,13 +224,13 @@ def make_app(config: ServerConfig) -> fastapi.FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
-        start_fork_server()
+        start_fork_server(benchmark)
         yield
         pool.close()
         threads.shutdown(wait=False, cancel_futures=True)
 
-    app = fastapi.FastAPI(title="spa_jax alfworld", lifespan=lifespan)
-    _add_pages(app, games, in_thread)
+    app = fastapi.FastAPI(title=f"spa_jax {benchmark.name}", lifespan=lifespan)
+    _add_pages(app, benchmark, games, in_thread)
     open_sessions: set[_Session] = set()
 
     @app.websocket("/ws")
@@ -261,7 +266,9 @@ async def _turn_away(socket: fastapi.WebSocket, message: str) -> None:
         pass
 
 
-def _add_pages(app: fastapi.FastAPI, games: _Games, in_thread: Callable[..., Any]) -> None:
+def _add_pages(
+    app: fastapi.FastAPI, benchmark: Benchmark, games: _Games, in_thread: Callable[..., Any]
+) -> None:
     """The GET pages."""
 
     @app.get("/health")
@@ -271,10 +278,10 @@ def _add_pages(app: fastapi.FastAPI, games: _Games, in_thread: Callable[..., Any
     @app.get("/metadata")
     async def metadata() -> dict[str, Any]:
         return {
-            "name": "alfworld",
-            "description": "ALFWorld's text games on TextWorld's PDDL engine",
+            "name": benchmark.name,
+            "description": benchmark.description,
             "splits": games.index.splits(),
-            "prompts": list(PROMPTS),
+            "prompts": list(load(benchmark, benchmark.prompts).PROMPTS),
         }
 
     @app.get("/schema")
@@ -379,7 +386,7 @@ class LocalServer:
     def __enter__(self) -> "LocalServer":
         # The server runs in the repository's folder, wherever we are.
         values = dataclasses.asdict(self._config)
-        values["alfworld_data"] = os.path.abspath(values.pop("data_dir"))
+        values[f"{self._config.env}_data"] = os.path.abspath(values.pop("data_dir"))
         flags = [f"--{name}={value}" for name, value in values.items()]
         output: IO[bytes]
         if self._log is None:

@@ -6,7 +6,6 @@ Server and worker talk through a pipe, one answer a request:
     -> ("ok", Observation) | ("user_error", message) | ("env_error", message)
 """
 
-import importlib
 import multiprocessing
 import os
 import signal
@@ -15,19 +14,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from spa_jax.envs.benchmarks import Benchmark, load
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
 from spa_jax.errors import UserError
 
-_PRELOAD = ("spa_jax.envs.alfworld.preload",)
 # Fork servers fork from a process without threads; the server itself has some.
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def start_fork_server() -> None:
+def start_fork_server(benchmark: Benchmark) -> None:
     """Starts the process that workers are forked from; it imports on its own time."""
     from multiprocessing import forkserver
 
-    _CONTEXT.set_forkserver_preload(list(_PRELOAD))
+    _CONTEXT.set_forkserver_preload([benchmark.preload] if benchmark.preload else [])
     forkserver.ensure_running()
 
 
@@ -42,11 +41,11 @@ def _answer(engine: Any, request: tuple[Any, ...]) -> tuple[str, Any]:
         return "env_error", f"{type(error).__name__}: {error}"
 
 
-def _main(connection: Connection) -> None:
+def _main(connection: Connection, benchmark: Benchmark) -> None:
     """Runs in the worker until the server goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's business
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    engine = importlib.import_module("spa_jax.envs.alfworld.engine").AlfworldEngine()
+    engine = load(benchmark, benchmark.engine)()
     while True:
         try:
             request = connection.recv()
@@ -62,11 +61,11 @@ class Worker:
       games: how many games it has been asked to start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, benchmark: Benchmark) -> None:
         self.games = 0
         self._lock = threading.Lock()
         self._connection, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_main, args=(theirs,), daemon=True)
+        self._process = _CONTEXT.Process(target=_main, args=(theirs, benchmark), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -123,12 +122,12 @@ class WorkerPool:
     """Workers that no session uses at the moment.  Safe to use from several threads.
 
     Args:
-      games_per_worker: a worker is replaced after that many games: the planner's memory
-        grows with each.
+      benchmark: what they play.
+      games_per_worker: a worker is replaced after that many games.
     """
 
-    def __init__(self, games_per_worker: int):
-        self._games_per_worker = games_per_worker
+    def __init__(self, benchmark: Benchmark, games_per_worker: int):
+        self._benchmark, self._games_per_worker = benchmark, games_per_worker
         self._idle: list[Worker] = []
         self._all: set[Worker] = set()
         self._lock = threading.Lock()
@@ -143,7 +142,7 @@ class WorkerPool:
                 raise EnvError("the server is shutting down")
             if self._idle:
                 return self._idle.pop()
-            worker = Worker()
+            worker = Worker(self._benchmark)
             self._all.add(worker)
             return worker
 

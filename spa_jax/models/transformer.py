@@ -129,7 +129,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.has_variable("params", "transposed"):
-            w = self.get_variable("params", "transposed")
+            w: jax.Array = self.get_variable("params", "transposed")
             y = jax.lax.dot_general(w, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
             # Else XLA turns the product round again.
             y = jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)

@@ -5,23 +5,6 @@ from spa_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("response", "action"),
-    [
-        ("go to desk 1", "go to desk 1"),
-        ("  go to desk 1\n", "go to desk 1"),
-        ("Thought: the desk.\nAction: go to desk 1", "go to desk 1"),
-        ("Thought: the desk.\nAction: go to desk 1\nAction: look", "go to desk 1"),
-        ("Thought: I act.\n  action:look", "look"),
-        ("Thought: no action today", "Thought: no action today"),
-        ("Action:", ""),
-        ("", ""),
-    ],
-)
-def test_parse_action(response: str, action: str) -> None:
-    assert prompt.parse_action(response) == action
-
-
-@pytest.mark.parametrize(
     ("action", "command"),
     [
         ("put mug 1 in/on desk 2", "put mug 1 in/on desk 2"),

@@ -31,6 +31,7 @@ from spa_jax.envs.alfworld import prompt as prompts
 from spa_jax.envs.alfworld.expert import Expert
 from spa_jax.envs.alfworld.games import read_game
 from spa_jax.envs.protocol import Observation
+from spa_jax.envs.text import parse_action
 
 _TASK = re.compile(r"Your task is to: ([^\"\n]*?)\.?(?=\")")
 _TASK_PLACEHOLDER = "Your task is to: UNKNOWN GOAL."
@@ -151,7 +152,7 @@ class AlfworldEngine:
 
     def step(self, action_text: str) -> Observation:
         """Plays what the policy wrote.  Text that is no command does nothing and never raises."""
-        command = prompts.to_command(prompts.parse_action(action_text))
+        command = prompts.to_command(parse_action(action_text))
         grounded = command in self._state["admissible_commands"]
         if not grounded:
             return self._observation("Nothing happens.", 0.0, False)

@@ -1,4 +1,4 @@
-"""What the policy is told, and how its action is read.  No TextWorld here: the trainer calls it."""
+"""What the policy is told, and how its action is read.  No TextWorld here."""
 
 import re
 
@@ -43,7 +43,6 @@ put Y in/on X, clean Y with X, heat Y with X, cool Y with X, use Y."""
 _INSTRUCTIONS = {"paper": _PAPER, "short": _SHORT}
 PROMPTS = tuple(_INSTRUCTIONS)
 
-_ACTION_LINE = re.compile(r"^[ \t]*Action:(.*)$", re.MULTILINE | re.IGNORECASE)
 _ARRIVAL = re.compile(r"^You arrive at [^.]*\. ")
 _PUT = re.compile(r"(?:put|move) (.+?) (?:in/on|into|onto|in|on|to) (.+)")
 # "toggle desklamp 1" and the paper's "toggle desklamp 1 sidetable 2".
@@ -56,15 +55,6 @@ def instruction(prompt: str) -> str:
     if prompt not in _INSTRUCTIONS:
         raise UserError(f"prompt {prompt!r} is unknown; choose one of {', '.join(PROMPTS)}")
     return _INSTRUCTIONS[prompt]
-
-
-def parse_action(response: str) -> str:
-    """The command in what the policy wrote.
-
-    The first line "Action: ..." holds it; without one the whole text is the command.
-    """
-    line = _ACTION_LINE.search(response)
-    return (line.group(1) if line else response).strip()
 
 
 def to_command(action: str) -> str:

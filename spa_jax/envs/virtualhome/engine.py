@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 # The reading of "Action: ..." is common to all environments.
-from spa_jax.envs.alfworld.prompt import parse_action
 from spa_jax.envs.protocol import Observation
+from spa_jax.envs.text import parse_action
 from spa_jax.envs.virtualhome import observe
 from spa_jax.envs.virtualhome import prompt as prompts
 from spa_jax.envs.virtualhome.actions import Objects, parse

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spa_jax.envs.protocol import Observation
+from spa_jax.envs.text import parse_action
 from spa_jax.envs.webshop import pages
 from spa_jax.envs.webshop import prompt as prompts
 from spa_jax.envs.webshop.catalogue import Product
@@ -142,7 +143,7 @@ class WebshopEngine:
 
     def step(self, action_text: str) -> Observation:
         """Plays what the policy wrote.  What is no action shows the same page again."""
-        grounded = self._shop.act(prompts.parse_action(action_text))
+        grounded = self._shop.act(parse_action(action_text))
         bought = self._shop.score if grounded else None
         return self._observation(bought.reward if bought else 0.0, grounded)
 

@@ -1,4 +1,4 @@
-"""What the policy is told, and how its action is read.  The trainer calls it too."""
+"""What the policy is told, and how its action is read."""
 
 import re
 
@@ -33,7 +33,6 @@ on the page. Click the product, its options, then Buy Now."""
 _INSTRUCTIONS = {"paper": _PAPER, "short": _SHORT}
 PROMPTS = tuple(_INSTRUCTIONS)
 
-_ACTION_LINE = re.compile(r"^[ \t]*Action:\s*(.*)$", re.MULTILINE | re.IGNORECASE)
 _ACTION = re.compile(r"(.+)\[(.+)\]")
 
 
@@ -42,16 +41,6 @@ def instruction(prompt: str) -> str:
     if prompt not in _INSTRUCTIONS:
         raise UserError(f"prompt {prompt!r} is unknown; choose one of {', '.join(PROMPTS)}")
     return _INSTRUCTIONS[prompt]
-
-
-def parse_action(response: str) -> str:
-    """The action in what the policy wrote.
-
-    It is on the first line "Action: ..." or, if that is empty, on the next; without such a
-    line the whole text is the action.
-    """
-    line = _ACTION_LINE.search(response)
-    return (line.group(1) if line else response).strip()
 
 
 def split_action(action: str) -> tuple[str, str | None]:

@@ -1,0 +1,90 @@
+"""The environments that a server can serve, and where their parts are.
+
+Each has three parts: an engine (`reset(folder, *, task, prompt, expert)` and `step(text)`, both
+giving an `Observation`), an index of a data folder (`root`, `splits()`, `folder(split, task)` and
+`tasks(split)`), and a module of prompts (`PROMPTS`, `instruction(name)`).  They are named here and
+imported where they are needed: the server loads no engine, the trainer neither engine nor index.
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+
+from spa_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One environment.
+
+    Attributes:
+      name: what --env calls it; its data folder is given by --<name>_data.
+      description: one line for people.
+      engine: "module:class" of the engine, which only worker processes import.
+      index: "module:class" of the data folder's index.
+      prompts: the module of its instructions.
+      preload: a module that the fork server imports before it forks workers; empty: none.
+      games_per_worker: games after which a worker process is replaced.
+      install: how to get what it needs beside this package.
+    """
+
+    name: str
+    description: str
+    engine: str
+    index: str
+    prompts: str
+    preload: str
+    games_per_worker: int
+    install: str
+
+
+_ALL = (
+    Benchmark(
+        "alfworld",
+        "ALFWorld's text games on TextWorld's PDDL engine",
+        "spa_jax.envs.alfworld.engine:AlfworldEngine",
+        "spa_jax.envs.alfworld.games:GameIndex",
+        "spa_jax.envs.alfworld.prompt",
+        "spa_jax.envs.alfworld.preload",
+        40,  # the planner's memory grows with each game
+        "pip install 'spa_jax[alfworld]'",
+    ),
+    Benchmark(
+        "webshop",
+        "WebShop in text mode",
+        "spa_jax.envs.webshop.engine:WebshopEngine",
+        "spa_jax.envs.webshop.tasks:GoalIndex",
+        "spa_jax.envs.webshop.prompt",
+        "spa_jax.envs.webshop.preload",
+        1000,
+        "pip install 'spa_jax[webshop]'",
+    ),
+    Benchmark(
+        "virtualhome",
+        "VirtualHome on the evolving-graph simulator, without Unity",
+        "spa_jax.envs.virtualhome.engine:VirtualhomeEngine",
+        "spa_jax.envs.virtualhome.tasks:TaskIndex",
+        "spa_jax.envs.virtualhome.prompt",
+        "",
+        1000,
+        "pip install --no-deps virtualhome==2.3.0",
+    ),
+)
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
+
+
+def load(benchmark: Benchmark, part: str) -> Any:
+    """The class or module that a part names, such as `load(b, b.engine)`.
+
+    Raises:
+      UserError: if a package that it needs is not installed.
+    """
+    module, _, name = part.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--env={benchmark.name} needs the package {error.name}, which is not installed: "
+            f"{benchmark.install}"
+        ) from error
+    return getattr(found, name) if name else found
