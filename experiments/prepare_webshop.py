@@ -7,16 +7,15 @@ the paper's train_indices.json and test_indices.json).  The store, DIR/webshop_s
 under a temporary name: a run that was stopped leaves none, and starts over.
 """
 
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import tqdm
-from absl import app, flags
+from absl import flags
 
-from spa_jax.errors import UserError
+from experiments import flags as flags_lib
 
 _DATA = flags.DEFINE_string("data", None, "The folder of WebShop's files.", required=True)
 _STORE = flags.DEFINE_string("store", "", "Where the store goes; empty: DATA/webshop_store.")
@@ -29,22 +28,18 @@ _SEED = flags.DEFINE_integer(
 )
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Prepares the store."""
-    if len(argv) > 1:
-        _refuse(f"unknown argument {argv[1]!r}; flags begin with --")
+    del argv
     from spa_jax.envs.webshop import store
     from spa_jax.envs.webshop.catalogue import STORE, find_files
 
     start = time.monotonic()
-    try:
-        files = find_files(_DATA.value)
-        out = Path(_STORE.value) if _STORE.value else files.products.parent / STORE
-        kind = _GOALS.value or store.default_kind(files)
-        store.prepare(files, out, kind, _SEED.value, _bar)
-        catalogue = store.open_catalogue(out)
-    except UserError as error:
-        _refuse(str(error))
+    files = find_files(_DATA.value)
+    out = Path(_STORE.value) if _STORE.value else files.products.parent / STORE
+    kind = _GOALS.value or store.default_kind(files)
+    store.prepare(files, out, kind, _SEED.value, _bar)
+    catalogue = store.open_catalogue(out)
     seconds = time.monotonic() - start
     size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
     print(
@@ -57,17 +52,5 @@ def _bar(items: Iterable[Any], title: str) -> Iterable[Any]:
     return tqdm.tqdm(items, desc=title, unit="", mininterval=1.0)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _refuse(f"{error}; --help lists the flags")
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    flags_lib.run(main)
