@@ -99,7 +99,7 @@ class Comparison:
         """A line for everything that makes the case miss."""
         wrong = [e for e in self.errors if not e.share <= 1.0]
         lines = [f"{e.name}: error {e.error:.2e}, allowed {e.allowed:.2e}" for e in wrong]
-        nothing = [] if self.errors else ["nothing in it could be compared"]
+        nothing = [] if self.errors or self.failures else ["nothing in it could be compared"]
         return self.failures + lines + nothing
 
     @property
