@@ -22,6 +22,7 @@ from spa_jax.attribution import credit
 from spa_jax.config import CreditConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
+from spa_jax.models.transformer import Params
 from spa_jax.trajectory import Trajectory
 
 
@@ -40,17 +41,15 @@ def run(
     With `keys`, only the episodes with these keys are annotated; the others are written as they
     are, and environment errors are left out either way.
     """
-    progress = weights.load_heads(progress_folder)
-    if "progress" not in progress:
-        raise UserError(f"{progress_folder}: holds no progress head; run train_progress first")
     policy = common.load_policy(policy_folder)
+    head = progress_head(policy, progress_folder)
     played = train_progress.playable(store.read(data))
     trajectories = [t for t in played if keys is None or t.key in keys]
     if not trajectories:
         raise UserError(f"{data}: holds no episode to annotate")
     scores = train_progress.scores_of(policy, data, trajectories, rows)
     mask = scores.step_mask
-    contributions = np.asarray(heads.progress(progress["progress"], scores.end_hidden)) * mask
+    contributions = np.asarray(heads.progress(head, scores.end_hidden)) * mask
     grounded = np.zeros(mask.shape, np.float32)
     for i, trajectory in enumerate(trajectories):
         grounded[i, : len(trajectory.steps)] = [step.grounded for step in trajectory.steps]
@@ -73,6 +72,28 @@ def run(
     by_key = {t.key: t for t in annotated}
     store.write(out, [by_key.get(t.key, t) for t in played])
     return annotated
+
+
+def progress_head(policy: common.Policy, progress_folder: pathlib.Path) -> Params:
+    """The stage's progress head, or else the one that lies beside the policy.
+
+    Raises:
+      UserError: there is none that reads this policy's hidden states.
+    """
+    trained = weights.load_heads(progress_folder).get("progress")
+    if trained is not None:
+        return trained
+    if "progress" not in policy.heads:
+        raise UserError(
+            f"{progress_folder}: holds no progress head, nor does {policy.folder}; run "
+            "train_progress first"
+        )
+    if policy.trunk:
+        raise UserError(
+            f"{policy.folder}: its progress head reads the hidden states of {policy.trunk}; give "
+            "that with --policy"
+        )
+    return policy.heads["progress"]
 
 
 def _with(

@@ -22,9 +22,10 @@ from experiments import common
 from experiments import flags as flags_lib
 from experiments.train_progress import playable
 from spa_jax import batching, store
-from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax import config as config_lib
+from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads, transformer
+from spa_jax.models import heads
 from spa_jax.rl import advantages
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import partition, ppo_update, schedule, scoring
@@ -59,10 +60,16 @@ def run(
     ppo: PpoConfig,
     rows: RowsConfig,
     seed: int,
+    lora: LoraConfig,
+    reference: pathlib.Path,
 ) -> None:
-    """Trains, from the newest checkpoint if there is one, and writes out/policy."""
+    """Trains, from the newest checkpoint if there is one, and writes out/policy.
+
+    With adapters, `reference` is the folder of the reference policy (see `common.trainable`).
+    """
     if common.is_done(out, "ppo"):
         return
+    config_lib.check_trained(lora, ppo.train_layers, "--ppo_train_layers")
     started = time.time()
     trajectories = playable(store.read(data))
     temperature = behaviour_temperature(data, trajectories, ppo)
@@ -92,13 +99,10 @@ def run(
         clip_norm=ppo.clip_norm,
         weight_decay=ppo.weight_decay,
     )
-    trained, frozen = transformer.split(policy.config, policy.params, ppo.train_layers)
-    params["policy"] = trained
-    trainer = partition.Pmap(
-        ppo_update.make_loss(policy.config, ppo, temperature),
-        optimizer,
-        frozen={"policy": frozen},
-    )
+    trainable = common.trainable(policy, ppo.train_layers, lora, seed, reference)
+    parts = trainable.parts
+    loss_fn = parts.on_parts(ppo_update.make_loss(policy.config, ppo, temperature))
+    trainer = partition.Pmap(loss_fn, optimizer, frozen=parts.frozen)
     below = scoring.below(
         policy.config, trainer.frozen, trajectories, rows,
         devices=trainer.devices, title="frozen layers",
@@ -107,7 +111,7 @@ def run(
     per_epoch = -(-len(trajectories) // ppo.batch_size)
     total = ppo.epochs * per_epoch
     checkpoints = Checkpoints(out / "checkpoints", every=ppo.checkpoint_every)
-    state = state_lib.create(params, optimizer)
+    state = state_lib.create(parts.trained | {"value": params["value"]}, optimizer)
     state = checkpoints.restore(state) or state
     start = int(state.update)
     writer = metrics_lib.MetricsWriter(out)
@@ -131,8 +135,7 @@ def run(
         checkpoints.maybe_save(update + 1, partition.unreplicate(state), force=update + 1 == total)
     final = jax.device_get(partition.unreplicate(state.params))
     version = policy.version + total
-    whole = transformer.join(final["policy"], frozen)
-    common.save_policy(out / "policy", policy, whole, {"value": final["value"]}, version)
+    trainable.save(out / "policy", final, {"value": final["value"]}, version)
     writer.close()
     checkpoints.close()
     mismatch = sampler_mismatch(trajectories, scores)
@@ -273,11 +276,13 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(PpoConfig),
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,
+        flags_lib.read(LoraConfig),
+        policy_before(workdir, 0),
     )
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the policy that played the episodes.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(PpoConfig, RowsConfig)
+    flags_lib.define(PpoConfig, RowsConfig, LoraConfig)
     flags_lib.run(main)

@@ -7,6 +7,7 @@ last token of every step.  Reads W/iteration_I/explore of all rounds up to --ite
 W/iteration_I/progress/{heads.safetensors,metrics.jsonl}.
 """
 
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -79,7 +80,10 @@ def run(
     weights.save_heads(out, params)
     writer.close()
     checkpoints.close()
-    common.mark_done(out, started, updates=total, **judge(params, features, valid))
+    # Relative, so that a run's folder can be moved.
+    trunk = os.path.relpath(policy.folder.resolve(), out.resolve())
+    validity = judge(params, features, valid)
+    common.mark_done(out, started, updates=total, trunk=trunk, **validity)
 
 
 def load_features(

@@ -9,6 +9,9 @@ from typing import Any
 
 from spa_jax.errors import UserError
 
+# The matrices of a layer that an adapter can change.
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 def _setting(default: Any, help: str, flag: str | None = None, choices: tuple = ()) -> Any:
     return dataclasses.field(
@@ -80,6 +83,26 @@ class RowsConfig:
             "step_slots": self.step_slots,
             "share_prefix": self.share_prefix,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of the policy's own weights (`models/lora.py`)."""
+
+    rank: int = _setting(
+        0, "Train low-rank adapters (LoRA) of this rank, and no weight of the model; 0: off.",
+        "lora_rank",
+    )  # fmt: skip
+    alpha: float = _setting(16.0, "An adapter's product is scaled by alpha / rank.", "lora_alpha")
+    targets: tuple[str, ...] = _setting(
+        ("q", "v"), f"The matrices that get an adapter, of {','.join(LORA_TARGETS)}.",
+        "lora_targets",
+    )  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +208,9 @@ class RunConfig:
         "", "Clone the episodes of this ShareGPT-style log (see import_demos) instead of our "
         "expert's.",
     )  # fmt: skip
+    lora_stages: tuple[str, ...] = _setting(
+        ("sft", "ppo"), "The stages that train adapters if --lora_rank says so, of sft,ppo."
+    )
     heldout_split: str = _setting("heldout", "The split that is evaluated in the end.")
     heldout_games: int = _setting(0, "How many of its games; 0: all.")
     eval_temperature: float = _setting(1.0, "Temperature of the evaluation; 0 is greedy.")
@@ -226,3 +252,36 @@ def check(config: Any) -> None:
         raise UserError(
             f"--policy_slots={config.policy_slots} exceeds --row_length={config.row_length}"
         )
+    if isinstance(config, LoraConfig):
+        if config.rank < 0 or config.alpha <= 0:
+            raise UserError(
+                f"--lora_rank={config.rank} must be >= 0, --lora_alpha={config.alpha:g} above 0"
+            )
+        _check_list("--lora_targets", config.targets, LORA_TARGETS)
+    if isinstance(config, RunConfig):
+        _check_list("--lora_stages", config.lora_stages, ("sft", "ppo"))
+
+
+def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:
+    """Refuses adapters and top layers at once.
+
+    Args:
+      lora: the adapters' settings.
+      train_layers: the stage's.
+      flag: that of `train_layers`, for the message.
+
+    Raises:
+      UserError: names both flags.
+    """
+    if lora.rank and train_layers:
+        raise UserError(
+            f"--lora_rank={lora.rank} trains adapters in every layer and no weight of the model; "
+            f"it contradicts {flag}={train_layers}: drop one of them"
+        )
+
+
+def _check_list(flag: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown or not given or len(set(given)) < len(given):
+        wrong = f"{unknown[0]!r} is none" if unknown else "name each at most once, at least one"
+        raise UserError(f"{flag}={','.join(given)}: {wrong} of {','.join(known)}")
