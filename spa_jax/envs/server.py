@@ -415,6 +415,8 @@ def serve(
     server = _Uvicorn(_uvicorn_config(config, Guard(app, token), room.capacity), room)
     if exit_with_parent:
         _exit_with_parent(server)
+    # Uvicorn raises the signal again when it has stopped: stopped in good order is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     if not is_loopback(host):
         note(_LOG, "not encrypted: put a proxy that speaks TLS in front", logging.WARNING)
     note(_LOG, "serving", env=config.env, capacity=room.capacity, pid=os.getpid())
@@ -449,13 +451,14 @@ class LocalServer:
 
     Attributes:
       address: "http://127.0.0.1:PORT", inside the block.
+      log: the file of its output, inside the block.
     """
 
     def __init__(
         self, config: ServerConfig, log: Path | None = None, start_deadline_s: float = 60.0
     ):
         self.address = ""
-        self._config, self._log, self._start_deadline_s = config, log, start_deadline_s
+        self._config, self.log, self._start_deadline_s = config, log, start_deadline_s
         self._temporary = log is None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -473,12 +476,12 @@ class LocalServer:
         values[f"{self._config.env}_data"] = os.path.abspath(data) if is_folder else data
         flags = [f"--{name}={value}" for name, value in values.items()]
         output: IO[bytes]
-        if self._log is None:
+        if self.log is None:
             output = tempfile.NamedTemporaryFile(prefix="serve_env-", suffix=".log", delete=False)
-            self._log = Path(output.name)
+            self.log = Path(output.name)
         else:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            output = self._log.open("wb")
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            output = self.log.open("wb")
         with output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.serve_env", "--port=0", "--exit_with_parent"]
@@ -494,10 +497,10 @@ class LocalServer:
         return self
 
     def _wait(self) -> str:
-        assert self._process is not None and self._log is not None
+        assert self._process is not None and self.log is not None
         deadline = time.monotonic() + self._start_deadline_s
         while time.monotonic() < deadline:
-            said = self._log.read_text(errors="replace")
+            said = self.log.read_text(errors="replace")
             if match := _LISTENING.search(said):
                 with contextlib.suppress(UserError):
                     EnvClient(match.group(1)).health()
@@ -505,10 +508,10 @@ class LocalServer:
             elif self._process.poll() is not None:
                 last = said.strip().splitlines()[-1:] or ["nothing"]
                 raise UserError(
-                    f"the environment server did not start; it said: {last[0]} (log: {self._log})"
+                    f"the environment server did not start; it said: {last[0]} (log: {self.log})"
                 )
             time.sleep(0.02)
-        raise UserError(f"the environment server did not start in time; see {self._log}")
+        raise UserError(f"the environment server did not start in time; see {self.log}")
 
     def __exit__(self, *_: object) -> None:
         if self._process is None:
@@ -521,5 +524,5 @@ class LocalServer:
             self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
-        if self._temporary and self.address and self._log is not None:
-            self._log.unlink(missing_ok=True)
+        if self._temporary and self.address and self.log is not None:
+            self.log.unlink(missing_ok=True)
