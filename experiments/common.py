@@ -17,6 +17,8 @@ from absl import logging
 from spa_jax import chat, rollout, store, tokenizer
 from spa_jax.config import EnvConfig, LoraConfig, SamplingConfig
 from spa_jax.envs.client import EnvClient
+from spa_jax.envs.guard import read_token
+from spa_jax.envs.openenv import OPENENV, OpenEnvClient
 from spa_jax.envs.server import LocalServer, ServerConfig
 from spa_jax.errors import UserError
 from spa_jax.models import lora as lora_lib
@@ -192,19 +194,34 @@ def make_engine(policy: Policy, sampling: SamplingConfig, slots: int, seed: int)
 @contextlib.contextmanager
 def open_env(env: EnvConfig, sessions: int, log: pathlib.Path) -> Iterator[EnvClient]:
     """A client of --env_address, or of a server of our own that ends with the block."""
-    if env.env_address:
-        client = EnvClient(env.env_address)
+    if env.env_address or env.env == OPENENV:
+        client = _client_of(env)
         client.health()
         yield client
         return
     if not env.data:
+        give = (
+            "MODULE:CLASS of your environment"
+            if env.env == "custom"
+            else "the folder of the environment's data (make some with python -m "
+            f"spa_jax.envs.{env.env}.generate)"
+        )
         raise UserError(
-            f"--{env.env}_data is not set: give the folder of the environment's data (make some "
-            f"with python -m spa_jax.envs.{env.env}.generate), or --env_address of a running server"
+            f"--{env.env}_data is not set: give {give}, or --env_address of a running server"
         )
     config = ServerConfig(data_dir=env.data, prompt=env.prompt, max_sessions=sessions, env=env.env)
     with LocalServer(config, log) as server:
-        yield EnvClient(server.address)
+        yield EnvClient(server.address, wait_s=env.env_wait_s)
+
+
+def _client_of(env: EnvConfig) -> EnvClient:
+    """A client of the server at --env_address."""
+    if not env.env_address:
+        raise UserError("--env=openenv needs --env_address: where does the environment run?")
+    token = read_token(env.env_token_file, "--env_token_file")
+    if env.env == OPENENV:
+        return OpenEnvClient(env.env_address, env, wait_s=env.env_wait_s, token=token)
+    return EnvClient(env.env_address, wait_s=env.env_wait_s, token=token)
 
 
 def play_jobs(

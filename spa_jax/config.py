@@ -24,16 +24,55 @@ class EnvConfig:
     """Which environment, and where its server is."""
 
     env: str = _setting(
-        "alfworld", "The environment.", choices=("alfworld", "webshop", "virtualhome")
-    )
+        "alfworld", "The environment; custom: a class of your own; openenv: any text environment "
+        "behind OpenEnv's protocol, at --env_address.",
+        choices=("alfworld", "webshop", "virtualhome", "custom", "openenv"),
+    )  # fmt: skip
     env_address: str = _setting(
         "", "Address of a running environment server, such as http://127.0.0.1:8000. "
         "Empty: start one on this machine and stop it at the end."
     )  # fmt: skip
+    env_token_file: str = _setting(
+        "", "File of the token that the server at --env_address wants; empty: the environment "
+        "variable SPA_JAX_ENV_TOKEN, if it is set.",
+    )  # fmt: skip
+    env_wait_s: float = _setting(
+        120.0, "Seconds that a session waits for a server that is away or full."
+    )
     alfworld_data: str = _setting("", "Folder of ALFWorld games: holds SPLIT/GAME/game.tw-pddl.")
     webshop_data: str = _setting("", "Folder of a WebShop catalogue, or of a prepared store.")
     virtualhome_data: str = _setting("", "Folder of VirtualHome tasks: holds SPLIT/TASK, or the "
                                      "authors' task files.")  # fmt: skip
+    custom_data: str = _setting("", "MODULE:CLASS of an environment of your own "
+                                "(docs/environments.md).")  # fmt: skip
+    openenv_tasks: int = _setting(100, "Tasks of a split of an OpenEnv environment: each is a "
+                                  "seed of its reset.")  # fmt: skip
+    openenv_instruction: str = _setting(
+        'Read what the environment shows and decide what to do. Answer with one line: '
+        '"Action: " and then the action.', "The text before an OpenEnv environment's first "
+        "observation.",
+    )  # fmt: skip
+    openenv_action: str = _setting(
+        "", "Field of an OpenEnv action that gets the text; empty: the one text that it needs."
+    )
+    openenv_text: str = _setting(
+        "", "Field of an OpenEnv observation that the policy reads; empty: by its usual name."
+    )
+    openenv_reward: str = _setting(
+        "last", "R of an OpenEnv episode: the reward that ends it, the sum of its rewards, or the "
+        "field of the last observation that this names.",
+    )  # fmt: skip
+    openenv_reward_scale: float = _setting(
+        1.0, "Brings R of an OpenEnv episode into [0, 1]: it is multiplied by this."
+    )
+    openenv_success: str = _setting(
+        "", "Flag of an OpenEnv observation that means success; with ! before it, its opposite; "
+        "empty: success if there is one, else that the episode ended with R = 1.",
+    )  # fmt: skip
+    openenv_grounded: str = _setting(
+        "", "Flag of an OpenEnv observation that means that the action could be executed; with ! "
+        "before it, its opposite (!error); empty: grounded if there is one, else always.",
+    )  # fmt: skip
     prompt: str = _setting(
         "short", "The instruction that opens an episode.", choices=("short", "paper")
     )
@@ -46,8 +85,8 @@ class EnvConfig:
 
     @property
     def data(self) -> str:
-        """The data folder of the environment: the flag --<env>_data."""
-        return getattr(self, f"{self.env}_data")
+        """The data of the environment, the flag --<env>_data; empty where a server has it."""
+        return getattr(self, f"{self.env}_data", "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The environments that a server can serve, and where their parts are.
 
-Each has three parts: an engine (`reset(folder, *, task, prompt, expert)` and `step(text)`, both
-giving an `Observation`), an index of a data folder (`root`, `splits()`, `folder(split, task)` and
-`tasks(split)`), and a module of prompts (`PROMPTS`, `instruction(name)`).  They are named here and
-imported where they are needed: the server loads no engine, the trainer neither engine nor index.
+Each has three parts: an engine (`reset(folder, *, task, prompt, expert)`, with `seed` too if it
+is `seeded`, and `step(text)`, both giving an `Observation`), an index of a data folder (`root`,
+`splits()`, `folder(split, task)` and `tasks(split)`), and a module of prompts (`PROMPTS`,
+`instruction(name)`).  They are named here and imported where they are needed: the server loads no
+engine, the trainer neither engine nor index.
 """
 
 import dataclasses
@@ -25,7 +26,10 @@ class Benchmark:
       prompts: the module of its instructions.
       preload: a module that the fork server imports before it forks workers; empty: none.
       games_per_worker: games after which a worker process is replaced.
+      worker_mb: memory that a worker process adds to the machine's load at the most, as measured.
+      limit_mb: resident memory that a worker process may have; above it is ended.
       install: how to get what it needs beside this package.
+      seeded: whether a reset takes the client's seed.
     """
 
     name: str
@@ -35,7 +39,10 @@ class Benchmark:
     prompts: str
     preload: str
     games_per_worker: int
+    worker_mb: int
+    limit_mb: int
     install: str
+    seeded: bool = False
 
 
 _ALL = (
@@ -47,6 +54,8 @@ _ALL = (
         "spa_jax.envs.alfworld.prompt",
         "spa_jax.envs.alfworld.preload",
         40,  # the planner's memory grows with each game
+        200,
+        1000,
         "pip install 'spa_jax[alfworld]'",
     ),
     Benchmark(
@@ -56,6 +65,8 @@ _ALL = (
         "spa_jax.envs.webshop.tasks:GoalIndex",
         "spa_jax.envs.webshop.prompt",
         "spa_jax.envs.webshop.preload",
+        1000,
+        50,
         1000,
         "pip install 'spa_jax[webshop]'",
     ),
@@ -67,7 +78,22 @@ _ALL = (
         "spa_jax.envs.virtualhome.prompt",
         "",
         1000,
+        50,
+        1000,
         "pip install --no-deps virtualhome==2.3.0",
+    ),
+    Benchmark(
+        "custom",
+        "an environment of your own: one class of three methods (docs/environments.md)",
+        "spa_jax.envs.custom:CustomEngine",
+        "spa_jax.envs.custom:CustomIndex",
+        "spa_jax.envs.custom",
+        "",
+        1000,
+        200,
+        2000,
+        "install it beside this package",
+        seeded=True,
     ),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}

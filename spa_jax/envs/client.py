@@ -1,17 +1,55 @@
 """The trainer's way to an environment server: blocking, one thread a session."""
 
 import json
+import random
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
-from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidHandshake,
+    InvalidStatus,
+    InvalidURI,
+    WebSocketException,
+)
 from websockets.sync.client import ClientConnection, connect
 
 from spa_jax.envs import protocol
+from spa_jax.envs.guard import TOKEN_VARIABLE, authorization, read_token
 from spa_jax.envs.protocol import EnvError, Observation, Task
 from spa_jax.errors import UserError
+
+# Codes of answers that another try gets again.
+_FINAL = (
+    protocol.INVALID_JSON, protocol.UNKNOWN_TYPE, protocol.VALIDATION_ERROR, protocol.USER_ERROR,
+)  # fmt: skip
+_LONGEST_MESSAGE = 16 * 2**20  # bytes
+_FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0  # between tries, in seconds
+
+
+class Wire:
+    """How one session's requests and answers look on the wire: as our own servers have them."""
+
+    def reset(self, task: str, split: str, seed: int, expert: bool, prompt: str) -> dict[str, Any]:
+        """The data of a reset."""
+        data = {"task": task, "split": split, "seed": seed, "expert": expert}
+        return data | ({"prompt": prompt} if prompt else {})
+
+    def step(self, action: str) -> dict[str, Any]:
+        """The data of a step."""
+        return {"text": action}
+
+    def read(self, data: dict[str, Any]) -> Observation:
+        """The observation in an answer.
+
+        Raises:
+          EnvError: if there is none.
+        """
+        return protocol.observation_from_wire(data)
 
 
 class EnvClient:
@@ -20,22 +58,34 @@ class EnvClient:
     Args:
       address: "http://host:port" or "ws://host:port" (https and wss too).
       timeout_s: how long an answer may take; longer than the server's own deadlines.
+      wait_s: how long a session waits for a server that is away, or has no free place.
+      token: what the server wants to know; None: what the environment variable says.
     """
 
-    def __init__(self, address: str, timeout_s: float = 180.0):
+    def __init__(
+        self,
+        address: str,
+        timeout_s: float = 180.0,
+        wait_s: float = 120.0,
+        token: str | None = None,
+    ):
         scheme, separator, rest = address.rstrip("/").partition("://")
         if not separator or scheme not in ("http", "https", "ws", "wss") or not rest:
             raise UserError(f"--env_address={address}: expected http://host:port")
         secure = "s" if scheme in ("https", "wss") else ""
         self.http = f"http{secure}://{rest}"
         self.websocket = f"ws{secure}://{rest}/ws"
-        self.timeout_s = timeout_s
+        self.timeout_s, self.wait_s = timeout_s, wait_s
+        self.headers = authorization(read_token() if token is None else token)
 
     def _get(self, path: str, timeout_s: float) -> Any:
+        request = urllib.request.Request(self.http + path, headers=self.headers)
         try:
-            with urllib.request.urlopen(self.http + path, timeout=timeout_s) as answer:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
+            if error.code == 401:
+                raise _wants_token(self.http) from error
             try:
                 message = json.load(error)["message"]
             except (ValueError, KeyError, TypeError):
@@ -66,8 +116,12 @@ class EnvClient:
         query = urllib.parse.urlencode({"split": split})
         return [Task(**task) for task in self._get(f"/tasks?{query}", self.timeout_s)]
 
+    def wire(self) -> Wire:
+        """How a new session talks."""
+        return Wire()
+
     def session(self) -> "Session":
-        """Opens a session.
+        """Opens a session; waits for the server if it is away.
 
         Raises:
           UserError: if no server answers.
@@ -75,14 +129,34 @@ class EnvClient:
         return Session(self)
 
 
+def _wants_token(address: str) -> UserError:
+    return UserError(
+        f"{address} wants a token that this client does not have: put the server's into "
+        f"{TOKEN_VARIABLE}, or into a file for --env_token_file"
+    )
+
+
+def _tries(wait_s: float) -> Iterator[None]:
+    """Gives tries with growing pauses between them, at least one, for `wait_s` seconds."""
+    end, pause = time.monotonic() + wait_s, _FIRST_WAIT
+    yield
+    while (left := end - time.monotonic()) > 0:
+        # Clients that were cut off together do not come back together.
+        time.sleep(min(left, pause * random.uniform(0.5, 1.0)))
+        pause = min(2 * pause, _LONGEST_WAIT)
+        yield
+
+
 class Session:
     """One environment on the server.  Used by one thread; a context manager.
 
-    After an `EnvError` that is retryable, `reset` goes on: it connects again if need be.
+    After an `EnvError` that is retryable, `reset` goes on: it connects again if need be, and
+    waits, with growing pauses, for a server that is away or full.
     """
 
     def __init__(self, client: EnvClient):
         self._client = client
+        self._wire = client.wire()
         self._connection: ClientConnection | None = None
         try:
             self._connect()
@@ -99,30 +173,44 @@ class Session:
         self.close()
 
     def _connect(self) -> ClientConnection:
-        address = self._client.websocket
-        try:
-            # No pings from here: a process that compiles answers late, and TCP tells the rest.
-            self._connection = connect(address, open_timeout=20, ping_interval=None)
-        except (OSError, InvalidHandshake, InvalidURI) as error:
-            raise EnvError(f"no environment server answers at {address} ({error})") from error
-        return self._connection
+        address, failure = self._client.websocket, None
+        for _ in _tries(self._client.wait_s):
+            try:
+                # No pings from here: a process that compiles answers late, and TCP tells the rest.
+                self._connection = connect(
+                    address, open_timeout=20, close_timeout=5, ping_interval=None,
+                    max_size=_LONGEST_MESSAGE, additional_headers=self._client.headers,
+                )  # fmt: skip
+                return self._connection
+            except InvalidURI as error:
+                raise UserError(f"--env_address: {error}") from error
+            except (OSError, InvalidHandshake) as error:
+                if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
+                    raise _wants_token(address) from error
+                failure = error
+        raise EnvError(f"no environment server answers at {address} ({failure})") from failure
 
-    def _ask(self, kind: str, data: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, kind: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
         connection = self._connection or self._connect()
         try:
-            connection.send(json.dumps({"type": kind, "data": data}))
+            try:
+                connection.send(json.dumps({"type": kind} | ({"data": data} if data else {})))
+            except ConnectionClosed:
+                pass  # what the server said before it closed can still be read
             answer = json.loads(connection.recv(timeout=self._client.timeout_s))
-        except (WebSocketException, OSError, ValueError) as error:  # OSError: TimeoutError too
+            content = answer.get("data") or {}
+            content.keys()
+        except (WebSocketException, OSError, ValueError, AttributeError) as error:
+            # OSError: TimeoutError too
             self._drop()
             raise EnvError(f"lost the environment server: {error or type(error)}") from error
-        content = answer.get("data") or {}
         if answer.get("type") == "error":
             code = content.get("code", protocol.ENV_ERROR)
-            if code == protocol.CAPACITY_REACHED:
+            if code in (protocol.CAPACITY_REACHED, protocol.SESSION_ERROR):
                 self._drop()
-            raise EnvError(
-                content.get("message", "unknown error"), code, content.get("retryable", True)
-            )
+            # OpenEnv's own servers do not say whether another try can help.
+            retryable = content.get("retryable", code not in _FINAL)
+            raise EnvError(str(content.get("message", "unknown error")), code, retryable)
         return content
 
     def _drop(self) -> None:
@@ -143,13 +231,20 @@ class Session:
           prompt: which instruction; the server's default if empty.
 
         Raises:
-          EnvError: if the environment failed (retryable: try again), or the game's files
-            are broken (`code` USER_ERROR, not retryable).
+          EnvError: if the environment failed (retryable: try again), the server stayed away or
+            full, or the game's files are broken (`code` USER_ERROR, not retryable).
         """
-        data = {"task": task, "split": split, "seed": seed, "expert": expert}
-        if prompt:
-            data["prompt"] = prompt
-        return protocol.observation_from_wire(self._ask("reset", data))
+        data = self._wire.reset(task, split, seed, expert, prompt)
+        full = None
+        for _ in _tries(self._client.wait_s):
+            try:
+                return self._wire.read(self._ask("reset", data))
+            except EnvError as error:
+                if error.code != protocol.CAPACITY_REACHED:
+                    raise
+                full = error
+        assert full is not None  # there is at least one try
+        raise full
 
     def step(self, action_text: str) -> Observation:
         """Plays what the policy wrote.
@@ -157,11 +252,11 @@ class Session:
         Raises:
           EnvError: if the environment failed; only `reset` goes on then.
         """
-        return protocol.observation_from_wire(self._ask("step", {"text": action_text}))
+        return self._wire.read(self._ask("step", self._wire.step(action_text)))
 
     def state(self) -> dict[str, Any]:
         """Where the session stands: task, split, step_count, worker (a process id)."""
-        return self._ask("state", {})
+        return self._ask("state")
 
     def close(self) -> None:
         """Ends the session and waits until its place and process are free for another one."""

@@ -9,19 +9,21 @@ The wire is OpenEnv's WebSocket session protocol: one JSON object a message.
                        {"type": "state", "data": {"episode_id", "step_count", ...}}
                        {"type": "error", "data": {"message", "code", "retryable"}}
 
-One connection is one session, and one session owns one environment process.
+One connection is one session, and one session owns one environment process.  The same messages
+go over HTTP, one game a request (POST /reset and /step).
 """
 
 import dataclasses
 from typing import Any
 
-# Codes of OpenEnv's protocol that we send, and one of our own.
+# Codes of OpenEnv's protocol.
 INVALID_JSON = "INVALID_JSON"
 UNKNOWN_TYPE = "UNKNOWN_TYPE"
 VALIDATION_ERROR = "VALIDATION_ERROR"  # a message that makes no sense: do not send it again
 CAPACITY_REACHED = "CAPACITY_REACHED"  # every session is taken: try again later
-USER_ERROR = "USER_ERROR"  # the user's data or request is wrong
-ENV_ERROR = "ENV_ERROR"  # the environment failed: reset the session and try again
+USER_ERROR = "FACTORY_ERROR"  # no environment can be made of the user's data or request
+ENV_ERROR = "EXECUTION_ERROR"  # the environment failed: reset the session and try again
+SESSION_ERROR = "SESSION_ERROR"  # the session is over, for being idle: open another one
 
 
 class EnvError(Exception):

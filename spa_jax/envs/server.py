@@ -1,9 +1,10 @@
 """An environment server: sessions over WebSockets, each with a process of its own.
 
-It speaks OpenEnv's session protocol (`spa_jax.envs.protocol`) on /ws and answers GET
-/health, /metadata and /schema, and /tasks?split=... for what can be played.  No JAX, and
-no environment's engine: that lives in the workers (`spa_jax.envs.worker`), which start when they
-are needed, so that the server answers at once.
+It speaks OpenEnv's session protocol (`spa_jax.envs.protocol`) on /ws and its HTTP pages (/health,
+/metadata, /schema, /state, and one game a request with POST /reset and /step), and answers GET
+/tasks?split=... for what can be played and /metrics for Prometheus.  No JAX, and no environment's
+engine: that lives in the workers (`spa_jax.envs.worker`), which start when they are needed, so
+that the server answers at once.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -26,19 +28,31 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fastapi
+import prometheus_client
 import pydantic
 import uvicorn
 
-from spa_jax.envs import protocol
+from spa_jax.envs import capacity, protocol
 from spa_jax.envs.benchmarks import BENCHMARKS, Benchmark, load
 from spa_jax.envs.client import EnvClient
-from spa_jax.envs.protocol import EnvError, Observation, Task
+from spa_jax.envs.guard import Guard, Rate, check_host, is_loopback
+from spa_jax.envs.protocol import Observation
+from spa_jax.envs.session import Games, House, Session, State, StepRequest
+from spa_jax.envs.telemetry import Metrics, log_json, note
 from spa_jax.envs.worker import Worker, WorkerPool, start_fork_server
 from spa_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 _LISTENING = re.compile(r"^listening on (http://\S+)$", re.MULTILINE)
 _T = TypeVar("_T")
+_TURN_AWAY_S = 30.0  # how long a client that is turned away may take to say something
+# Of the answers to one-shot requests.
+_HTTP_STATUS = {
+    protocol.INVALID_JSON: 422,
+    protocol.VALIDATION_ERROR: 422,
+    protocol.USER_ERROR: 400,
+    protocol.CAPACITY_REACHED: 503,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,258 +63,303 @@ class ServerConfig:
       data_dir: the environment's data, such as ALFWorld's json_2.1.1, its parent, or a folder
         that holds splits.
       prompt: the instruction of a session that does not choose one itself.
-      max_sessions: how many sessions may be open at once; each has a process.
+      max_sessions: how many sessions may be open at once, each with a process; 0: as many as the
+        memory that is free at the start has room for, at most `capacity.MOST_SESSIONS`.
       games_per_worker: a process is replaced after that many games; 0: as many as suit the
         environment.
+      worker_memory_mb: a process with more resident memory is ended, and its episode with it; 0:
+        what suits the environment.
       reset_deadline_s: a reset that takes longer fails, and its process is ended.
       step_deadline_s: the same for a step.
+      idle_timeout_s: a session that hears nothing for so long is ended; 0: never.
+      max_message_kb: the longest message.
+      messages_per_s: a session's messages are slowed down to this rate; 0: never.
+      drain_s: how long a server that is told to stop lets calls finish.
       env: the environment's name, one of `benchmarks.BENCHMARKS`.
     """
 
     data_dir: str
     prompt: str = "paper"
-    max_sessions: int = 16
+    max_sessions: int = 0
     games_per_worker: int = 0
+    worker_memory_mb: int = 0
     reset_deadline_s: float = 120.0
     step_deadline_s: float = 60.0
+    idle_timeout_s: float = 1800.0
+    max_message_kb: int = 1024
+    messages_per_s: float = 1000.0
+    drain_s: float = 5.0
     env: str = "alfworld"
 
 
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """The answer to {"type": "state"}."""
-
-    episode_id: str
-    step_count: int
-    task: str
-    split: str
-    worker: int
-
-
-class _Games:
-    """The index of the data, with the playable games of each split read once."""
-
-    def __init__(self, benchmark: Benchmark, data_dir: str):
-        self.index = load(benchmark, benchmark.index)(data_dir)
-        self._tasks: dict[str, list[Task]] = {}
-        self._lock = threading.Lock()
-
-    def tasks(self, split: str) -> list[Task]:
-        with self._lock:
-            if split not in self._tasks:
-                self._tasks[split], problems = self.index.tasks(split)
-                for problem in problems:
-                    _LOG.warning("left out: %s", problem)
-            return self._tasks[split]
-
-    def choose(self, data: dict[str, Any]) -> tuple[str, str]:
-        """(split, task) of a reset; a client that knows only seeds gets one by its seed."""
-        split, task = data.get("split"), data.get("task")
-        if not split:
-            splits = self.index.splits()
-            if not splits:
-                raise UserError(f"{self.index.root} holds no split")
-            split = splits[0]
-        if not task:
-            tasks = self.tasks(split)
-            task = tasks[(data.get("seed") or 0) % len(tasks)].task
-        return split, task
-
-
-class _Session:
-    """One connection: answers its messages, one after the other, in a thread."""
-
-    def __init__(self, config: ServerConfig, games: _Games, pool: WorkerPool):
-        self._config, self._games, self._pool = config, games, pool
-        self._worker: Worker | None = None
-        self._playing = False
-        self._state = _State("", 0, "", "", 0)
-
-    def answer(self, message: str) -> dict[str, Any] | None:
-        """The answer to one message; None if it asks to close the session."""
-        try:
-            request = json.loads(message)
-        except ValueError as error:
-            return _error(f"not JSON: {error}", protocol.INVALID_JSON, False)
-        if not isinstance(request, dict):
-            return _error("a message is a JSON object", protocol.VALIDATION_ERROR, False)
-        kind, data = request.get("type"), request.get("data") or {}
-        try:
-            match kind:
-                case "reset":
-                    return _observation(self._reset(_checked(data, _RESET_FIELDS)))
-                case "step":
-                    return _observation(self._step(_checked(data, _STEP_FIELDS)))
-                case "state":
-                    return {"type": "state", "data": dataclasses.asdict(self._state)}
-                case "close":
-                    return None
-        except UserError as error:
-            return _error(str(error), protocol.USER_ERROR, False)
-        except EnvError as error:
-            return _error(str(error), error.code, error.retryable)
-        return _error(f"unknown message type {kind!r}", protocol.UNKNOWN_TYPE, False)
-
-    def _reset(self, data: dict[str, Any]) -> Observation:
-        self._playing = False
-        split, task = self._games.choose(data)
-        folder = self._games.index.folder(split, task)
-        worker, self._worker = self._worker, None
-        self._worker = self._pool.acquire(worker)
-        options = {
-            "task": task,
-            "prompt": data.get("prompt") or self._config.prompt,
-            "expert": bool(data.get("expert")),
-        }
-        observation = self._worker.reset(folder, options, self._config.reset_deadline_s)
-        self._playing = True
-        self._state = _State(f"{split}/{task}", 0, task, split, self._worker.pid)
-        return observation
-
-    def _step(self, data: dict[str, Any]) -> Observation:
-        if not self._playing or self._worker is None:
-            raise EnvError("no game is running in this session: reset it first")
-        if "text" not in data:
-            raise EnvError('a step needs "text"', protocol.VALIDATION_ERROR, False)
-        try:
-            observation = self._worker.step(data["text"], self._config.step_deadline_s)
-        except EnvError:
-            self._playing = False
-            raise
-        self._state = dataclasses.replace(self._state, step_count=self._state.step_count + 1)
-        return observation
-
-    def close(self) -> None:
-        """Gives the worker back."""
-        if self._worker is not None:
-            self._pool.release(self._worker)
-            self._worker = None
-
-
-_RESET_FIELDS: dict[str, type] = {
-    "task": str, "split": str, "seed": int, "prompt": str, "expert": bool,
-}  # fmt: skip
-_STEP_FIELDS: dict[str, type] = {"text": str}
-
-
-def _checked(data: Any, fields: dict[str, type]) -> dict[str, Any]:
-    """`data` if it is an object whose known fields have their types; others are let be."""
-    if not isinstance(data, dict):
-        raise EnvError('"data" must be an object', protocol.VALIDATION_ERROR, False)
-    for name, kind in fields.items():
-        if data.get(name) is not None and not isinstance(data[name], kind):
-            raise EnvError(f'"{name}" must be {kind.__name__}', protocol.VALIDATION_ERROR, False)
-    return data
-
-
-def _observation(observation: Observation) -> dict[str, Any]:
-    return {"type": "observation", "data": protocol.observation_to_wire(observation)}
-
-
-def _error(message: str, code: str, retryable: bool) -> dict[str, Any]:
-    data = {"message": message, "code": code, "retryable": retryable}
-    return {"type": "error", "data": data}
-
-
-def make_app(config: ServerConfig) -> fastapi.FastAPI:
-    """The server's application.
-
-    Raises:
-      UserError: if the data folder is missing or the prompt is unknown.
-    """
-    benchmark = BENCHMARKS[config.env]
+def _check(config: ServerConfig, benchmark: Benchmark) -> None:
+    """Raises UserError at settings that make no sense."""
     prompts = load(benchmark, benchmark.prompts).PROMPTS
     if config.prompt not in prompts:
         raise UserError(f"--prompt={config.prompt}: choose one of {', '.join(prompts)}")
-    if config.max_sessions < 1 or config.games_per_worker < 0:
-        raise UserError("--max_sessions must be at least 1, --games_per_worker at least 0")
-    games = _Games(benchmark, config.data_dir)
-    pool = WorkerPool(benchmark, config.games_per_worker or benchmark.games_per_worker)
-    # Every open session may have a call waiting; the others are for /tasks.
-    threads = concurrent.futures.ThreadPoolExecutor(config.max_sessions + 2)
+    for name, value in dataclasses.asdict(config).items():
+        if not isinstance(value, str) and value < 0:
+            raise UserError(f"--{name}={value:g} must not be negative")
+    for name in ("reset_deadline_s", "step_deadline_s", "max_message_kb"):
+        if not getattr(config, name):
+            raise UserError(f"--{name} must be more than 0")
 
-    async def in_thread(function: Callable[..., _T], *args: Any) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
+
+class _Room:
+    """The sessions of a server: who comes in, who is sent away, who is at work.
+
+    Attributes:
+      house: what the sessions share.
+      capacity: how many may be open.
+      draining: whether the server is about to stop.
+      busy: calls that are being answered.
+    """
+
+    def __init__(self, config: ServerConfig):
+        benchmark = BENCHMARKS[config.env]
+        _check(config, benchmark)
+        games = Games(benchmark, config.data_dir)
+        self.config = config
+        fitting = capacity.sessions(benchmark, capacity.free_mb())
+        self.capacity = config.max_sessions or fitting
+        metrics = Metrics(self.capacity)
+        pool = WorkerPool(
+            benchmark, config.games_per_worker or benchmark.games_per_worker,
+            config.worker_memory_mb or benchmark.limit_mb, self._on_worker_end,
+        )  # fmt: skip
+        self.house = House(
+            benchmark, games, pool, metrics, config.prompt, config.reset_deadline_s,
+            config.step_deadline_s,
+        )  # fmt: skip
+        self.draining, self.busy = False, 0
+        self._open: set[Session] = set()
+        # Every open session may have a call waiting; the others are for /tasks.
+        self._threads = concurrent.futures.ThreadPoolExecutor(self.capacity + 2)
+
+    def _on_worker_end(self, worker: Worker) -> None:
+        self.house.metrics.worker_ends.labels(worker.ended_by).inc()
+        note(_LOG, "worker ended", cause=worker.ended_by, pid=worker.pid, games=worker.games)
+
+    async def in_thread(self, function: Callable[..., _T], *args: Any) -> _T:
+        """The function's value, without holding up the others."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    def close(self) -> None:
+        """Ends all environment processes."""
+        self.house.pool.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def refusal(self) -> str:
+        """Why nobody can come in now; empty if somebody can."""
+        if self.draining:
+            return "the server is shutting down"
+        if len(self._open) >= self.capacity:
+            return f"all {self.capacity} sessions are in use"
+        return ""
+
+    @contextlib.asynccontextmanager
+    async def enter(self) -> AsyncIterator[Session]:
+        """A session that counts as open until its process is free again."""
+        session = Session(self.house)
+        self._open.add(session)
+        self.house.metrics.sessions.set(len(self._open))
+        try:
+            yield session
+        finally:
+            # First the process, then the place: a newcomer finds both.
+            await self.in_thread(session.close)
+            self._open.discard(session)
+            self.house.metrics.sessions.set(len(self._open))
+
+    async def welcome(self, socket: fastapi.WebSocket) -> None:
+        """Serves one connection from its opening to its end."""
+        await socket.accept()
+        if why := self.refusal:
+            await self._turn_away(socket, why)
+            return
+        started, state = time.monotonic(), State()
+        how = "gone"
+        try:
+            async with self.enter() as session:
+                try:
+                    how = await self._converse(socket, session)
+                finally:
+                    state = session.state
+            # After the release: a client that waits for this finds a free place.
+            if how != "gone":
+                await socket.close(1012 if how == "shutdown" else 1000)
+        except fastapi.WebSocketDisconnect:
+            pass
+        finally:
+            self.house.metrics.session_ends.labels(how).inc()
+            note(_LOG, "session ended", how=how, episode=state.episode_id,
+                 seconds=round(time.monotonic() - started, 3))  # fmt: skip
+
+    async def _converse(self, socket: fastapi.WebSocket, session: Session) -> str:
+        """Answers until the session is over; how it ended (see `telemetry.Metrics`)."""
+        rate = Rate(self.config.messages_per_s)
+        while not self.draining:
+            try:
+                async with asyncio.timeout(self.config.idle_timeout_s or None):
+                    event = await socket.receive()
+            except TimeoutError:
+                why = f"nothing was heard for {self.config.idle_timeout_s:g} s: session closed"
+                answer = session.error(why, protocol.SESSION_ERROR, retryable=True)
+                await socket.send_text(json.dumps(answer))
+                return "idle"
+            if event["type"] == "websocket.disconnect":
+                return "shutdown" if self.draining else "gone"
+            await rate.wait()
+            message = event["bytes"] if event.get("text") is None else event["text"]
+            self.busy += 1
+            try:
+                reply = await self.in_thread(session.answer, message)
+                if reply is None:
+                    return "closed"
+                await socket.send_text(json.dumps(reply))
+            finally:
+                self.busy -= 1
+        return "shutdown"
+
+    async def _turn_away(self, socket: fastapi.WebSocket, why: str) -> None:
+        """Answers a client's first message with the reason; closing at once could overtake it."""
+        self.house.metrics.session_ends.labels("turned_away").inc()
+        error = Session(self.house).error(why, protocol.CAPACITY_REACHED, retryable=True)
+        try:
+            async with asyncio.timeout(_TURN_AWAY_S):
+                await socket.receive()
+                await socket.send_text(json.dumps(error))
+            await socket.close()
+        except (fastapi.WebSocketDisconnect, RuntimeError, TimeoutError):
+            pass
+
+    async def once(self, request: fastapi.Request, step: bool) -> fastapi.Response:
+        """Plays one game's reset, and its first step if asked to, in a session of its own."""
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.config.max_message_kb * 1024:
+                why = f"a message has at most {self.config.max_message_kb} KiB"
+                return _respond(Session(self.house).error(why, protocol.VALIDATION_ERROR), 413)
+        if why := self.refusal:
+            error = Session(self.house).error(why, protocol.CAPACITY_REACHED, retryable=True)
+            return _respond(error)
+        self.busy += 1
+        try:
+            async with self.enter() as session:
+                return _respond(await self.in_thread(_play_once, session, bytes(body), step))
+        finally:
+            self.busy -= 1
+
+
+def _play_once(session: Session, body: bytes, step: bool) -> dict[str, Any]:
+    try:
+        data = json.loads(body or b"{}")
+    except (ValueError, RecursionError) as error:
+        return session.error(f"not JSON: {error}", protocol.INVALID_JSON)
+    answer = session.ask("reset", data)
+    if step and answer["type"] == "observation":
+        answer = session.ask("step", data.get("action"))
+    return answer
+
+
+def _respond(answer: dict[str, Any], status: int = 0) -> fastapi.Response:
+    code = answer["data"].get("code")
+    status = status or (_HTTP_STATUS.get(code, 500) if code else 200)
+    return fastapi.responses.JSONResponse(answer["data"], status_code=status)
+
+
+def make_app(config: ServerConfig) -> tuple[fastapi.FastAPI, _Room]:
+    """The server's application and its sessions.
+
+    Raises:
+      UserError: if the data folder is missing or a setting makes no sense.
+    """
+    room = _Room(config)
+    benchmark = room.house.benchmark
 
     @contextlib.asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
         start_fork_server(benchmark)
         yield
-        pool.close()
-        threads.shutdown(wait=False, cancel_futures=True)
+        room.close()
 
     app = fastapi.FastAPI(title=f"spa_jax {benchmark.name}", lifespan=lifespan)
-    _add_pages(app, benchmark, games, in_thread)
-    open_sessions: set[_Session] = set()
+    _add_pages(app, room)
 
     @app.websocket("/ws")
     async def session(socket: fastapi.WebSocket) -> None:
-        await socket.accept()
-        if len(open_sessions) >= config.max_sessions:
-            await _turn_away(socket, f"all {config.max_sessions} sessions are in use")
-            return
-        session = _Session(config, games, pool)
-        open_sessions.add(session)
-        try:
-            while answer := await in_thread(session.answer, await socket.receive_text()):
-                await socket.send_text(json.dumps(answer))
-        except fastapi.WebSocketDisconnect:
-            return
-        finally:
-            open_sessions.discard(session)
-            await in_thread(session.close)
-        # After the release: a client that waits for this finds a free place.
-        await socket.close()
+        await room.welcome(socket)
 
-    return app
+    @app.post("/reset")
+    async def reset(request: fastapi.Request) -> fastapi.Response:
+        return await room.once(request, step=False)
+
+    @app.post("/step")
+    async def step(request: fastapi.Request) -> fastapi.Response:
+        return await room.once(request, step=True)
+
+    return app, room
 
 
-async def _turn_away(socket: fastapi.WebSocket, message: str) -> None:
-    """Answers a client's first message with the reason; closing at once could overtake it."""
-    try:
-        async with asyncio.timeout(30):
-            await socket.receive_text()
-            await socket.send_text(json.dumps(_error(message, protocol.CAPACITY_REACHED, True)))
-        await socket.close()
-    except (fastapi.WebSocketDisconnect, TimeoutError):
-        pass
-
-
-def _add_pages(
-    app: fastapi.FastAPI, benchmark: Benchmark, games: _Games, in_thread: Callable[..., Any]
-) -> None:
+def _add_pages(app: fastapi.FastAPI, room: _Room) -> None:
     """The GET pages."""
+    house = room.house
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "healthy"}
+    async def health() -> fastapi.Response:
+        well = not room.draining
+        content = {"status": "healthy" if well else "unhealthy"}
+        return fastapi.responses.JSONResponse(content, status_code=200 if well else 503)
 
     @app.get("/metadata")
     async def metadata() -> dict[str, Any]:
-        return {
-            "name": benchmark.name,
-            "description": benchmark.description,
-            "splits": games.index.splits(),
-            "prompts": list(load(benchmark, benchmark.prompts).PROMPTS),
-        }
+        return {"name": house.benchmark.name, "description": house.benchmark.description}
 
     @app.get("/schema")
     async def schema() -> dict[str, Any]:
-        text = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
         return {
-            "action": text,
+            "action": StepRequest.model_json_schema(),
             "observation": pydantic.TypeAdapter(Observation).json_schema(),
-            "state": pydantic.TypeAdapter(_State).json_schema(),
+            "state": pydantic.TypeAdapter(State).json_schema(),
         }
+
+    @app.get("/state")
+    async def state() -> dict[str, Any]:
+        return dataclasses.asdict(State())  # as OpenEnv's: that of a session which plays nothing
 
     @app.get("/tasks")
     async def tasks(split: str) -> Any:
         try:
-            found = await in_thread(games.tasks, split)
+            found = await room.in_thread(house.games.tasks, split)
         except UserError as error:
-            data = _error(str(error), protocol.USER_ERROR, False)["data"]
-            return fastapi.responses.JSONResponse(data, status_code=400)
+            return _respond(Session(house).error(str(error), protocol.USER_ERROR))
         return [dataclasses.asdict(task) for task in found]
+
+    @app.get("/metrics")
+    async def metrics() -> fastapi.Response:
+        house.metrics.workers.set(len(house.pool))
+        return fastapi.Response(
+            house.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST
+        )
+
+
+class _Uvicorn(uvicorn.Server):
+    """Told to stop, it lets the calls in progress finish before it closes anything."""
+
+    def __init__(self, config: uvicorn.Config, room: _Room):
+        super().__init__(config)
+        self._room = room
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._room.draining = True
+        note(_LOG, "stopping", busy=self._room.busy)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._room.config.drain_s):
+                while self._room.busy:
+                    await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
 
 
 def _exit_with_parent(server: uvicorn.Server) -> None:
@@ -310,27 +369,41 @@ def _exit_with_parent(server: uvicorn.Server) -> None:
         while os.read(0, 4096):
             pass
         server.should_exit = True
-        time.sleep(5)
+        time.sleep(8)
         os._exit(1)  # a session did not end in time
 
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _raise_file_limit() -> None:
+    """Every session has a socket, a pipe and a process handle: 1,024 files are not enough."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(
-    config: ServerConfig, host: str = "127.0.0.1", port: int = 8700, exit_with_parent: bool = False
+    config: ServerConfig,
+    host: str = "127.0.0.1",
+    port: int = 8700,
+    exit_with_parent: bool = False,
+    token: str = "",
 ) -> None:
     """Serves until SIGTERM or SIGINT.  `port` 0 takes a free one; the first line printed says it.
 
     Args:
       config: the environment.
-      host: the address to listen on; beyond loopback anybody who reaches it can play.
+      host: the address to listen on; beyond loopback it needs a token.
       port: the port.
       exit_with_parent: whether to end when standard input closes.
+      token: what clients must know; empty: nothing.
 
     Raises:
-      UserError: if the data folder is missing or the port is taken.
+      UserError: if the data folder is missing, the port is taken or a token is needed.
     """
-    app = make_app(config)
+    check_host(host, token)
+    log_json()
+    _raise_file_limit()
+    app, room = make_app(config)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -339,20 +412,31 @@ def serve(
         raise UserError(
             f"--host={host} --port={port}: {error.strerror}; choose another (0: any free one)"
         ) from error
-    # Clients that compile for minutes answer late; those that are gone must free their session.
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            ws_ping_interval=60,
-            ws_ping_timeout=600,
-            timeout_graceful_shutdown=2,
-        )  # fmt: skip
-    )
+    server = _Uvicorn(_uvicorn_config(config, Guard(app, token), room.capacity), room)
     if exit_with_parent:
         _exit_with_parent(server)
+    # Uvicorn raises the signal again when it has stopped: stopped in good order is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
+    if not is_loopback(host):
+        note(_LOG, "not encrypted: put a proxy that speaks TLS in front", logging.WARNING)
+    note(_LOG, "serving", env=config.env, capacity=room.capacity, pid=os.getpid())
     print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
     server.run(sockets=[listener])
+
+
+def _uvicorn_config(config: ServerConfig, app: Guard, most: int) -> uvicorn.Config:
+    # Clients that compile for minutes answer late; those that are gone must free their session.
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        ws_ping_interval=60,
+        ws_ping_timeout=600,
+        ws_max_size=config.max_message_kb * 1024,
+        ws_per_message_deflate=False,
+        limit_concurrency=4 * most + 64,
+        timeout_graceful_shutdown=2,
+    )
 
 
 class LocalServer:
@@ -367,13 +451,14 @@ class LocalServer:
 
     Attributes:
       address: "http://127.0.0.1:PORT", inside the block.
+      log: the file of its output, inside the block.
     """
 
     def __init__(
         self, config: ServerConfig, log: Path | None = None, start_deadline_s: float = 60.0
     ):
         self.address = ""
-        self._config, self._log, self._start_deadline_s = config, log, start_deadline_s
+        self._config, self.log, self._start_deadline_s = config, log, start_deadline_s
         self._temporary = log is None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -386,15 +471,17 @@ class LocalServer:
     def __enter__(self) -> "LocalServer":
         # The server runs in the repository's folder, wherever we are.
         values = dataclasses.asdict(self._config)
-        values[f"{self._config.env}_data"] = os.path.abspath(values.pop("data_dir"))
+        data = values.pop("data_dir")
+        is_folder = self._config.env != "custom"
+        values[f"{self._config.env}_data"] = os.path.abspath(data) if is_folder else data
         flags = [f"--{name}={value}" for name, value in values.items()]
         output: IO[bytes]
-        if self._log is None:
+        if self.log is None:
             output = tempfile.NamedTemporaryFile(prefix="serve_env-", suffix=".log", delete=False)
-            self._log = Path(output.name)
+            self.log = Path(output.name)
         else:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            output = self._log.open("wb")
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            output = self.log.open("wb")
         with output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.serve_env", "--port=0", "--exit_with_parent"]
@@ -410,10 +497,10 @@ class LocalServer:
         return self
 
     def _wait(self) -> str:
-        assert self._process is not None and self._log is not None
+        assert self._process is not None and self.log is not None
         deadline = time.monotonic() + self._start_deadline_s
         while time.monotonic() < deadline:
-            said = self._log.read_text(errors="replace")
+            said = self.log.read_text(errors="replace")
             if match := _LISTENING.search(said):
                 with contextlib.suppress(UserError):
                     EnvClient(match.group(1)).health()
@@ -421,21 +508,21 @@ class LocalServer:
             elif self._process.poll() is not None:
                 last = said.strip().splitlines()[-1:] or ["nothing"]
                 raise UserError(
-                    f"the environment server did not start; it said: {last[0]} (log: {self._log})"
+                    f"the environment server did not start; it said: {last[0]} (log: {self.log})"
                 )
             time.sleep(0.02)
-        raise UserError(f"the environment server did not start in time; see {self._log}")
+        raise UserError(f"the environment server did not start in time; see {self.log}")
 
     def __exit__(self, *_: object) -> None:
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(timeout=8)
+            self._process.wait(timeout=12)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
-        if self._temporary and self.address and self._log is not None:
-            self._log.unlink(missing_ok=True)
+        if self._temporary and self.address and self.log is not None:
+            self.log.unlink(missing_ok=True)

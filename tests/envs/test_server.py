@@ -1,5 +1,6 @@
 """A real server in a process of its own, spoken to over its socket."""
 
+import concurrent.futures
 import json
 import os
 import shutil
@@ -119,12 +120,16 @@ def test_sessions_run_side_by_side_up_to_the_limit(client: EnvClient) -> None:
         assert one.state()["worker"] != two.state()["worker"]
         with client.session() as three:
             three.reset(tasks[2].task, "train")
-            four = client.session()
-            with pytest.raises(EnvError) as caught:
-                four.reset(tasks[3].task, "train")
+            with EnvClient(client.http, wait_s=0).session() as four:
+                with pytest.raises(EnvError) as caught:
+                    four.reset(tasks[3].task, "train")
             assert (caught.value.code, caught.value.retryable) == ("CAPACITY_REACHED", True)
-        four.reset(tasks[3].task, "train")  # three has left
-        four.close()
+            with concurrent.futures.ThreadPoolExecutor(1) as thread, client.session() as waiting:
+                answer = thread.submit(waiting.reset, tasks[3].task, "train")
+                time.sleep(1)
+                assert not answer.done()
+                three.close()
+                assert "Your task is to: " in answer.result(timeout=20).text
 
 
 def test_idle_workers_are_used_again(client: EnvClient) -> None:
@@ -191,7 +196,7 @@ def test_games_that_are_not_there_or_half_written(games: Path, tmp_path: Path) -
             for task, message in ((broken.task, str(path)), ("../../x", "no game")):
                 with pytest.raises(EnvError, match=message) as caught:
                     session.reset(task, "train")
-                assert (caught.value.code, caught.value.retryable) == ("USER_ERROR", False)
+                assert (caught.value.code, caught.value.retryable) == ("FACTORY_ERROR", False)
             assert session.reset(whole.task, "train").grounded
         with pytest.raises(UserError, match="no split 'valid'.*train"):
             client.tasks("valid")
@@ -229,7 +234,7 @@ def test_the_wire_is_openenvs(server: LocalServer) -> None:
 def test_a_dead_server_is_the_users_to_mend() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        client = EnvClient(f"http://127.0.0.1:{free.getsockname()[1]}")
+        client = EnvClient(f"http://127.0.0.1:{free.getsockname()[1]}", wait_s=0.3)
     for ask in (client.health, lambda: client.tasks("train"), client.session):
         with pytest.raises(UserError, match="--env_address"):
             ask()
@@ -239,7 +244,7 @@ def test_a_dead_server_is_the_users_to_mend() -> None:
 
 def test_a_server_that_ends_leaves_nobody_behind(games: Path) -> None:
     with LocalServer(ServerConfig(str(games))) as server:
-        client = EnvClient(server.address)
+        client = EnvClient(server.address, wait_s=0.3)
         session = client.session()
         task = client.tasks("train")[0].task
         session.reset(task, "train")
@@ -282,7 +287,8 @@ with LocalServer(ServerConfig({str(games)!r})) as server:
         (["--alfworld_data=/nowhere"], "--alfworld_data: /nowhere is no folder"),
         (["--alfworld_data=."], None),
         (["--alfworld_data=.", "--prompt=long"], "--prompt=long"),
-        (["--alfworld_data=.", "--max_sessions=0"], "--max_sessions"),
+        (["--alfworld_data=.", "--max_sessions=-1"], "--max_sessions"),
+        (["--alfworld_data=.", "--step_deadline_s=0"], "--step_deadline_s"),
     ],
 )
 def test_wrong_flags_stop_it_with_one_line(flags: list[str], message: str | None) -> None:

@@ -1,13 +1,24 @@
-"""Exploration records every episode exactly once, however often it is killed."""
+"""Exploration records every episode exactly once, however often it, an environment's process or
+the server is killed."""
 
+import contextlib
+import json
+import os
 import pathlib
 import random
+import re
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from spa_jax import store
 from spa_jax.envs.alfworld.generate import generate
-from spa_jax.trajectory import Status, Trajectory
+from spa_jax.envs.server import LocalServer, ServerConfig
+from spa_jax.trajectory import Status, Trajectory, from_json
 from tests import tiny
 from tests.experiments import stages
 
@@ -82,3 +93,88 @@ def test_the_tokens_do_not_depend_on_how_many_episodes_are_played_at_once(
 ):
     stages.succeed("explore", f"--workdir={tmp_path}", *flags, "--slots=5")
     _compare(store.read(tmp_path / "iteration_0" / "explore" / "trajectories.jsonl"), unbroken)
+
+
+def _workers(server: int) -> list[int]:
+    """The environment processes of a server: the children of its fork server."""
+    with contextlib.suppress(psutil.Error):
+        return [w.pid for child in psutil.Process(server).children() for w in child.children()]
+    return []
+
+
+def _games(flags: tuple[str, ...]) -> str:
+    return next(f.partition("=")[2] for f in flags if f.startswith("--alfworld_data="))
+
+
+def _compare_with_failures(workdir: pathlib.Path, unbroken: list[Trajectory]) -> None:
+    """Every episode is there once and is the unbroken run's; failures are somewhere else."""
+    folder = workdir / "iteration_0" / "explore"
+    played = store.read(folder / "trajectories.jsonl")  # refuses a key that is there twice
+    _compare(played, unbroken)
+    lines = (folder / "failures.jsonl").read_text().splitlines()  # a key is there once a retry
+    failures = [from_json(json.loads(line)) for line in lines]
+    assert failures and {t.status for t in failures} == {Status.ENV_ERROR}
+    assert {t.key for t in failures} <= {t.key for t in played}
+    retries = {t.key: t.retry for t in played}
+    for key in {t.key for t in failures}:
+        assert sorted(t.retry for t in failures if t.key == key) == list(range(retries[key]))
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_environments_killed_and_stopped_at_random_moments(flags, unbroken, tmp_path, seed):
+    rng, sent = random.Random(seed), []
+    config = ServerConfig(_games(flags), prompt="short", max_sessions=3, step_deadline_s=3.0,
+                          reset_deadline_s=20.0)  # fmt: skip
+    with LocalServer(config, start_deadline_s=120) as server:
+        command = ("explore", f"--workdir={tmp_path}", *flags, "--max_retries=1000",
+                   f"--env_address={server.address}")  # fmt: skip
+        process = stages.start(*command)
+        while process.poll() is None and len(sent) < 10:
+            if workers := _workers(server.pid):
+                # The first two are one of each kind.
+                kinds = (signal.SIGKILL, signal.SIGSTOP)
+                how = kinds[len(sent)] if len(sent) < 2 else rng.choice(kinds)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(workers), how)
+                    sent.append(how)
+            time.sleep(rng.uniform(0.05, 0.5))
+        done = stages.finish(process)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(sent) == {signal.SIGKILL, signal.SIGSTOP}
+    _compare_with_failures(tmp_path, unbroken)
+
+
+def _serve(flags: tuple[str, ...], port: int) -> tuple[subprocess.Popen, int]:
+    """A server on that port, and the port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.serve_env", f"--alfworld_data={_games(flags)}",
+         "--prompt=short", f"--port={port}"],
+        cwd=stages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    match = re.search(r":(\d+)$", process.stdout.readline().strip())
+    assert match
+    return process, int(match[1])
+
+
+@pytest.mark.slow
+def test_the_server_killed_and_started_again(flags, unbroken, tmp_path):
+    server, port = _serve(flags, 0)
+    file = tmp_path / "iteration_0" / "explore" / "trajectories.jsonl"
+    try:
+        process = stages.start("explore", f"--workdir={tmp_path}", *flags, "--max_retries=20",
+                               f"--env_address=http://127.0.0.1:{port}")  # fmt: skip
+        for enough in (1, 5):
+            while stages.lines(file) < enough and process.poll() is None:
+                time.sleep(0.002)
+            server.kill()
+            server.wait()
+            assert process.poll() is None and stages.lines(file) < KEYS, "killed too late"
+            time.sleep(1)
+            server, _ = _serve(flags, port)
+        done = stages.finish(process)
+        assert done.returncode == 0, done.stdout + done.stderr
+        _compare_with_failures(tmp_path, unbroken)
+    finally:
+        server.kill()
+        server.wait()

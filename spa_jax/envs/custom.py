@@ -1,0 +1,142 @@
+"""Serves an environment of your own: one class of three methods (docs/environments.md).
+
+The class is named, like a console script's entry point, by --custom_data=MODULE:CLASS:
+
+    class Mine:
+        instruction = "How to play, shown once before the first observation."
+        splits = ("train", "heldout")
+        def tasks(self, split: str) -> Sequence[str]: ...      names of tasks
+        def reset(self, task: str, seed: int) -> str: ...      the first observation
+        def step(self, action: str) -> Observation: ...
+
+A fourth method is optional: `expert(self) -> str`, the action that an expert would take now.
+"""
+
+import dataclasses
+import importlib
+import inspect
+from typing import Any
+
+from spa_jax.envs.protocol import Observation, Task
+from spa_jax.errors import UserError
+
+# A class has one instruction, whatever --prompt says.
+PROMPTS = ("paper", "short")
+_NEEDS = ("tasks", "reset", "step", "instruction", "splits")
+
+
+def load_class(name: str) -> type:
+    """The class that "module:Class" names.
+
+    Raises:
+      UserError: if there is none, or it lacks a part.
+    """
+    module, _, kind = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"--custom_data={name} is no class ({error}); give MODULE:CLASS of an installed module "
+            "or one on PYTHONPATH"
+        ) from error
+    if missing := [part for part in _NEEDS if not hasattr(found, part)]:
+        raise UserError(f"{name} lacks {', '.join(missing)}; see docs/environments.md")
+    return found
+
+
+class CustomIndex:
+    """What the class says can be played.  It is asked in the server's own process.
+
+    Args:
+      name: "module:Class".
+
+    Attributes:
+      root: the name.
+
+    Raises:
+      UserError: if there is no such class.
+    """
+
+    def __init__(self, name: str):
+        self.root = name
+        self._env = load_class(name)()
+
+    def splits(self) -> list[str]:
+        """The names of the splits."""
+        return list(self._env.splits)
+
+    def _names(self, split: str) -> list[str]:
+        if split not in self.splits():
+            raise UserError(
+                f"{self.root} has no split {split!r}; it has: {', '.join(self.splits())}"
+            )
+        return list(self._env.tasks(split))
+
+    def folder(self, split: str, task: str) -> str:
+        """What `CustomEngine.reset` opens: the class's name.
+
+        Raises:
+          UserError: if there is no such split or task.
+        """
+        if task not in self._names(split):
+            raise UserError(f"no task {task!r} in split {split!r} of {self.root}")
+        return self.root
+
+    def tasks(self, split: str) -> tuple[list[Task], list[str]]:
+        """The tasks of a split, and why others are left out: none is.
+
+        Raises:
+          UserError: if there is no such split, or it is empty.
+        """
+        if not (names := self._names(split)):
+            raise UserError(f"split {split!r} of {self.root} has no task")
+        # A name is all that we know of a task: it tells whether two splits share one.
+        return [Task(name, split, "", layout=name) for name in names], []
+
+
+class CustomEngine:
+    """Plays the class's tasks one after the other; `reset`, then `step` until done."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._env: Any = None
+
+    def reset(
+        self, folder: str, *, task: str, prompt: str = "", expert: bool = False, seed: int = 0
+    ) -> Observation:
+        """Starts a task.
+
+        Args:
+          folder: "module:Class".
+          task: the task's name.
+          prompt: which instruction; there is one.
+          expert: whether observations carry the expert's next action.
+          seed: the client's seed.
+
+        Raises:
+          UserError: if the class has no expert and one is wanted, or breaks its contract.
+        """
+        if self._name != folder:
+            self._env, self._name = load_class(folder)(), folder
+        if expert and not hasattr(self._env, "expert"):
+            raise UserError(f"{folder} has no expert: give it a method expert()")
+        text = self._env.reset(task, seed)
+        if not isinstance(text, str):
+            raise UserError(f"{folder}.reset returned {type(text).__name__}, not a text")
+        self._task, self._expert = task, expert
+        first = Observation(text, 0.0, False, False, True)
+        instruction = inspect.cleandoc(self._env.instruction)
+        return self._with_expert(dataclasses.replace(first, instruction=instruction, task=task))
+
+    def step(self, text: str) -> Observation:
+        """Plays the action."""
+        now = self._env.step(text)
+        if not isinstance(now, Observation):
+            kind = type(now).__name__
+            raise UserError(f"{self._name}.step returned {kind}, not an Observation")
+        return self._with_expert(dataclasses.replace(now, task=self._task))
+
+    def _with_expert(self, now: Observation) -> Observation:
+        if not self._expert or now.done:
+            return now
+        return dataclasses.replace(now, expert_action=self._env.expert())

@@ -1,0 +1,217 @@
+"""One client's session: its messages, checked and answered by a worker process.
+
+Nothing from the wire is evaluated, unpickled or used as a path: a message is JSON, its fields are
+checked by type, and names of splits and tasks are compared with those that the index knows.
+"""
+
+import dataclasses
+import json
+import logging
+import threading
+import time
+from typing import Any
+
+import pydantic
+
+from spa_jax.envs import protocol
+from spa_jax.envs.benchmarks import Benchmark, load
+from spa_jax.envs.protocol import EnvError, Observation, Task
+from spa_jax.envs.telemetry import Metrics, note
+from spa_jax.envs.worker import Worker, WorkerPool
+from spa_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Request(pydantic.BaseModel):
+    """What a client sends; fields that we do not know are let be, as OpenEnv's servers do."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
+
+
+class ResetRequest(_Request):
+    """The data of a reset; nothing at all is the first task of the first split."""
+
+    task: str | None = pydantic.Field(None, max_length=1000)
+    split: str | None = pydantic.Field(None, max_length=1000)
+    seed: int | None = pydantic.Field(None, ge=0, lt=2**63)
+    prompt: str | None = pydantic.Field(None, max_length=100)
+    expert: bool | None = None
+
+
+class StepRequest(_Request):
+    """The data of a step."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The answer to {"type": "state"}."""
+
+    episode_id: str = ""
+    step_count: int = 0
+    task: str = ""
+    split: str = ""
+    worker: int = 0
+
+
+class Games:
+    """The index of the data, with the playable games of each split read once."""
+
+    def __init__(self, benchmark: Benchmark, data_dir: str):
+        self.index = load(benchmark, benchmark.index)(data_dir)
+        self._tasks: dict[str, list[Task]] = {}
+        self._lock = threading.Lock()
+
+    def tasks(self, split: str) -> list[Task]:
+        """The playable games of a split.
+
+        Raises:
+          UserError: if there is no such split or no playable game in it.
+        """
+        with self._lock:
+            if split not in self._tasks:
+                self._tasks[split], problems = self.index.tasks(split)
+                for problem in problems:
+                    note(_LOG, "left out", logging.WARNING, problem=problem)
+            return self._tasks[split]
+
+    def choose(self, request: ResetRequest) -> tuple[str, str]:
+        """(split, task) of a reset; a client that knows only seeds gets one by its seed."""
+        split, task = request.split, request.task
+        if not split:
+            splits = self.index.splits()
+            if not splits:
+                raise UserError(f"{self.index.root} holds no split")
+            split = splits[0]
+        if not task:
+            tasks = self.tasks(split)
+            task = tasks[(request.seed or 0) % len(tasks)].task
+        return split, task
+
+
+@dataclasses.dataclass(frozen=True)
+class House:
+    """What all sessions of a server share.
+
+    Attributes:
+      benchmark: the environment.
+      games: what can be played.
+      pool: the environment processes.
+      metrics: the server's counts.
+      prompt: the instruction of a session that does not choose one itself.
+      reset_deadline_s: a reset that takes longer fails, and its process is ended.
+      step_deadline_s: the same for a step.
+    """
+
+    benchmark: Benchmark
+    games: Games
+    pool: WorkerPool
+    metrics: Metrics
+    prompt: str
+    reset_deadline_s: float
+    step_deadline_s: float
+
+
+class Session:
+    """Answers the messages of one client, one after the other, in a thread."""
+
+    def __init__(self, house: House):
+        self._house = house
+        self._worker: Worker | None = None
+        self._playing = False
+        self.state = State()
+
+    def answer(self, message: str | bytes) -> dict[str, Any] | None:
+        """The answer to one message; None if it asks to close the session."""
+        if not isinstance(message, str):
+            return self.error("a message is text, not binary", protocol.INVALID_JSON)
+        try:
+            request = json.loads(message)
+        except (ValueError, RecursionError) as error:
+            return self.error(f"not JSON: {error}", protocol.INVALID_JSON)
+        if not isinstance(request, dict):
+            return self.error("a message is a JSON object", protocol.VALIDATION_ERROR)
+        if request.get("type") == "close":
+            return None
+        return self.ask(request.get("type"), request.get("data"))
+
+    def ask(self, kind: Any, data: Any) -> dict[str, Any]:
+        """The answer to a message of that type with that data."""
+        data = {} if data is None else data
+        try:
+            match kind:
+                case "reset":
+                    return _observation(self._reset(ResetRequest.model_validate(data)))
+                case "step":
+                    return _observation(self._step(StepRequest.model_validate(data)))
+                case "state":
+                    return {"type": "state", "data": dataclasses.asdict(self.state)}
+        except pydantic.ValidationError as error:
+            return self.error(_what_is_wrong(error), protocol.VALIDATION_ERROR)
+        except UserError as error:
+            return self.error(str(error), protocol.USER_ERROR)
+        except EnvError as error:
+            note(_LOG, "environment error", logging.WARNING, code=error.code, message=str(error),
+                 **dataclasses.asdict(self.state))  # fmt: skip
+            return self.error(str(error), error.code, error.retryable)
+        return self.error(f"unknown message type {str(kind)[:100]!r}", protocol.UNKNOWN_TYPE)
+
+    def error(self, message: str, code: str, retryable: bool = False) -> dict[str, Any]:
+        """An error message, counted."""
+        self._house.metrics.errors.labels(code).inc()
+        data = {"message": message, "code": code, "retryable": retryable}
+        return {"type": "error", "data": data}
+
+    def _reset(self, request: ResetRequest) -> Observation:
+        self._playing = False
+        house, started = self._house, time.perf_counter()
+        split, task = house.games.choose(request)
+        folder = house.games.index.folder(split, task)
+        worker, self._worker = self._worker, None
+        self._worker = house.pool.acquire(worker)
+        options: dict[str, Any] = {
+            "task": task,
+            "prompt": request.prompt or house.prompt,
+            "expert": bool(request.expert),
+        }
+        if house.benchmark.seeded:
+            options["seed"] = request.seed or 0
+        self.state = State(f"{split}/{task}", 0, task, split, self._worker.pid)
+        observation = self._worker.reset(folder, options, house.reset_deadline_s)
+        self._playing = True
+        house.metrics.resets.inc()
+        house.metrics.seconds.labels("reset").observe(time.perf_counter() - started)
+        return observation
+
+    def _step(self, request: StepRequest) -> Observation:
+        if not self._playing or self._worker is None:
+            raise EnvError("no game is running in this session: reset it first")
+        house, started = self._house, time.perf_counter()
+        try:
+            observation = self._worker.step(request.text, house.step_deadline_s)
+        except EnvError:
+            self._playing = False
+            raise
+        self.state = dataclasses.replace(self.state, step_count=self.state.step_count + 1)
+        house.metrics.steps.inc()
+        house.metrics.seconds.labels("step").observe(time.perf_counter() - started)
+        return observation
+
+    def close(self) -> None:
+        """Gives the worker back."""
+        if self._worker is not None:
+            self._house.pool.release(self._worker)
+            self._worker = None
+
+
+def _observation(observation: Observation) -> dict[str, Any]:
+    return {"type": "observation", "data": protocol.observation_to_wire(observation)}
+
+
+def _what_is_wrong(error: pydantic.ValidationError) -> str:
+    """One line, without what was sent: that may be huge."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    places = (("data." + ".".join(map(str, e["loc"]))).rstrip(".") for e in found)
+    return "; ".join(f"{p}: {e['msg']}" for p, e in zip(places, found, strict=True))

@@ -1,0 +1,44 @@
+"""An environment that does what a bad day does; `python -m` never runs it, tests serve it."""
+
+import os
+import time
+
+from spa_jax.envs.protocol import Observation
+
+
+class Odd:
+    """Its actions: echo WORDS, sleep SECONDS, eat MEGABYTES, die, fail, win."""
+
+    instruction = "Do something odd."
+    splits = ("train",)
+
+    def tasks(self, split: str) -> list[str]:
+        return [f"{split}_{i}" for i in range(20)]
+
+    def reset(self, task: str, seed: int) -> str:
+        self._eaten: list[bytes] = []
+        self._said: list[str] = []
+        return f"{task} with seed {seed}"
+
+    def step(self, action: str) -> Observation:
+        verb, _, rest = action.partition(" ")
+        self._said.append(rest)
+        text = f"{len(self._said)}: {rest}"
+        match verb:
+            case "sleep":
+                time.sleep(float(rest))
+            case "eat":
+                self._eaten.append(b"x" * 2**20 * int(rest))
+            case "gorge":  # and never answers
+                while True:
+                    self._eaten.append(b"x" * 2**24)
+                    time.sleep(0.01)
+            case "die":
+                os._exit(1)
+            case "fail":
+                raise RuntimeError("out of luck")
+        won = verb == "win"
+        return Observation(text, float(won), won, won, verb in ("echo", "sleep", "win"))
+
+    def expert(self) -> str:
+        return "win"

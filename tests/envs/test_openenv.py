@@ -1,0 +1,257 @@
+"""OpenEnv's protocol in both directions, against the real package `openenv-core`."""
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spa_jax import store
+from spa_jax.config import EnvConfig
+from spa_jax.envs import protocol
+from spa_jax.envs.client import EnvClient
+from spa_jax.envs.openenv import OpenEnvClient, TextWire, _choose_fields, seed_of
+from spa_jax.envs.protocol import EnvError
+from spa_jax.envs.server import LocalServer, ServerConfig
+from spa_jax.errors import UserError
+from tests.experiments import stages
+
+_REPOSITORY = Path(__file__).parents[2]
+
+
+def _real_client():
+    return pytest.importorskip("openenv.core.generic_client", exc_type=ImportError).GenericEnvClient
+
+
+def _real_types():
+    return pytest.importorskip("openenv.core.env_server.types", exc_type=ImportError)
+
+
+def _make(env: str, games: Path, root: Path) -> str:
+    """A little data of an environment."""
+    if env == "alfworld":
+        return str(games)
+    if env == "webshop":
+        from spa_jax.envs.webshop.generate import generate
+
+        return str(generate(root / "shop", products=60, goals=20, seed=5))
+    from spa_jax.envs.virtualhome.generate import generate as generate_homes
+
+    generate_homes(root / "homes" / "train", 2, 1)
+    return str(root / "homes")
+
+
+# --- the package's client, our servers ------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", ["alfworld", "webshop", "virtualhome"])
+def test_the_packages_client_drives_our_servers(env, games, tmp_path):
+    """A whole episode of the expert, states and errors, and the HTTP pages by their models."""
+    real, types = _real_client(), _real_types()
+    config = ServerConfig(_make(env, games, tmp_path), env=env, prompt="short", max_sessions=1)
+    with LocalServer(config, start_deadline_s=120) as server:
+        task = EnvClient(server.address).tasks("train")[0].task
+        with real(base_url=server.address, message_timeout_s=300).sync() as client:
+            result = client.reset(task=task, split="train", seed=1, expert=True)
+            assert result.observation["instruction"] and result.observation["task"] == task
+            steps = 0
+            while not result.done:
+                result = client.step({"text": result.observation["expert_action"]})
+                steps += 1
+            assert (result.reward, result.observation["success"]) == (1.0, True)
+            assert client.state()["step_count"] == steps > 0
+            with pytest.raises(RuntimeError, match="VALIDATION_ERROR"):
+                client.step({"word": "look"})
+            with real(base_url=server.address).sync() as other:
+                with pytest.raises(RuntimeError, match="CAPACITY_REACHED"):
+                    other.reset()
+            assert not client.reset(seed=3).done  # a client that knows only seeds
+        _pages_are_openenvs(server.address, types)
+
+
+def _pages_are_openenvs(address: str, types) -> None:
+    def get(path: str, body: bytes | None = None) -> dict:
+        request = urllib.request.Request(address + path, data=body)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+
+    assert types.HealthResponse(**get("/health")).status == types.HealthStatus.HEALTHY
+    types.EnvironmentMetadata(**get("/metadata"))
+    schema = types.SchemaResponse(**get("/schema"))
+    assert schema.action["required"] == ["text"]
+    types.State(**get("/state"))
+    seeded = types.ResetRequest(seed=2).model_dump_json().encode()
+    reset = types.ResetResponse(**get("/reset", seeded))
+    assert not reset.done and set(reset.observation) < set(schema.observation["properties"])
+    step = types.StepRequest(action={"text": "nonsense"}).model_dump_json().encode()
+    assert types.StepResponse(**get("/step", step)).observation["grounded"] is False
+
+
+def test_our_codes_are_openenvs():
+    codes = {code.value for code in _real_types().WSErrorCode}
+    ours = {value for name, value in vars(protocol).items() if name.isupper()}
+    assert ours <= codes and len(ours) == 7
+
+
+# --- our client, the package's servers ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[str]:
+    """The address of an environment that the package serves."""
+    _real_types()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.envs.served_by_openenv"], cwd=_REPOSITORY,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    process.kill()
+    process.wait()
+
+
+def _env(**changes) -> EnvConfig:
+    settings = {"env": "openenv", "openenv_success": "solved", "openenv_grounded": "!error",
+                "openenv_reward_scale": 0.1}  # fmt: skip
+    return EnvConfig(**(settings | changes))
+
+
+def test_our_client_plays_an_environment_that_the_package_serves(echo):
+    client = OpenEnvClient(echo, _env())
+    client.health()
+    task = client.tasks("train")[3]
+    with client.session() as session:
+        first = session.reset(task.task, "train", seed=99)
+        digit = str(seed_of(task.task) % 10)
+        assert first.text == f"say {digit}" and first.instruction.startswith("Read what")
+        assert session.state()["episode_id"] == f"seed {seed_of(task.task)}"
+        now = session.step("hello")
+        assert (now.text, now.done, now.grounded, now.instruction) == ("hello", False, False, "")
+        with pytest.raises(EnvError, match="told to") as caught:
+            session.step("crash")
+        assert (caught.value.code, caught.value.retryable) == (protocol.ENV_ERROR, True)
+        now = session.step(digit)
+        assert (now.done, now.success, now.grounded, now.reward) == (True, True, True, 1.0)
+        assert session.state()["step_count"] == 3
+
+
+def test_a_full_server_of_the_package_is_waited_for(echo):
+    client = OpenEnvClient(echo, _env())
+    with client.session() as one, client.session() as two:
+        one.reset("train-0", "train"), two.reset("train-1", "train")
+        with pytest.raises(EnvError) as caught, OpenEnvClient(echo, _env(), wait_s=0.5).session(
+        ) as three:  # fmt: skip
+            three.reset("train-2", "train")
+        assert (caught.value.code, caught.value.retryable) == (protocol.CAPACITY_REACHED, True)
+    with client.session() as three:
+        assert three.reset("train-2", "train").text.startswith("say ")
+
+
+def test_what_cannot_be_is_told(echo):
+    with pytest.raises(UserError, match="--openenv_success=won.*solved"):
+        OpenEnvClient(echo, _env(openenv_success="won")).session()
+    client = OpenEnvClient(echo, _env(openenv_reward_scale=1.0))
+    with client.session() as session:
+        session.reset("train-0", "train")
+        with pytest.raises(EnvError, match="R = 10.*--openenv_reward_scale") as caught:
+            session.step(str(seed_of("train-0") % 10))
+        assert caught.value.code == protocol.USER_ERROR
+        with pytest.raises(EnvError, match="no expert"):
+            session.reset("train-0", "train", expert=True)
+
+
+def test_exploring_an_environment_that_the_package_serves(echo, tmp_path):
+    from tests import tiny  # it loads JAX
+
+    policy = tiny.tiny_policy(tmp_path / "tiny")
+    flags = (
+        "--env=openenv", f"--env_address={echo}", f"--policy={policy}", "--openenv_tasks=3",
+        "--openenv_reward_scale=0.1", "--openenv_success=solved", "--openenv_grounded=!error",
+        "--rollouts=2", "--slots=2", "--max_steps=3", "--max_new_tokens=8",
+        "--context_length=256", f"--workdir={tmp_path}",
+    )  # fmt: skip
+    assert "episodes=6" in stages.succeed("explore", *flags)
+    played = store.read(tmp_path / "iteration_0" / "explore" / "trajectories.jsonl")
+    assert {t.task for t in played} == {"explore-0", "explore-1", "explore-2"}
+    assert all(t.env == "openenv" and t.steps[0].observation.startswith("say ") for t in played)
+    assert all(t.instruction.startswith("Read what") for t in played)
+
+
+# --- without the package --------------------------------------------------------------------
+
+
+def test_our_own_server_is_such_an_environment_too():
+    """The defaults suffice where fields have their usual names."""
+    config = ServerConfig("tests.envs.odd:Odd", env="custom", max_sessions=1)
+    with LocalServer(config, start_deadline_s=120) as server:
+        with OpenEnvClient(server.address, EnvConfig(env="openenv")).session() as session:
+            first = session.reset("train-0", "train")
+            assert first.text.endswith(f"with seed {seed_of('train-0')}")
+            assert not session.step("die or not").grounded
+            now = session.step("win")
+            assert (now.done, now.success, now.grounded, now.reward) == (True, True, True, 1.0)
+
+
+def _schema(action: dict[str, str], observation: dict[str, str], required=()) -> dict:
+    def properties(fields: dict[str, str]) -> dict:
+        return {"properties": {name: {"type": kind} for name, kind in fields.items()}}
+
+    return {
+        "action": properties(action) | {"required": list(required)},
+        "observation": properties(observation),
+    }
+
+
+def test_fields_are_chosen_by_what_is_needed_and_usual():
+    schema = _schema(
+        {"metadata": "object", "note": "string", "guess": "string"},
+        {"reward": "number", "board": "string", "message": "string", "grounded": "boolean"},
+        ["guess"],
+    )
+    fields = _choose_fields(schema, EnvConfig())
+    assert fields == {"text": "message", "action": "guess", "success": "", "grounded": "grounded"}
+    named = EnvConfig(openenv_text="board", openenv_action="note", openenv_success="!grounded")
+    fields = _choose_fields(schema, named)
+    assert fields == {"text": "board", "action": "note", "success": "!grounded",
+                      "grounded": "grounded"}  # fmt: skip
+    with pytest.raises(UserError, match="--openenv_text.*left, right"):
+        _choose_fields(_schema({"x": "string"}, {"left": "string", "right": "string"}), EnvConfig())
+    with pytest.raises(UserError, match="--openenv_action"):
+        _choose_fields(_schema({"x": "integer"}, {"left": "string"}), EnvConfig())
+    with pytest.raises(UserError, match="/schema"):
+        _choose_fields([], EnvConfig())
+
+
+@pytest.mark.parametrize(
+    ("choice", "rewards", "expected"),
+    [
+        ("last", [0.25, 0.25, 0.5], 0.5),
+        ("sum", [0.25, 0.25, 0.5], 1.0),
+        ("sum", [0.1, None, 0.2], 0.3),
+        ("score", [9, 9, 9], 0.75),
+        ("last", [0, 0, True], 1.0),
+    ],
+)
+def test_which_reward_is_r(choice, rewards, expected):
+    wire = TextWire(EnvConfig(openenv_reward=choice), {"text": "text", "action": "text",
+                                                       "success": "", "grounded": ""})  # fmt: skip
+    for _ in range(2):  # a reset begins anew
+        wire.reset("a", "train", 0, False, "")
+        wire.read({"observation": {"text": ""}, "reward": None, "done": False})
+        for i, reward in enumerate(rewards):
+            shown = {"text": "", "score": 0.75}
+            now = wire.read({"observation": shown, "reward": reward, "done": i == 2})
+        assert now.reward == expected
+        assert now.success == (expected == 1.0)
+
+
+def test_splits_have_different_seeds():
+    client = OpenEnvClient("http://127.0.0.1:1", EnvConfig(openenv_tasks=500))
+    train, heldout = client.tasks("train"), client.tasks("heldout")
+    assert len({t.seed for t in train + heldout}) == 1000
+    assert all(t.seed is not None and 0 <= t.seed < 2**31 for t in train)
+    assert {t.layout for t in train}.isdisjoint({t.layout for t in heldout})
