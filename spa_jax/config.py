@@ -205,7 +205,9 @@ class RunConfig:
     iterations: int = _setting(1, "Rounds of exploration, estimator and PPO.")
     base: str = _setting("", "Start from this base policy's folder instead of running SFT.")
     lora_stages: tuple[str, ...] = _setting(
-        ("sft", "ppo"), "The stages that train adapters if --lora_rank says so, of sft,ppo."
+        ("sft", "ppo"),
+        "With --lora_rank, the stages that train adapters, of sft,progress,ppo; "
+        "the estimator (progress) has a frozen trunk otherwise.",
     )
     heldout_split: str = _setting("heldout", "The split that is evaluated in the end.")
     heldout_games: int = _setting(0, "How many of its games; 0: all.")
@@ -250,7 +252,7 @@ def check(config: Any) -> None:
             )
         _check_list("--lora_targets", config.targets, LORA_TARGETS)
     if isinstance(config, RunConfig):
-        _check_list("--lora_stages", config.lora_stages, ("sft", "ppo"))
+        _check_list("--lora_stages", config.lora_stages, ("sft", "progress", "ppo"))
 
 
 def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:
