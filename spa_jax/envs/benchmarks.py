@@ -76,7 +76,7 @@ _ALL = (
         "spa_jax.envs.virtualhome.engine:VirtualhomeEngine",
         "spa_jax.envs.virtualhome.tasks:TaskIndex",
         "spa_jax.envs.virtualhome.prompt",
-        "",
+        "spa_jax.envs.virtualhome.preload",
         1000,
         50,
         1000,
