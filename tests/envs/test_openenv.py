@@ -24,11 +24,11 @@ _REPOSITORY = Path(__file__).parents[2]
 
 
 def _real_client():
-    return pytest.importorskip("openenv.core.generic_client", exc_type=ImportError).GenericEnvClient
+    return pytest.importorskip("openenv.core.generic_client").GenericEnvClient
 
 
 def _real_types():
-    return pytest.importorskip("openenv.core.env_server.types", exc_type=ImportError)
+    return pytest.importorskip("openenv.core.env_server.types")
 
 
 def _make(env: str, games: Path, root: Path) -> str:
