@@ -22,7 +22,9 @@ from spa_jax.attribution import credit
 from spa_jax.config import CreditConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
+from spa_jax.models import lora as lora_lib
 from spa_jax.models.transformer import Params
+from spa_jax.training import scoring
 from spa_jax.trajectory import Trajectory
 
 
@@ -49,7 +51,10 @@ def run(
         raise UserError(f"{data}: holds no episode to annotate")
     scores = train_progress.scores_of(policy, data, trajectories, rows)
     mask = scores.step_mask
-    contributions = np.asarray(heads.progress(head, scores.end_hidden)) * mask
+    hidden = scores.end_hidden
+    if weights.is_adapter(progress_folder / common.ADAPTER):
+        hidden = adapted_hidden(policy, progress_folder / common.ADAPTER, trajectories, rows)
+    contributions = np.asarray(heads.progress(head, hidden)) * mask
     grounded = np.zeros(mask.shape, np.float32)
     for i, trajectory in enumerate(trajectories):
         grounded[i, : len(trajectory.steps)] = [step.grounded for step in trajectory.steps]
@@ -94,6 +99,20 @@ def progress_head(policy: common.Policy, progress_folder: pathlib.Path) -> Param
             "that with --policy"
         )
     return policy.heads["progress"]
+
+
+def adapted_hidden(
+    policy: common.Policy,
+    adapter_folder: pathlib.Path,
+    trajectories: Sequence[Trajectory],
+    rows: RowsConfig,
+) -> np.ndarray:
+    """[N, S, D] what the trunk with the estimator's adapters says at the end of each step."""
+    lora, adapter = weights.load_adapter(adapter_folder, policy.config)
+    trunk = {"policy": jax.device_get(lora_lib.merge(lora, policy.params, adapter))}
+    return scoring.score(
+        policy.config, trunk, trajectories, rows, temperature=1.0, title="contributions"
+    ).end_hidden
 
 
 def _with(

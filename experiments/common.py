@@ -130,10 +130,7 @@ class Trainable:
         if heads:
             weights.save_heads(folder, heads)
         if self.parts.lora.rank:
-            out = folder / ADAPTER
-            # Relative, so that a run's folder can be moved.
-            base = os.path.relpath(self.base.resolve(), out.resolve())
-            weights.save_adapter(out, self.parts.lora, trained["adapter"], base)
+            save_adapter(folder / ADAPTER, self.parts.lora, trained["adapter"], self.base)
         write_json(folder / ABOUT, {"version": version})
 
 
@@ -160,19 +157,35 @@ def trainable(
     if not lora.rank:
         parts = parts_lib.split(policy.config, policy.params, train_layers)
         return Trainable(policy, parts, policy.folder)
-    own = policy.folder / ADAPTER
-    if reference and weights.is_adapter(own) and weights.adapter_base(own) == reference.resolve():
-        before, adapter = weights.load_adapter(own, policy.config)
-        if _sorted(before) == _sorted(lora):
-            base = load_policy(reference).params
-            return Trainable(policy, parts_lib.adapt(lora, base, adapter), reference)
-    key = jax.random.key(seed)
-    adapter = jax.device_get(lora_lib.init(lora, policy.params, key))
+    adapter = _own_adapter(policy, lora, reference) if reference else None
+    if reference and adapter is not None:
+        base = load_policy(reference).params
+        return Trainable(policy, parts_lib.adapt(lora, base, adapter), reference)
+    adapter = jax.device_get(lora_lib.init(lora, policy.params, jax.random.key(seed)))
     return Trainable(policy, parts_lib.adapt(lora, policy.params, adapter), policy.folder)
 
 
-def _sorted(lora: LoraConfig) -> LoraConfig:
-    return dataclasses.replace(lora, targets=tuple(sorted(lora.targets)))
+def _own_adapter(policy: Policy, lora: LoraConfig, base: pathlib.Path) -> Params | None:
+    """The policy's adapter, if it is one of this shape on `base`."""
+    folder = policy.folder / ADAPTER
+    if not weights.is_adapter(folder):
+        return None
+    try:
+        if weights.adapter_base(folder) != base.resolve():
+            return None
+    except UserError:  # the base is not here any more; the policy's own weights are merged
+        return None
+    found, adapter = weights.load_adapter(folder, policy.config)
+    same = (found.rank, found.alpha) == (lora.rank, lora.alpha)
+    return adapter if same and set(found.targets) == set(lora.targets) else None
+
+
+def save_adapter(
+    folder: pathlib.Path, lora: LoraConfig, adapter: Params, base: pathlib.Path
+) -> None:
+    """Writes an adapter that names its base relative to itself: a run's folder can be moved."""
+    relative = os.path.relpath(base.resolve(), folder.resolve())
+    weights.save_adapter(folder, lora, adapter, relative)
 
 
 def make_engine(policy: Policy, sampling: SamplingConfig, slots: int, seed: int) -> Engine:

@@ -84,6 +84,8 @@ def find_policy(checkpoint: pathlib.Path) -> pathlib.Path:
 
 def trunk_of(progress: pathlib.Path, policy: pathlib.Path) -> str:
     """The policy whose hidden states a progress head reads; "" if it is this one."""
+    if weights.is_adapter(progress / common.ADAPTER):
+        return str((progress / common.ADAPTER).resolve())
     try:
         trunk = (progress / json.loads((progress / "done.json").read_text())["trunk"]).resolve()
     except (OSError, KeyError) as error:

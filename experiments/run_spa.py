@@ -160,7 +160,9 @@ def train_round(r: Run, iteration: int) -> None:
     title = f"explore {iteration}"
     explore.run(folder / "explore", str(policy), r.env, r.sampling, games, r.seed, title)
     data = train_progress.data_files(r.workdir, iteration)
-    train_progress.run(folder / "progress", str(r.base), data, r.progress, r.rows, r.seed)
+    train_progress.run(
+        folder / "progress", str(r.base), data, r.progress, r.rows, r.seed, r.lora_of("progress")
+    )
     annotate.run(
         folder / "annotated.jsonl", str(r.base), data[0], folder / "progress", r.credit, r.rows,
         r.seed,

@@ -9,7 +9,7 @@ machine (--host) a token is needed, and something that encrypts: see docs/enviro
 
 import dataclasses
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     data = flags.FLAGS[f"{_ENV.value}_data"].value
     if not data:
         _refuse(f"--{_ENV.value}_data is not set: give the folder of the environment's data")
-    settings = {name: flags.FLAGS[name].value for name in _SETTINGS}
+    settings: dict[str, Any] = {name: flags.FLAGS[name].value for name in _SETTINGS}
     config = ServerConfig(env=_ENV.value, data_dir=data, prompt=_PROMPT.value, **settings)
     try:
         serve(config, _HOST.value, _PORT.value, _PARENT.value, read_token(_TOKEN_FILE.value))

@@ -248,7 +248,9 @@ class RunConfig:
         "expert's.",
     )  # fmt: skip
     lora_stages: tuple[str, ...] = _setting(
-        ("sft", "ppo"), "The stages that train adapters if --lora_rank says so, of sft,ppo."
+        ("sft", "ppo"),
+        "With --lora_rank, the stages that train adapters, of sft,progress,ppo; "
+        "the estimator (progress) has a frozen trunk otherwise.",
     )
     heldout_split: str = _setting("heldout", "The split that is evaluated in the end.")
     heldout_games: int = _setting(0, "How many of its games; 0: all.")
@@ -298,7 +300,7 @@ def check(config: Any) -> None:
             )
         _check_list("--lora_targets", config.targets, LORA_TARGETS)
     if isinstance(config, RunConfig):
-        _check_list("--lora_stages", config.lora_stages, ("sft", "ppo"))
+        _check_list("--lora_stages", config.lora_stages, ("sft", "progress", "ppo"))
 
 
 def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:

@@ -1,7 +1,8 @@
 """Environment steps a second of one worker: stock TextWorld, memoised, and through the server.
 
 The floor is the memoised engine's step in its own process; a session's step adds the
-pipe, two threads and the WebSocket to it.
+pipe, two threads and the WebSocket to it.  What these cost by themselves is measured with an
+environment that does nothing.
 """
 
 import multiprocessing
@@ -11,10 +12,31 @@ import time
 from pathlib import Path
 
 from spa_jax.envs.client import EnvClient
+from spa_jax.envs.protocol import Observation
 from spa_jax.envs.server import LocalServer, ServerConfig
 
 _GAMES, _SEED, _SPLIT = 12, 1, "bench"
 _ROUNDS = 3  # the median of them is reported
+_EMPTY_STEPS = 2000
+
+
+class Nothing:
+    """An environment that does nothing: a step of it costs what the protocol costs."""
+
+    instruction = "Do anything."
+    splits = (_SPLIT,)
+
+    def tasks(self, split: str) -> list[str]:
+        """One task."""
+        return ["nothing"]
+
+    def reset(self, task: str, seed: int) -> str:
+        """Starts it."""
+        return "Nothing is here."
+
+    def step(self, action: str) -> Observation:
+        """An observation as long as ALFWorld's."""
+        return Observation("Nothing happens. " * 6, 0.0, False, False, False)
 
 
 def _make_games(root: str) -> float:
@@ -79,6 +101,20 @@ def _through_the_server(root: str) -> tuple[float, float, float, int]:
     return started, statistics.median(resets), statistics.median(steps), memory
 
 
+def _protocol() -> tuple[float, float]:
+    """Median and 99th percentile of the seconds of a step that does nothing, on loopback."""
+    config = ServerConfig("experiments.bench.env:Nothing", env="custom", messages_per_s=0)
+    seconds = []
+    with LocalServer(config) as server, EnvClient(server.address).session() as session:
+        session.reset("nothing", _SPLIT)
+        for _ in range(_EMPTY_STEPS):
+            start = time.perf_counter()
+            session.step("look")
+            seconds.append(time.perf_counter() - start)
+    hundredths = statistics.quantiles(seconds, n=100)
+    return hundredths[49], hundredths[98]
+
+
 def run() -> None:
     """Prints the figures and a last RESULT line."""
     # The engine is for other processes than this one, and memoising it is for good.
@@ -91,6 +127,7 @@ def run() -> None:
         with context.Pool(1) as pool:
             reset, step = pool.apply(_in_process, (root, True))
         started, served_reset, served_step, memory = _through_the_server(root)
+    median, p99 = _protocol()
     print(f"generating              {generating * 1e3:8.1f} ms a game")
     print(f"{'':22}{'reset ms':>10}{'step ms':>10}{'steps/s':>10}")
     for name, reset_s, step_s in (
@@ -100,9 +137,11 @@ def run() -> None:
     ):
         print(f"{name:22}{reset_s * 1e3:10.1f}{step_s * 1e3:10.2f}{1 / step_s:10.0f}")
     print(f"server start {started:.2f} s, worker {memory} MB after {_ROUNDS * _GAMES} games")
+    print(f"protocol alone: {median * 1e3:.2f} ms a step, {p99 * 1e3:.2f} ms the 99th percentile")
     print(f"floor: one in-process step, {step * 1e3:.2f} ms; a served step reaches "
           f"{step / served_step:.0%} of its rate")  # fmt: skip
     print(
         f"RESULT steps_per_second={1 / served_step:.1f} in_process={1 / step:.1f} "
-        f"stock={1 / stock_step:.1f} share_of_floor={step / served_step:.3f}"
+        f"stock={1 / stock_step:.1f} share_of_floor={step / served_step:.3f} "
+        f"protocol_ms={median * 1e3:.3f} protocol_p99_ms={p99 * 1e3:.3f}"
     )

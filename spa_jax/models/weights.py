@@ -203,7 +203,7 @@ def save_adapter(
     tensors: dict[str, Lazy] = {}
     for name, array in lora_lib.to_peft(adapter).items():
         name = "base_model.model." + name.replace(".default.", ".")
-        tensors[name] = (array.shape, array.dtype, lambda array=array: array)
+        tensors[name] = (array.shape, array.dtype, functools.partial(np.asarray, array))
     _write_safetensors(folder / ADAPTER, tensors)
     settings = {
         "peft_type": "LORA",

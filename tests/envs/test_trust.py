@@ -464,8 +464,7 @@ def test_256_sessions_at_once(env, tmp_path):
     else:
         generate(tmp_path / "data" / "test", 6, 1)
         data = tmp_path / "data"
-    free = capacity.free_mb()
-    if free < 256 * benchmarks.BENCHMARKS[env].worker_mb:
+    if (free := capacity.free_mb()) < 256 * 20:
         pytest.skip(f"needs memory for 256 processes; {free:.0f} MB are free")
     config = ServerConfig(str(data), env=env, max_sessions=256, reset_deadline_s=600,
                           step_deadline_s=600)  # fmt: skip

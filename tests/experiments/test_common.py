@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import common
-from spa_jax.config import SamplingConfig
+from spa_jax.config import EnvConfig, SamplingConfig
 from spa_jax.errors import UserError
 from tests import tiny
 
@@ -42,3 +42,19 @@ def test_nothing_longer_than_the_model_can_attend_over(folder):
     common.check_lengths(policy, [short], "x.jsonl")
     with pytest.raises(UserError, match=r"x.jsonl: task 'b' \(seed 0, attempt 0\): \d+ tokens"):
         common.check_lengths(policy, [short, long], "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"env": "openenv"}, "--env=openenv needs --env_address"),
+        ({"env": "custom"}, "--custom_data is not set: give MODULE:CLASS"),
+        ({"env": "webshop"}, "--webshop_data is not set.*webshop.generate"),
+        ({"env_address": "http://127.0.0.1:1", "env_token_file": "/no"}, "--env_token_file=/no"),
+        ({"env_address": "here"}, "http://host:port"),
+    ],
+)
+def test_an_environment_that_is_not_said_whole(env, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        with common.open_env(EnvConfig(**env), 1, tmp_path / "log"):
+            pass

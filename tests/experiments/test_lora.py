@@ -2,17 +2,25 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import common, run_spa, sft, train_ppo
+from experiments import annotate, common, run_spa, sft, train_ppo, train_progress
 from spa_jax import config as config_lib
 from spa_jax import store
-from spa_jax.config import LoraConfig, PpoConfig, RowsConfig, SftConfig
+from spa_jax.config import (
+    CreditConfig,
+    LoraConfig,
+    PpoConfig,
+    ProgressConfig,
+    RowsConfig,
+    SftConfig,
+)
 from spa_jax.errors import UserError
-from spa_jax.models import lora, weights
+from spa_jax.models import heads, lora, transformer, weights
 from tests import tiny
 from tests.experiments.test_resume import _demos
 
@@ -71,7 +79,7 @@ def test_a_stage_writes_merged_weights_and_the_adapter_beside_them(finished):
     assert set(common.load_policy(finished / "iteration_1/ppo/policy").heads) == {"value"}
 
 
-def test_the_second_round_begins_with_the_first_ones_adapter(finished):
+def test_the_second_round_begins_with_the_first_ones_adapter(finished, tmp_path):
     first = common.load_policy(finished / "iteration_0" / "ppo" / "policy")
     reference = finished / "sft" / "policy"
     going_on = common.trainable(first, 0, LORA, 0, reference)
@@ -86,6 +94,9 @@ def test_the_second_round_begins_with_the_first_ones_adapter(finished):
     ):
         assert other.base == first.folder
         _same(other.parts.whole(other.parts.trained), first.params)
+    # So does a copy of the policy that has lost its base.
+    copy = shutil.copytree(first.folder, tmp_path / "a" / "b" / "c" / "policy")
+    assert common.trainable(common.load_policy(copy), 0, LORA, 0, reference).base == copy
 
 
 def test_a_moved_run_finds_its_base(finished, tmp_path):
@@ -95,6 +106,39 @@ def test_a_moved_run_finds_its_base(finished, tmp_path):
         assert weights.adapter_base(own) == (moved / "sft" / "policy").resolve()
     finally:
         moved.rename(finished)
+
+
+def test_an_estimator_whose_trunk_has_adapters(finished):
+    """It learns through them, and annotation reads its contributions from the adapted trunk."""
+    trunk, folder = finished / "sft" / "policy", finished / "iteration_0"
+    data = folder / "explore" / "trajectories.jsonl"
+    rng = np.random.default_rng(3)
+    episodes = [tiny.random_trajectory(rng, f"task_{i}", context=8) for i in range(8)]
+    store.write(data, episodes)
+    progress = ProgressConfig(epochs=3, batch_size=8, learning_rate=1e-2, width=16)
+    train_progress.run(folder / "progress", str(trunk), [data], progress, ROWS, 0, LORA)
+    policy = common.load_policy(trunk)
+    own = folder / "progress" / common.ADAPTER
+    assert weights.adapter_base(own) == trunk.resolve()
+    _, adapter = weights.load_adapter(own, policy.config)
+    assert all(np.abs(pair["b"]).max() > 0 for pair in adapter["layers"].values())
+    annotated = annotate.run(
+        folder / "out.jsonl", str(trunk), data, folder / "progress", CreditConfig(), ROWS, 0
+    )
+    head = weights.load_heads(folder / "progress")["progress"]
+    adapted = common.load_policy(own)
+    first = annotated[0]
+    tokens = np.array([first.token_ids])
+    ends = [max(i for i, s in enumerate(first.step_id) if s == k) for k in range(len(first.steps))]
+    found = {}
+    for name, params in (("adapted", adapted.params), ("base", policy.params)):
+        hidden = transformer.hidden_states(
+            policy.config, params, tokens, np.arange(tokens.size)[None], np.ones_like(tokens)
+        )
+        found[name] = np.asarray(heads.progress(head, hidden[0, np.array(ends)]))
+    ours = [step.contribution for step in first.steps]
+    np.testing.assert_allclose(ours, found["adapted"], atol=1e-4)
+    assert np.abs(found["base"] - found["adapted"]).max() > 1e-3
 
 
 def test_a_checkpoint_of_adapters_is_not_one_of_weights(finished):
@@ -119,7 +163,7 @@ def test_flags_that_contradict_each_other(tmp_path):
         config_lib.check(dataclasses.replace(LORA, alpha=0.0))
     with pytest.raises(UserError, match="--lora_rank=-1"):
         config_lib.check(dataclasses.replace(LORA, rank=-1))
-    with pytest.raises(UserError, match="--lora_stages=explore: 'explore' is none of sft,ppo"):
+    with pytest.raises(UserError, match="--lora_stages=explore: 'explore' is none of sft,prog"):
         config_lib.check(config_lib.RunConfig(lora_stages=("explore",)))
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import train_ppo
+from experiments import train_ppo, train_progress
 from spa_jax import batching
 from spa_jax.config import LORA_TARGETS, LoraConfig, PpoConfig, RowsConfig
 from spa_jax.models import heads, lora, transformer
-from spa_jax.training import partition, parts, ppo_update, scoring, sft_update
+from spa_jax.training import estimator_update, partition, parts, ppo_update, scoring, sft_update
 from spa_jax.training import state as state_lib
 from tests import tiny
 
@@ -52,6 +52,11 @@ def _stage(name: str, rows: RowsConfig, devices: int):
         counts = {"tokens": float(packed.token_mask.sum())}
         return sft_update.make_loss(CONFIG), {}, [sft_update.SftBatch(b) for b in cut], counts
     mask = np.array([[k < len(t.steps) for k in range(3)] for t in episodes], np.float32)
+    if name == "estimator":
+        trunk = train_progress.AdaptedTrunk(None, episodes, rows)
+        batches = trunk.batches(np.arange(9), 9, devices)
+        loss_fn = estimator_update.make_trunk_loss(CONFIG)
+        return loss_fn, {"progress": _value()}, batches, {"trajectories": 9.0}
     scores = scoring.Scores(
         end_hidden=None, value_hidden=None, values=mask * 0.1, step_mask=mask, log_probs=[]
     )
@@ -74,7 +79,7 @@ def _updated(name: str, devices: int, rows_per_device: int, optimizer=SGD):
     return metrics, before, jax.device_get(partition.unreplicate(state))
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "estimator", "ppo"])
 def test_dealing_adapters_out_changes_nothing(name):
     metrics, before, one = _updated(name, 1, 9)
     metrics_8, _, eight = _updated(name, 8, 1)
@@ -114,6 +119,23 @@ def test_the_update_is_that_of_the_merged_weights():
         *map(jax.tree.leaves, (before["adapter"], after.params["adapter"], wanted)), strict=True
     ):
         np.testing.assert_allclose((old - new) / RATE, slope, atol=2e-4 * np.abs(slope).max())
+
+
+def test_an_estimator_that_reads_tokens_has_the_loss_of_one_that_reads_features():
+    rows = dataclasses.replace(ROWS, row_length=96, rows_per_device=9)
+    loss_fn, head, (batch,), counts = _stage("estimator", rows, 1)
+    batch = jax.tree.map(lambda x: x[0], batch)
+    assert max(len(set(row[row >= 0])) for row in batch.rows.step_trajectory) > 1
+    ours, sums = jax.jit(loss_fn)({"policy": BASE, **head}, {}, batch, counts)
+    episodes = _episodes()
+    scores = scoring.score(CONFIG, {"policy": BASE}, episodes, rows, temperature=1.0, title="")
+    features = estimator_update.StepFeatures(
+        scores.end_hidden, scores.step_mask, np.array([t.final_reward for t in episodes])
+    )
+    theirs, _ = estimator_update.estimator_loss(head, {}, features, counts)
+    assert float(theirs) > 0.01
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+    assert float(sums["squared_error"]) == pytest.approx(9 * float(theirs), rel=1e-5)
 
 
 def test_the_whole_policy_of_all_kinds_of_parts():
