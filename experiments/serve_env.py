@@ -33,7 +33,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("games_per_worker", 0, "Games after which a process is replaced; 0: as suits.")
 flags.DEFINE_integer(
-    "worker_memory_mb", 0, "Resident memory above which a process is ended; 0: as suits."
+    "worker_memory_mb", 0, "Memory (no mapped files) above which a process is ended; 0: as suits."
 )
 flags.DEFINE_float("reset_deadline_s", 120.0, "Seconds that a reset may take.")
 flags.DEFINE_float("step_deadline_s", 60.0, "Seconds that a step may take.")

@@ -27,7 +27,7 @@ class Benchmark:
       preload: a module that the fork server imports before it forks workers; empty: none.
       games_per_worker: games after which a worker process is replaced.
       worker_mb: memory that a worker process adds to the machine's load at the most, as measured.
-      limit_mb: resident memory that a worker process may have; above it is ended.
+      limit_mb: memory without mapped files above which a worker process is ended.
       install: how to get what it needs beside this package.
       seeded: whether a reset takes the client's seed.
     """

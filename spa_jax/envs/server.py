@@ -67,8 +67,8 @@ class ServerConfig:
         memory that is free at the start has room for, at most `capacity.MOST_SESSIONS`.
       games_per_worker: a process is replaced after that many games; 0: as many as suit the
         environment.
-      worker_memory_mb: a process with more resident memory is ended, and its episode with it; 0:
-        what suits the environment.
+      worker_memory_mb: a process with more memory, mapped files left out, is ended, and its
+        episode with it; 0: what suits the environment.
       reset_deadline_s: a reset that takes longer fails, and its process is ended.
       step_deadline_s: the same for a step.
       idle_timeout_s: a session that hears nothing for so long is ended; 0: never.

@@ -73,7 +73,7 @@ class Worker:
 
     Args:
       benchmark: what it plays.
-      memory_mb: the most resident memory it may have; 0: any.
+      memory_mb: the most memory it may have, as `memory_mb()` counts it; 0: any.
 
     Attributes:
       games: how many games it has been asked to start.
@@ -101,10 +101,11 @@ class Worker:
         return not self.ended_by and self._process.is_alive()
 
     def memory_mb(self) -> float:
-        """Its resident memory, what it shares with others included; 0 if it is gone."""
+        """Its resident memory without files that are mapped, such as an index; 0 if it is gone."""
         try:
             self._watched = self._watched or psutil.Process(self.pid)
-            return self._watched.memory_info().rss / _MB
+            memory = self._watched.memory_info()
+            return (memory.rss - memory.shared) / _MB
         except psutil.Error:
             return 0.0
 

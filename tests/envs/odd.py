@@ -42,3 +42,16 @@ class Odd:
 
     def expert(self) -> str:
         return "win"
+
+
+class Doomed(Odd):
+    """Dies at every step of every task but one."""
+
+    def reset(self, task: str, seed: int) -> str:
+        self._task = task
+        return super().reset(task, seed)
+
+    def step(self, action: str) -> Observation:
+        if self._task != "train_13":
+            os._exit(1)
+        return super().step("win")

@@ -282,6 +282,7 @@ def test_broken_http_is_no_harm(server, client):
     assert _post(server.address, "/reset", b"[1]")[0] == 422
     assert _post(server.address, "/step", b'{"action": 3}')[0] == 422
     assert _post(server.address, "/reset", b'{"task": "../x"}')[0] == 400
+    assert _post(server.address, "/reset", b'{"task": "\\ud800"}')[0] == 422
     assert _post(server.address, "/reset", b" " * 70_000)[0] == 413
     client.health()
 

@@ -178,3 +178,25 @@ def test_the_server_killed_and_started_again(flags, unbroken, tmp_path):
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.mark.parametrize("policy", ["expert", "tiny"])
+def test_an_environment_that_always_fails_is_tried_so_often_and_is_nobodys_failure(
+    policy, flags, tmp_path
+):
+    tiny_flags = [f for f in flags if "alfworld" not in f and "rollouts" not in f]
+    chosen = ["--policy=expert"] if policy == "expert" else tiny_flags
+    said = stages.succeed(
+        "explore", "--env=custom", "--custom_data=tests.envs.odd:Doomed", "--rollouts=1",
+        "--max_retries=2", "--max_steps=3", f"--out={tmp_path}", *chosen, "--games=3",
+    )  # fmt: skip
+    assert "RESULT success=1.0000" in said and "episodes=1" in said
+    assert [t.task for t in store.read(tmp_path / "trajectories.jsonl")] == ["train_13"]
+    failures = [json.loads(line) for line in (tmp_path / "failures.jsonl").open()]
+    assert {f["status"] for f in failures} == {"env_error"}
+    tries = sorted((f["task"], f["retry"]) for f in failures)
+    if policy == "expert":  # its tries are one call; what is recorded is the last
+        assert [retry for _, retry in tries] == [2, 2]
+    else:
+        assert [retry for _, retry in tries] == [0, 1, 2, 0, 1, 2]
+    assert all(f["seed"] == 0 for f in failures)
