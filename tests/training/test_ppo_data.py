@@ -126,13 +126,14 @@ def test_context_padding_packing_order_and_devices_change_nothing(name, sees_one
     """Also with episodes of one step and of one token, and where no reward was paid."""
     ppo = OBJECTIVES[name]
 
-    @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
     @hypothesis.given(
-        st.lists(LENGTHS, min_size=3, max_size=5), st.booleans(), st.integers(0, 99),
-        st.integers(0, 4), st.randoms(use_true_random=False),
+        st.lists(LENGTHS, min_size=3, max_size=3), st.booleans(), st.integers(0, 99),
+        st.sampled_from((0, 3)), st.randoms(use_true_random=False),
     )  # fmt: skip
-    @hypothesis.example([[(2, 1)], [(3, 1)], [(2, 1), (2, 3)]], True, 0, 1, random.Random(0))
+    @hypothesis.example([[(2, 1)], [(3, 1)], [(2, 1), (2, 3)]], False, 0, 3, random.Random(0))
     def check(lengths, paid, seed, extra, shuffler):
+        lengths = [[(4, 3)] * 3, *lengths]  # the longest: every table has one of few shapes
         rewards = np.random.default_rng(seed).normal(size=(len(lengths), 3)) * paid
         made = [
             [
