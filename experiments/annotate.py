@@ -22,6 +22,9 @@ from spa_jax.attribution import credit
 from spa_jax.config import CreditConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
+from spa_jax.models import lora as lora_lib
+from spa_jax.models.transformer import Params
+from spa_jax.training import scoring
 from spa_jax.trajectory import Trajectory
 
 
@@ -40,17 +43,18 @@ def run(
     With `keys`, only the episodes with these keys are annotated; the others are written as they
     are, and environment errors are left out either way.
     """
-    progress = weights.load_heads(progress_folder)
-    if "progress" not in progress:
-        raise UserError(f"{progress_folder}: holds no progress head; run train_progress first")
     policy = common.load_policy(policy_folder)
+    head = progress_head(policy, progress_folder)
     played = train_progress.playable(store.read(data))
     trajectories = [t for t in played if keys is None or t.key in keys]
     if not trajectories:
         raise UserError(f"{data}: holds no episode to annotate")
     scores = train_progress.scores_of(policy, data, trajectories, rows)
     mask = scores.step_mask
-    contributions = np.asarray(heads.progress(progress["progress"], scores.end_hidden)) * mask
+    hidden = scores.end_hidden
+    if weights.is_adapter(progress_folder / common.ADAPTER):
+        hidden = adapted_hidden(policy, progress_folder / common.ADAPTER, trajectories, rows)
+    contributions = np.asarray(heads.progress(head, hidden)) * mask
     grounded = np.zeros(mask.shape, np.float32)
     for i, trajectory in enumerate(trajectories):
         grounded[i, : len(trajectory.steps)] = [step.grounded for step in trajectory.steps]
@@ -73,6 +77,42 @@ def run(
     by_key = {t.key: t for t in annotated}
     store.write(out, [by_key.get(t.key, t) for t in played])
     return annotated
+
+
+def progress_head(policy: common.Policy, progress_folder: pathlib.Path) -> Params:
+    """The stage's progress head, or else the one that lies beside the policy.
+
+    Raises:
+      UserError: there is none that reads this policy's hidden states.
+    """
+    trained = weights.load_heads(progress_folder).get("progress")
+    if trained is not None:
+        return trained
+    if "progress" not in policy.heads:
+        raise UserError(
+            f"{progress_folder}: holds no progress head, nor does {policy.folder}; run "
+            "train_progress first"
+        )
+    if policy.trunk:
+        raise UserError(
+            f"{policy.folder}: its progress head reads the hidden states of {policy.trunk}; give "
+            "that with --policy"
+        )
+    return policy.heads["progress"]
+
+
+def adapted_hidden(
+    policy: common.Policy,
+    adapter_folder: pathlib.Path,
+    trajectories: Sequence[Trajectory],
+    rows: RowsConfig,
+) -> np.ndarray:
+    """[N, S, D] what the trunk with the estimator's adapters says at the end of each step."""
+    lora, adapter = weights.load_adapter(adapter_folder, policy.config)
+    trunk = {"policy": jax.device_get(lora_lib.merge(lora, policy.params, adapter))}
+    return scoring.score(
+        policy.config, trunk, trajectories, rows, temperature=1.0, title="contributions"
+    ).end_hidden
 
 
 def _with(

@@ -15,16 +15,21 @@ import tqdm
 from absl import logging
 
 from spa_jax import chat, rollout, store, tokenizer
-from spa_jax.config import EnvConfig, SamplingConfig
+from spa_jax.config import EnvConfig, LoraConfig, SamplingConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.server import LocalServer, ServerConfig
 from spa_jax.errors import UserError
+from spa_jax.models import lora as lora_lib
 from spa_jax.models import transformer, weights
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.sampling.engine import Engine
+from spa_jax.training import parts as parts_lib
+from spa_jax.training.parts import Parts
 from spa_jax.trajectory import Sampling, Status, Trajectory
 
 EXPERT = "expert"
+ADAPTER = "adapter"  # a policy's own adapter, in its folder
+ABOUT = "spa_jax.json"  # beside a policy's weights: what they do not say
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -32,23 +37,43 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A policy read from its folder."""
+    """A policy read from its folder.
+
+    Attributes:
+      folder: which was given.
+      model: the folder of its config.json and tokenizer: `folder`, or an adapter's base.
+      config: the model's shape.
+      params: the weights, an adapter's merged.
+      heads: "value", "progress": those that lie beside the weights.
+      chat: the format of its conversations.
+      version: the updates that made it.
+      trunk: the policy whose hidden states its progress head reads; "": this one.
+    """
 
     folder: pathlib.Path
+    model: pathlib.Path
     config: ModelConfig
     params: Params
     heads: dict[str, Params]
     chat: chat.ChatFormat
     version: int
+    trunk: str = ""
 
 
 def load_policy(folder: str | os.PathLike[str]) -> Policy:
-    """Reads a Hugging Face folder, with the heads beside it if there are any.
+    """Reads a Hugging Face folder, or a PEFT adapter's, with the heads beside it if there are any.
 
     Raises:
       UserError: the folder lacks something, or its tokenizer has more ids than the embedding.
     """
     path = pathlib.Path(folder)
+    if weights.is_adapter(path):
+        base = load_policy(weights.adapter_base(path))
+        lora, adapter = weights.load_adapter(path, base.config)
+        params = jax.device_get(lora_lib.merge(lora, base.params, adapter))
+        return dataclasses.replace(
+            base, folder=path, params=params, heads=weights.load_heads(path), **_about(path)
+        )
     config, params = weights.load_pretrained(path)
     backend = tokenizer.load(path)
     if len(backend) > config.vocab_size:
@@ -56,10 +81,14 @@ def load_policy(folder: str | os.PathLike[str]) -> Policy:
             f"{path / 'tokenizer.json'}: {len(backend)} ids, but {path / 'config.json'} and the "
             f"embedding have vocab_size {config.vocab_size}: they belong to different models"
         )
-    version_file = path / "spa_jax.json"
-    version = json.loads(version_file.read_text())["version"] if version_file.exists() else 0
     fmt = chat.ChatFormat.from_tokenizer(backend)
-    return Policy(path, config, params, weights.load_heads(path), fmt, version)
+    return Policy(path, path, config, params, weights.load_heads(path), fmt, **_about(path))
+
+
+def _about(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / ABOUT
+    about = json.loads(file.read_text()) if file.exists() else {}
+    return {"version": about.get("version", 0), "trunk": about.get("progress_trunk", "")}
 
 
 def check_lengths(policy: Policy, trajectories: Sequence[Trajectory], source: object) -> None:
@@ -69,14 +98,92 @@ def check_lengths(policy: Policy, trajectories: Sequence[Trajectory], source: ob
         transformer.check_length(policy.config, len(t.token_ids), what)
 
 
-def save_policy(
-    folder: pathlib.Path, policy: Policy, params: Params, heads: dict[str, Params], version: int
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """What a stage trains of a policy.
+
+    Attributes:
+      policy: that it starts from.
+      parts: what is trained and what is not.
+      base: the folder of the frozen weights, for adapters.
+    """
+
+    policy: Policy
+    parts: Parts
+    base: pathlib.Path
+
+    def save(
+        self, folder: pathlib.Path, trained: Params, heads: dict[str, Params], version: int
+    ) -> None:
+        """Writes a policy that `load_policy` reads; an adapter is merged, and lies beside it.
+
+        Args:
+          folder: where to.
+          trained: the trained part, on the host.
+          heads: to lie beside the weights.
+          version: the updates that made it.
+        """
+        config, model = self.policy.config, self.policy.model
+        weights.save_pretrained(folder, config, self.parts.whole(trained), model)
+        if heads:
+            weights.save_heads(folder, heads)
+        if self.parts.lora.rank:
+            save_adapter(folder / ADAPTER, self.parts.lora, trained["adapter"], self.base)
+        write_json(folder / ABOUT, {"version": version})
+
+
+def trainable(
+    policy: Policy,
+    train_layers: int,
+    lora: LoraConfig,
+    seed: int,
+    reference: pathlib.Path | None = None,
+) -> Trainable:
+    """What a stage trains of a policy: all of it, its top layers or adapters.
+
+    A new adapter begins on the policy's weights.  The adapter of an earlier round goes on
+    instead where it is one on the reference policy: the reference is then the policy with the
+    adapter off in every round, and the rank stays.
+
+    Args:
+      policy: that the stage starts from.
+      train_layers: as in `transformer.split`.
+      lora: the adapters; rank 0: none.
+      seed: of a new adapter.
+      reference: the folder of the policy that must not be strayed from, if there is one.
+    """
+    if not lora.rank:
+        parts = parts_lib.split(policy.config, policy.params, train_layers)
+        return Trainable(policy, parts, policy.folder)
+    adapter = _own_adapter(policy, lora, reference) if reference else None
+    if reference and adapter is not None:
+        base = load_policy(reference).params
+        return Trainable(policy, parts_lib.adapt(lora, base, adapter), reference)
+    adapter = jax.device_get(lora_lib.init(lora, policy.params, jax.random.key(seed)))
+    return Trainable(policy, parts_lib.adapt(lora, policy.params, adapter), policy.folder)
+
+
+def _own_adapter(policy: Policy, lora: LoraConfig, base: pathlib.Path) -> Params | None:
+    """The policy's adapter, if it is one of this shape on `base`."""
+    folder = policy.folder / ADAPTER
+    if not weights.is_adapter(folder):
+        return None
+    try:
+        if weights.adapter_base(folder) != base.resolve():
+            return None
+    except UserError:  # the base is not here any more; the policy's own weights are merged
+        return None
+    found, adapter = weights.load_adapter(folder, policy.config)
+    same = (found.rank, found.alpha) == (lora.rank, lora.alpha)
+    return adapter if same and set(found.targets) == set(lora.targets) else None
+
+
+def save_adapter(
+    folder: pathlib.Path, lora: LoraConfig, adapter: Params, base: pathlib.Path
 ) -> None:
-    """Writes a policy that `load_policy` reads; its tokenizer is that of `policy`."""
-    weights.save_pretrained(folder, policy.config, params, policy.folder)
-    if heads:
-        weights.save_heads(folder, heads)
-    write_json(folder / "spa_jax.json", {"version": version})
+    """Writes an adapter that names its base relative to itself: a run's folder can be moved."""
+    relative = os.path.relpath(base.resolve(), folder.resolve())
+    weights.save_adapter(folder, lora, adapter, relative)
 
 
 def make_engine(policy: Policy, sampling: SamplingConfig, slots: int, seed: int) -> Engine:

@@ -42,7 +42,7 @@ def continue_sft(r: run_spa.Run) -> None:
     settings = dataclasses.replace(r.sft, updates=updates, patience=0, eval_every=updates)
     sft.run(
         r.workdir / "continued_sft", str(r.base), demos["train"], demos["valid"], settings,
-        r.rows, r.seed + 1,
+        r.rows, r.seed + 1, r.lora_of("sft"),
     )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ def define(*configs: type) -> None:
                 flags.DEFINE_integer(name, default, help_text)
             elif isinstance(default, float):
                 flags.DEFINE_float(name, default, help_text)
+            elif isinstance(default, tuple):
+                flags.DEFINE_list(name, list(default), help_text)
             else:
                 flags.DEFINE_string(name, default, help_text)
 
@@ -47,6 +49,7 @@ def read(config: type[Config], **overrides: Any) -> Config:
         field.name: flags.FLAGS[_flag(field)].value
         for field in dataclasses.fields(config)  # type: ignore[arg-type]
     }
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     made = config(**(values | overrides))
     config_lib.check(made)
     return made

@@ -36,6 +36,7 @@ CONFIGS = (
     config_lib.ProgressConfig,
     config_lib.CreditConfig,
     config_lib.PpoConfig,
+    config_lib.LoraConfig,
 )
 _GENERATED = ("train", "valid", "explore", "heldout")
 
@@ -56,11 +57,16 @@ class Run:
     progress: config_lib.ProgressConfig
     credit: config_lib.CreditConfig
     ppo: config_lib.PpoConfig
+    lora: config_lib.LoraConfig
 
     @property
     def base(self) -> pathlib.Path:
         """The base policy: what SFT made, or --base."""
         return pathlib.Path(self.run.base) if self.run.base else self.workdir / "sft" / "policy"
+
+    def lora_of(self, stage: str) -> config_lib.LoraConfig:
+        """The adapters that a stage trains; none if --lora_stages leaves it out."""
+        return self.lora if stage in self.run.lora_stages else config_lib.LoraConfig()
 
 
 def generate_games(r: Run) -> Run:
@@ -134,7 +140,10 @@ def train_base(r: Run) -> None:
         title = f"demos {split}"
         played = explore.run(folder, common.EXPERT, r.env, r.sampling, every, r.seed, title)
         demos[split] = [t for t in played if t.success]
-    sft.run(r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed)
+    sft.run(
+        r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed,
+        r.lora_of("sft"),
+    )  # fmt: skip
 
 
 def train_round(r: Run, iteration: int) -> None:
@@ -149,14 +158,17 @@ def train_round(r: Run, iteration: int) -> None:
     title = f"explore {iteration}"
     explore.run(folder / "explore", str(policy), r.env, r.sampling, games, r.seed, title)
     data = train_progress.data_files(r.workdir, iteration)
-    train_progress.run(folder / "progress", str(r.base), data, r.progress, r.rows, r.seed)
+    train_progress.run(
+        folder / "progress", str(r.base), data, r.progress, r.rows, r.seed, r.lora_of("progress")
+    )
     annotate.run(
         folder / "annotated.jsonl", str(r.base), data[0], folder / "progress", r.credit, r.rows,
         r.seed,
     )  # fmt: skip
     train_ppo.run(
-        folder / "ppo", str(policy), folder / "annotated.jsonl", r.ppo, r.rows, r.seed + iteration
-    )
+        folder / "ppo", str(policy), folder / "annotated.jsonl", r.ppo, r.rows,
+        r.seed + iteration, r.lora_of("ppo"), r.base,
+    )  # fmt: skip
 
 
 def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summary:
@@ -225,13 +237,28 @@ def define_flags() -> None:
 
 def from_flags() -> Run:
     """The run that the flags describe."""
-    names = ("run", "env", "sampling", "rows", "sft", "explore", "progress", "credit", "ppo")
+    names = (
+        "run",
+        "env",
+        "sampling",
+        "rows",
+        "sft",
+        "explore",
+        "progress",
+        "credit",
+        "ppo",
+        "lora",
+    )
     configs: dict[str, Any] = {
         name: flags_lib.read(kind) for name, kind in zip(names, CONFIGS, strict=True)
     }
     config_lib.check_together(configs["ppo"], configs["credit"], configs["explore"])
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
-    return Run(workdir=workdir, policy=flags.FLAGS.policy, seed=flags_lib.SEED.value, **configs)
+    made = Run(workdir=workdir, policy=flags.FLAGS.policy, seed=flags_lib.SEED.value, **configs)
+    for stage, settings in (("sft", made.sft), ("ppo", made.ppo)):
+        flag = f"--{stage}_train_layers"
+        config_lib.check_trained(made.lora_of(stage), settings.train_layers, flag)
+    return made
 
 
 def main(argv: Sequence[str]) -> None:

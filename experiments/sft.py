@@ -19,7 +19,8 @@ from absl import flags
 from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, chat, store
-from spa_jax.config import RowsConfig, SftConfig
+from spa_jax import config as config_lib
+from spa_jax.config import LoraConfig, RowsConfig, SftConfig
 from spa_jax.errors import UserError
 from spa_jax.models import transformer
 from spa_jax.training import metrics as metrics_lib
@@ -37,10 +38,12 @@ def run(
     sft: SftConfig,
     rows: RowsConfig,
     seed: int,
+    lora: LoraConfig,
 ) -> None:
     """Trains, from the newest checkpoint if there is one, and writes out/policy."""
     if common.is_done(out, "sft"):
         return
+    config_lib.check_trained(lora, sft.train_layers, "--sft_train_layers")
     started = time.time()
     if not train:
         raise UserError(
@@ -55,17 +58,22 @@ def run(
     total = sft.updates or max(1, round(sft.epochs * per_epoch))
     rate = schedule.warmup_cosine(sft.learning_rate, total, sft.warmup_share)
     optimizer = state_lib.adamw(rate, clip_norm=sft.clip_norm, weight_decay=sft.weight_decay)
-    trained, frozen = transformer.split(policy.config, policy.params, sft.train_layers)
-    trainer = partition.Pmap(
-        sft_update.make_loss(policy.config), optimizer, frozen={"policy": frozen}
+    trainable = common.trainable(policy, sft.train_layers, lora, seed)
+    parts = trainable.parts
+    loss_fn = parts.on_parts(sft_update.make_loss(policy.config))
+    trainer = partition.make(rows, loss_fn, optimizer, frozen=parts.frozen)
+    evaluate = trainer.forward(parts.on_parts(sft_update.make_nll(policy.config)))
+    layers = partition.whole_layers(trainer, parts.frozen)
+    train_data = Demonstrations(
+        train, rows, policy.config, layers, trainer.devices, "frozen layers"
     )
-    evaluate = partition.pmap_forward(sft_update.make_nll(policy.config))
-    train_data = Demonstrations(train, rows, policy.config, trainer, "frozen layers")
-    valid_data = Demonstrations(valid, rows, policy.config, trainer, "frozen layers, held-out")
+    valid_data = Demonstrations(
+        valid, rows, policy.config, layers, trainer.devices, "frozen layers, held-out"
+    )
     checkpoints = Checkpoints(out / "checkpoints", every=sft.checkpoint_every)
     writer = metrics_lib.MetricsWriter(out)
 
-    state = state_lib.create({"policy": trained}, optimizer)
+    state = state_lib.create(parts.trained, optimizer)
     restored = checkpoints.restore(state)
     state = restored or state
     start = int(state.update)
@@ -93,23 +101,24 @@ def run(
         }
         last = update + 1 == total
         if valid and ((update + 1) % eval_every == 0 or last):
-            metrics["valid_loss"] = held_out_loss(evaluate, state.params, trainer, valid_data)
+            metrics["valid_loss"] = held_out_loss(evaluate, state.params, valid_data)
             improved = metrics["valid_loss"] < best
             best, bad = (metrics["valid_loss"], 0) if improved else (best, bad + 1)
             if improved or not sft.patience:
-                _save(out, policy, state, frozen, update + 1)
+                _save(out, trainable, trainer.unreplicate(state.params), update + 1)
         writer.write(update + 1, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", valid=f"{best:.3f}")
         stop = bool(sft.patience) and bad >= sft.patience
-        checkpoints.maybe_save(update + 1, partition.unreplicate(state), force=last or stop)
+        checkpoints.maybe_save(update + 1, trainer.unreplicate(state), force=last or stop)
         if stop:
             break
     bar.close()
     if not valid:
-        _save(out, policy, state, frozen, total)
+        _save(out, trainable, trainer.unreplicate(state.params), total)
     writer.close()
     checkpoints.close()
-    common.mark_done(out, started, updates=int(state.update[0]), best_valid_loss=best)
+    done = int(trainer.unreplicate(state).update)
+    common.mark_done(out, started, updates=done, best_valid_loss=best)
 
 
 class Demonstrations:
@@ -120,14 +129,15 @@ class Demonstrations:
         trajectories: Sequence[Trajectory],
         rows: RowsConfig,
         config: transformer.ModelConfig,
-        trainer: partition.Pmap,
+        layers: transformer.Params,
+        devices: int,
         title: str,
     ) -> None:
         self.trajectories = trajectories
         self._rows = rows
-        self._devices = trainer.devices
+        self._devices = devices
         self._below = scoring.below(
-            config, trainer.frozen, trajectories, rows, devices=trainer.devices, title=title
+            config, layers, trajectories, rows, devices=devices, title=title
         )
 
     def batches(
@@ -141,14 +151,10 @@ class Demonstrations:
         )
 
 
-def held_out_loss(
-    evaluate: Callable, params: Any, trainer: partition.Pmap, data: Demonstrations
-) -> float:
+def held_out_loss(evaluate: Callable, params: Any, data: Demonstrations) -> float:
     """Mean negative log-likelihood a policy token, in nats."""
     packed, batches = data.batches(range(len(data.trajectories)))
-    total = sum(
-        float(np.sum(jax.device_get(evaluate(params, trainer.frozen, batch)))) for batch in batches
-    )
+    total = sum(float(np.sum(evaluate(params, batch))) for batch in batches)
     return total / float(packed.token_mask.sum())
 
 
@@ -164,15 +170,9 @@ def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:
 
 
 def _save(
-    out: pathlib.Path,
-    policy: common.Policy,
-    state: state_lib.TrainState,
-    frozen: transformer.Params,
-    version: int,
+    out: pathlib.Path, trainable: common.Trainable, trained: transformer.Params, version: int
 ) -> None:
-    trained = jax.device_get(partition.unreplicate(state.params))["policy"]
-    params = transformer.join(trained, frozen)
-    common.save_policy(out / "policy", policy, params, {}, version)
+    trainable.save(out / "policy", jax.device_get(trained), {}, version)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -187,10 +187,11 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(SftConfig),
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,
+        flags_lib.read(LoraConfig),
     )
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "models/smollm2-135m-instruct", "Folder of the policy.")
-    flags_lib.define(SftConfig, RowsConfig)
+    flags_lib.define(SftConfig, RowsConfig, LoraConfig)
     flags_lib.run(main)

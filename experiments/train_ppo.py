@@ -24,15 +24,17 @@ from experiments import common
 from experiments import flags as flags_lib
 from experiments.train_progress import playable
 from spa_jax import batching, store
-from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax import config as config_lib
+from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads, transformer
-from spa_jax.models.transformer import Params
+from spa_jax.models import heads
+from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.rl import objectives
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
+from spa_jax.training.parts import Parts
 from spa_jax.trajectory import Trajectory
 
 RFT = "rft"
@@ -45,10 +47,16 @@ def run(
     ppo: PpoConfig,
     rows: RowsConfig,
     seed: int,
+    lora: LoraConfig,
+    reference: pathlib.Path,
 ) -> None:
-    """Trains, from the newest checkpoint if there is one, and writes out/policy."""
+    """Trains, from the newest checkpoint if there is one, and writes out/policy.
+
+    With adapters, `reference` is the folder of the reference policy (see `common.trainable`).
+    """
     if common.is_done(out, "ppo"):
         return
+    config_lib.check_trained(lora, ppo.train_layers, "--ppo_train_layers")
     started = time.time()
     trajectories = playable(store.read(data))
     temperature = behaviour_temperature(data, trajectories, ppo)
@@ -56,31 +64,30 @@ def run(
         trajectories = ppo_data.won(trajectories, data)
     policy = common.load_policy(policy_folder)
     common.check_lengths(policy, trajectories, data)
-    params: dict[str, Params] = {"policy": policy.params}
-    scores = None
+    head: dict[str, Params] = {}
+    scores: scoring.Scores | None = None
     if ppo.objective != RFT and objectives.OBJECTIVES[ppo.objective].critic:
-        params["value"], scores = critic(policy, data, trajectories, rows, temperature, seed)
+        head["value"], scores = critic(policy, data, trajectories, rows, temperature, seed)
 
     optimizer = state_lib.adamw(
         optax.constant_schedule(ppo.learning_rate),
         clip_norm=ppo.clip_norm,
         weight_decay=ppo.weight_decay,
     )
-    trained, frozen = transformer.split(policy.config, policy.params, ppo.train_layers)
-    params["policy"] = trained
+    trainable = common.trainable(policy, ppo.train_layers, lora, seed, reference)
+    parts = trainable.parts
     loss = (
         sft_update.make_loss(policy.config)
         if ppo.objective == RFT
         else ppo_update.make_loss(policy.config, ppo, temperature)
     )
-    trainer = partition.make(rows, loss, optimizer, frozen={"policy": frozen})
-    below = frozen_layers(policy.config, trainer, frozen, trajectories, rows)
-    make = updates(trainer, params, policy, trajectories, scores, ppo, rows, temperature, below)
-    state = train(out, trainer, optimizer, params, make, trajectories, ppo, seed)
-    version = policy.version + int(state.update)
-    whole = transformer.join(state.params["policy"], frozen)
-    value_head = {name: value for name, value in state.params.items() if name == "value"}
-    common.save_policy(out / "policy", policy, whole, value_head, version)
+    trainer = partition.make(rows, parts.on_parts(loss), optimizer, frozen=parts.frozen)
+    make = updates(
+        trainer, parts, policy.config, trajectories, scores, ppo, rows, temperature, head
+    )
+    state = train(out, trainer, optimizer, parts.trained | head, make, trajectories, ppo, seed)
+    final, version = state.params, policy.version + int(state.update)
+    trainable.save(out / "policy", final, {name: final[name] for name in head}, version)
     found = {} if scores is None else {"sampler_mismatch": sampler_mismatch(trajectories, scores)}
     common.mark_done(out, started, updates=int(state.update), skipped=int(state.skipped), **found)
 
@@ -113,46 +120,33 @@ def critic(
     return head, scores
 
 
-def frozen_layers(
-    config: transformer.ModelConfig,
-    trainer: partition.Trainer,
-    frozen: Params,
-    trajectories: Sequence[Trajectory],
-    rows: RowsConfig,
-) -> list[np.ndarray] | None:
-    """What the frozen layers make of every token; None if nothing is frozen."""
-    # This pass is data parallel under either partition, so it needs the layers whole.
-    whole = trainer.frozen
-    if isinstance(trainer, partition.Mesh):
-        whole = partition.replicate({"policy": frozen}, trainer.devices)
-    return scoring.below(
-        config, whole, trajectories, rows, devices=trainer.devices, title="frozen layers"
-    )
-
-
 def updates(
     trainer: partition.Trainer,
-    params: dict[str, Params],
-    policy: common.Policy,
+    parts: Parts,
+    config: ModelConfig,
     trajectories: Sequence[Trajectory],
     scores: scoring.Scores | None,
     ppo: PpoConfig,
     rows: RowsConfig,
     temperature: float,
-    below: Sequence[np.ndarray] | None,
+    head: dict[str, Params],
 ) -> Callable[[np.ndarray, Any], ppo_data.Update]:
     """(indices of an update's episodes, parameters on the devices) -> the update's data."""
+    below = scoring.below(
+        config, partition.whole_layers(trainer, parts.frozen), trajectories, rows,
+        devices=trainer.devices, title="frozen layers",
+    )  # fmt: skip
     if ppo.objective == RFT:
         return lambda chosen, _: ppo_data.make_rft_update(
             trajectories, chosen, rows, trainer.devices, below
         )
     values = None if scores is None else scores.values
     if ppo.gae == "token":
-        run = trainer.forward(ppo_update.make_token_values(policy.config))
-        at_start = functools.partial(run, trainer.replicate(params))
+        run = trainer.forward(parts.on_parts(ppo_update.make_token_values(config)))
+        at_start = functools.partial(run, trainer.replicate(parts.trained | head))
         values = ppo_data.token_values(at_start, trajectories, rows, trainer.devices, below)
     table = ppo_data.make_table(trajectories, values, ppo)
-    log_probs = trainer.forward(ppo_update.make_log_probs(policy.config, temperature))
+    log_probs = trainer.forward(parts.on_parts(ppo_update.make_log_probs(config, temperature)))
     return lambda chosen, now: ppo_data.make_update(
         trajectories, table, chosen, rows, ppo, trainer.devices, below,
         functools.partial(log_probs, now),
@@ -258,11 +252,13 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(PpoConfig),
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,
+        flags_lib.read(LoraConfig),
+        policy_before(workdir, 0),
     )
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the policy that played the episodes.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(PpoConfig, RowsConfig)
+    flags_lib.define(PpoConfig, RowsConfig, LoraConfig)
     flags_lib.run(main)

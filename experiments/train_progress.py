@@ -3,24 +3,28 @@
     python -m experiments.train_progress --workdir=W
 
 The trunk is the frozen base policy (W/sft/policy); a head reads its last hidden state at the
-last token of every step.  Reads W/iteration_I/explore of all rounds up to --iteration; writes
-W/iteration_I/progress/{heads.safetensors,metrics.jsonl}.
+last token of every step.  With --lora_rank the trunk gets adapters, which are trained with the
+head.  Reads W/iteration_I/explore of all rounds up to --iteration; writes
+W/iteration_I/progress/{heads.safetensors,metrics.jsonl} and adapter/.
 """
 
+import dataclasses
+import os
 import pathlib
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+import optax
 import tqdm
 from absl import flags
 
 from experiments import common
 from experiments import flags as flags_lib
-from spa_jax import evaluation, store
+from spa_jax import batching, evaluation, store
 from spa_jax.attribution import estimator
-from spa_jax.config import ProgressConfig, RowsConfig
+from spa_jax.config import LoraConfig, ProgressConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
 from spa_jax.models.transformer import Params
@@ -28,7 +32,7 @@ from spa_jax.training import estimator_update, partition, schedule, scoring
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
-from spa_jax.training.estimator_update import StepFeatures
+from spa_jax.training.estimator_update import EstimatorRows, StepFeatures
 from spa_jax.trajectory import Status, Trajectory
 
 
@@ -39,14 +43,18 @@ def run(
     progress: ProgressConfig,
     rows: RowsConfig,
     seed: int,
+    lora: LoraConfig,
 ) -> None:
     """Trains the head, from the newest checkpoint if there is one, and writes it to `out`."""
     if common.is_done(out, "progress"):
         return
     started = time.time()
     policy = common.load_policy(policy_folder)
-    features, tasks = load_features(policy, data, rows)
-    train, valid = split_by_task(tasks, progress.valid_share, seed)
+    features, trajectories = load_features(policy, data, rows)
+    trunk: FrozenTrunk | AdaptedTrunk = FrozenTrunk(features)
+    if lora.rank:
+        trunk = AdaptedTrunk(common.trainable(policy, 0, lora, seed), trajectories, rows)
+    train, valid = split_by_task([t.task for t in trajectories], progress.valid_share, seed)
     head = heads.ProgressHead(width=progress.width)
     params = jax.jit(head.init)(jax.random.key(seed), features.hidden[:1, :1])["params"]
     params = heads.fit_norm(params, features.hidden[train], features.step_mask[train])
@@ -56,9 +64,9 @@ def run(
     optimizer = state_lib.adamw(
         rate, clip_norm=progress.clip_norm, weight_decay=progress.weight_decay
     )
-    trainer = partition.Pmap(estimator_update.estimator_loss, optimizer)
+    trainer = trunk.trainer(optimizer)
     checkpoints = Checkpoints(out / "checkpoints", every=max(1, progress.epochs // 2) * per_epoch)
-    state = state_lib.create({"progress": params}, optimizer)
+    state = state_lib.create({"progress": params} | trunk.trained, optimizer)
     state = checkpoints.restore(state) or state
     start = int(state.update)
     writer = metrics_lib.MetricsWriter(out)
@@ -67,35 +75,115 @@ def run(
     error, count, equal = 0.0, 0, [1] * len(train)
     for update in tqdm.tqdm(range(start, total), initial=start, total=total, desc="progress"):
         chosen = train[schedule.batch_of(update, equal, progress.batch_size, seed)]
-        batch = _batch(features, chosen, progress.batch_size, trainer.devices)
-        state, sums = trainer.update(state, [batch], {"trajectories": len(chosen)})
+        batches = trunk.batches(chosen, progress.batch_size, trainer.devices)
+        state, sums = trainer.update(state, batches, {"trajectories": len(chosen)})
         error, count = error + sums["squared_error"], count + len(chosen)
         if (update + 1) % per_epoch == 0:
-            judged = judge(partition.unreplicate(state.params), features, valid)
+            judged = judge(partition.unreplicate(state.params), trunk, valid)
             writer.write(update + 1, {"loss": error / count, **judged})
             error, count = 0.0, 0
         checkpoints.maybe_save(update + 1, partition.unreplicate(state))
     params = jax.device_get(partition.unreplicate(state.params))
-    weights.save_heads(out, params)
+    weights.save_heads(out, {"progress": params["progress"]})
+    if lora.rank:
+        common.save_adapter(out / common.ADAPTER, lora, params["adapter"], policy.folder)
     writer.close()
     checkpoints.close()
-    common.mark_done(out, started, updates=total, **judge(params, features, valid))
+    # Relative, so that a run's folder can be moved.
+    folder = os.path.relpath(policy.folder.resolve(), out.resolve())
+    common.mark_done(out, started, updates=total, trunk=folder, **judge(params, trunk, valid))
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenTrunk:
+    """The base model as it is: what it makes of the episodes is computed once.
+
+    Attributes:
+      features: of all episodes.
+    """
+
+    features: StepFeatures
+
+    @property
+    def trained(self) -> Params:
+        """What is trained of it: nothing."""
+        return {}
+
+    def trainer(self, optimizer: optax.GradientTransformation) -> partition.Pmap:
+        """The trainer of a head on it."""
+        return partition.Pmap(estimator_update.estimator_loss, optimizer)
+
+    def batches(self, chosen: np.ndarray, size: int, devices: int) -> list[StepFeatures]:
+        """The chosen episodes, as batches of `size` episodes for the trainer."""
+        return [_batch(self.features, chosen, size, devices)]
+
+    def features_of(self, params: Params, chosen: np.ndarray) -> StepFeatures:
+        """What a head under `params` sees of the chosen episodes."""
+        del params
+        return jax.tree.map(lambda x: x[chosen], self.features)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedTrunk:
+    """The base model with adapters that are trained: it reads the tokens in every update.
+
+    Attributes:
+      trainable: the adapters on the base model.
+      trajectories: all episodes.
+      rows: the static shape.
+    """
+
+    trainable: common.Trainable
+    trajectories: Sequence[Trajectory]
+    rows: RowsConfig
+
+    @property
+    def trained(self) -> Params:
+        """What is trained of it: {"adapter": tree}."""
+        return self.trainable.parts.trained
+
+    def trainer(self, optimizer: optax.GradientTransformation) -> partition.Pmap:
+        """The trainer of a head and the adapters."""
+        parts = self.trainable.parts
+        loss_fn = parts.on_parts(estimator_update.make_trunk_loss(self.trainable.policy.config))
+        return partition.Pmap(loss_fn, optimizer, frozen=parts.frozen)
+
+    def batches(self, chosen: np.ndarray, size: int, devices: int) -> list[EstimatorRows]:
+        """The chosen episodes, packed into the trainer's microbatches."""
+        del size  # the rows' shape is static, however many episodes they hold
+        episodes = [self.trajectories[i] for i in chosen]
+        packed = batching.pack(episodes, **self.rows.packing)
+        rewards = np.repeat(_rewards(episodes)[:, None], scoring.max_steps(episodes), 1)
+        return [
+            EstimatorRows(rows=batch, final_reward=batching.scatter_steps(rewards, batch))
+            for batch in batching.microbatches(packed, self.rows.rows_per_device, devices)
+        ]
+
+    def features_of(self, params: Params, chosen: np.ndarray) -> StepFeatures:
+        """What a head under `params` sees of the chosen episodes."""
+        episodes = [self.trajectories[i] for i in chosen]
+        whole = {"policy": self.trainable.parts.whole(params)}
+        scores = scoring.score(
+            self.trainable.policy.config, whole, episodes, self.rows,
+            temperature=1.0, title="held-out",
+        )  # fmt: skip
+        return StepFeatures(scores.end_hidden, scores.step_mask, _rewards(episodes))
 
 
 def load_features(
     policy: common.Policy, data: Sequence[pathlib.Path], rows: RowsConfig
-) -> tuple[StepFeatures, list[str]]:
-    """The features of all episodes of the files, and each episode's task.
+) -> tuple[StepFeatures, list[Trajectory]]:
+    """The features of all episodes of the files, and the episodes.
 
     Raises:
       UserError: if no file holds an episode.
     """
-    parts, tasks = [], []
+    parts, every = [], []
     for path in data:
         trajectories = playable(store.read(path))
         if trajectories:
             parts.append(_features(policy, path, trajectories, rows))
-            tasks += [t.task for t in trajectories]
+            every += trajectories
     if not parts:
         raise UserError(f"{data[0]}: holds no episode to learn from; explore first")
     steps = max(part.step_mask.shape[1] for part in parts)
@@ -108,7 +196,7 @@ def load_features(
         step_mask=np.concatenate([pad(part.step_mask) for part in parts]),
         final_reward=np.concatenate([part.final_reward for part in parts]),
     )
-    return joined, tasks
+    return joined, every
 
 
 def playable(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -144,8 +232,12 @@ def _features(
     return StepFeatures(
         hidden=scores.end_hidden,
         step_mask=scores.step_mask,
-        final_reward=np.array([t.final_reward for t in trajectories], np.float32),
+        final_reward=_rewards(trajectories),
     )
+
+
+def _rewards(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    return np.array([t.final_reward for t in trajectories], np.float32)
 
 
 def split_by_task(tasks: Sequence[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -169,15 +261,16 @@ def _batch(features: StepFeatures, chosen: np.ndarray, size: int, devices: int) 
     return jax.tree.map(take, features)
 
 
-def judge(params: Params, features: StepFeatures, index: np.ndarray) -> dict[str, float]:
+def judge(params: Params, trunk: FrozenTrunk | AdaptedTrunk, valid: np.ndarray) -> dict[str, float]:
     """The estimator's validity on held-out episodes."""
-    if not len(index):
+    if not len(valid):
         return {}
-    mask = features.step_mask[index]
-    c = np.asarray(heads.progress(params["progress"], features.hidden[index])) * mask
+    features = trunk.features_of(params, valid)
+    mask = features.step_mask
+    c = np.asarray(heads.progress(params["progress"], features.hidden)) * mask
     predicted = np.asarray(estimator.predicted_return(c, mask))
     lists = [row[m > 0] for row, m in zip(c, mask, strict=True)]
-    validity = evaluation.estimator_validity(predicted, features.final_reward[index], lists)
+    validity = evaluation.estimator_validity(predicted, features.final_reward, lists)
     names = {"mse": "valid_mse", "var": "valid_var", "auc": "auc", "spread": "spread"}
     return {new: validity[old] for old, new in names.items()}
 
@@ -201,11 +294,12 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(ProgressConfig),
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,
+        flags_lib.read(LoraConfig),
     )
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the trunk; W/sft/policy by default.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(ProgressConfig, RowsConfig)
+    flags_lib.define(ProgressConfig, RowsConfig, LoraConfig)
     flags_lib.run(main)

@@ -9,6 +9,8 @@ from typing import Any
 
 from spa_jax.errors import UserError
 
+# The matrices of a layer that an adapter can change.
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 GROUP_OBJECTIVES = ("grpo", "rloo")  # compare the rollouts of a task with each other
 
 
@@ -73,7 +75,8 @@ class RowsConfig:
         True, "Compute what all of a batch's trajectories open with once a row."
     )
     partition: str = _setting(
-        "pmap", "pmap: every device holds all parameters; mesh: they are cut over --mesh.",
+        "pmap", "Of SFT and the policy's update. pmap: every device holds all parameters; mesh: "
+        "they are cut over --mesh.",
         choices=("pmap", "mesh"),
     )  # fmt: skip
     mesh: str = _setting(
@@ -90,6 +93,26 @@ class RowsConfig:
             "step_slots": self.step_slots,
             "share_prefix": self.share_prefix,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of the policy's own weights (`models/lora.py`)."""
+
+    rank: int = _setting(
+        0, "Train low-rank adapters (LoRA) of this rank, and no weight of the model; 0: off.",
+        "lora_rank",
+    )  # fmt: skip
+    alpha: float = _setting(16.0, "An adapter's product is scaled by alpha / rank.", "lora_alpha")
+    targets: tuple[str, ...] = _setting(
+        ("q", "v"), f"The matrices that get an adapter, of {','.join(LORA_TARGETS)}.",
+        "lora_targets",
+    )  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +231,11 @@ class RunConfig:
 
     iterations: int = _setting(1, "Rounds of exploration, estimator and PPO.")
     base: str = _setting("", "Start from this base policy's folder instead of running SFT.")
+    lora_stages: tuple[str, ...] = _setting(
+        ("sft", "ppo"),
+        "With --lora_rank, the stages that train adapters, of sft,progress,ppo; "
+        "the estimator (progress) has a frozen trunk otherwise.",
+    )
     heldout_split: str = _setting("heldout", "The split that is evaluated in the end.")
     heldout_games: int = _setting(0, "How many of its games; 0: all.")
     eval_temperature: float = _setting(1.0, "Temperature of the evaluation; 0 is greedy.")
@@ -248,6 +276,14 @@ def check(config: Any) -> None:
         raise UserError(f"--mesh={config.mesh} needs --partition=mesh")
     if isinstance(config, PpoConfig):
         _check_objective(config)
+    if isinstance(config, LoraConfig):
+        if config.rank < 0 or config.alpha <= 0:
+            raise UserError(
+                f"--lora_rank={config.rank} must be >= 0, --lora_alpha={config.alpha:g} above 0"
+            )
+        _check_list("--lora_targets", config.targets, LORA_TARGETS)
+    if isinstance(config, RunConfig):
+        _check_list("--lora_stages", config.lora_stages, ("sft", "progress", "ppo"))
 
 
 def _check_objective(ppo: PpoConfig) -> None:
@@ -293,3 +329,28 @@ def check_together(ppo: PpoConfig, credit: CreditConfig, explore: ExploreConfig)
             f"--credit={credit.credit} with --objective=rft: rft clones whole episodes, no step's "
             "credit enters; drop one of them"
         )
+
+
+def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:
+    """Refuses adapters and top layers at once.
+
+    Args:
+      lora: the adapters' settings.
+      train_layers: the stage's.
+      flag: that of `train_layers`, for the message.
+
+    Raises:
+      UserError: names both flags.
+    """
+    if lora.rank and train_layers:
+        raise UserError(
+            f"--lora_rank={lora.rank} trains adapters in every layer and no weight of the model; "
+            f"it contradicts {flag}={train_layers}: drop one of them"
+        )
+
+
+def _check_list(flag: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown or not given or len(set(given)) < len(given):
+        wrong = f"{unknown[0]!r} is none" if unknown else "name each at most once, at least one"
+        raise UserError(f"{flag}={','.join(given)}: {wrong} of {','.join(known)}")

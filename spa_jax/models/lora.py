@@ -4,14 +4,14 @@ An adapter is a tree of its own beside the decoder's, for the matrices that it c
 
     layers/q/a  [N, D, r]      layers/q/b  [N, r, H*K]      and so on for k, v, o, gate, up, down
 
-so a and b are PEFT's A and B transposed, as kernels are [in, out].  `merge` gives a decoder's
-tree whose derivative with respect to the adapter is the adapter's: training differentiates
-through it, and the base weights are shared with the reference policy.
+so a and b are PEFT's A and B transposed, as kernels are [in, out].  Training computes
+x W + (x A) (alpha / r) B, from `attach`: no derivative of W is made, nor a second W, and the
+base weights are those of the reference policy.  `merge` adds the product to W once and for all:
+sampling then costs what the base's does.
 
 N layers, D hidden, r rank; the other sizes are those of `models.transformer`.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spa_jax.config import LoraConfig
+
 Params = Any  # a pytree of arrays
 
 # Ours -> Hugging Face's name in a layer.
@@ -31,26 +33,6 @@ MODULES = {
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
 _PEFT = re.compile(r"model\.layers\.(\d+)\.(.+)\.lora_([AB])\.(?:default\.)?weight")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """An adapter's shape.
-
-    Attributes:
-      rank: r.
-      alpha: the adapter's product is scaled by alpha / r.
-      targets: the matrices that it changes, of `MODULES`.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("q", "v")
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
 
 
 def init(config: LoraConfig, params: Params, key: chex.PRNGKey) -> Params:
@@ -72,6 +54,26 @@ def init(config: LoraConfig, params: Params, key: chex.PRNGKey) -> Params:
     return {"layers": layers}
 
 
+def attach(config: LoraConfig, params: Params, adapter: Params) -> Params:
+    """The decoder's tree with the adapter beside the kernels, for the forward pass.
+
+    Args:
+      config: the adapter's shape.
+      params: the decoder's tree.
+      adapter: of `init`; differentiable.
+
+    Returns:
+      A tree that shares every leaf of `params`; `transformer.Linear` reads lora_a and lora_b,
+      which is (alpha / r) b.
+    """
+    layers = dict(params["layers"])
+    for name, pair in adapter["layers"].items():
+        chex.assert_rank([pair["a"], pair["b"]], 3)
+        beside = {"lora_a": pair["a"], "lora_b": config.scale * pair["b"]}
+        layers[name] = {**layers[name], **beside}
+    return {**params, "layers": layers}
+
+
 def merge(config: LoraConfig, params: Params, adapter: Params) -> Params:
     """The decoder's tree with kernel + (alpha / r) a b for every matrix of the adapter.
 
@@ -87,7 +89,7 @@ def merge(config: LoraConfig, params: Params, adapter: Params) -> Params:
     for name, pair in adapter["layers"].items():
         chex.assert_rank([pair["a"], pair["b"]], 3)
         kernel = layers[name]["kernel"]
-        product = jnp.einsum("nir,nro->nio", pair["a"], pair["b"])
+        product = jnp.einsum("nir,nro->nio", pair["a"], pair["b"], precision="highest")
         changed = kernel + (config.scale * product).astype(kernel.dtype)
         layers[name] = {**layers[name], "kernel": changed}
     return {**params, "layers": layers}
@@ -122,9 +124,10 @@ def from_peft(tensors: Mapping[str, np.ndarray]) -> Params:
         "layers": {
             name: {
                 leaf: np.stack([layers[i] for i in range(len(layers))])
-                for leaf, layers in leaves.items()
+                for leaf, layers in found[name].items()
             }
-            for name, leaves in found.items()
+            for name in MODULES
+            if name in found
         }
     }
 
@@ -151,3 +154,8 @@ def targets_of(modules: Sequence[str]) -> tuple[str, ...]:
     if unknown:
         raise ValueError(f"an adapter of {unknown[0]} is not supported ({', '.join(ours)} are)")
     return tuple(ours[module] for module in modules)
+
+
+def modules_of(targets: Sequence[str]) -> list[str]:
+    """PEFT's names of our `targets`, as `targets_of` reads them."""
+    return [MODULES[name].split(".")[-1] for name in targets]

@@ -136,6 +136,9 @@ class Linear(nn.Module):
         else:
             shape = (x.shape[-1], self.features)
             y = matmul(x, self.param("kernel", nn.initializers.lecun_normal(), shape))
+        if self.has_variable("params", "lora_a"):  # put there by `lora.attach`
+            a, b = self.get_variable("params", "lora_a"), self.get_variable("params", "lora_b")
+            y = y + matmul(matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,))
         return y

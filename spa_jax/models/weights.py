@@ -28,7 +28,9 @@ import numpy as np
 import safetensors
 
 from spa_jax import tokenizer as tokenizer_lib
+from spa_jax.config import LoraConfig
 from spa_jax.errors import UserError
+from spa_jax.models import lora as lora_lib
 from spa_jax.models.transformer import ModelConfig, RopeScaling
 
 Params = Any  # a pytree of arrays
@@ -39,6 +41,8 @@ Lazy = tuple[Shape, np.dtype, Callable[[], np.ndarray]]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEADS = "heads.safetensors"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,6 +86,11 @@ _TOP = {
     ("norm", "scale"): ("model.norm.weight", "output_norm.weight"),
     ("unembed", "kernel"): ("lm_head.weight", "output.weight"),
 }
+# Settings of PEFT's adapter_config.json that change what an adapter computes.
+_ADAPTER_SETTINGS = (
+    "peft_type", "bias", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
+    "fan_in_fan_out", "modules_to_save", "layers_to_transform", "lora_bias",
+)  # fmt: skip
 _DTYPES = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
@@ -146,8 +155,6 @@ def save_pretrained(
         is missing or of another shape than `config` says.
     """
     tokenizer_from = pathlib.Path(tokenizer_from)
-    if not (tokenizer_from / "tokenizer.json").is_file():
-        raise UserError(f"{tokenizer_from / 'tokenizer.json'}: no such file; it is to be copied")
     special = {}
     if (tokenizer_from / "config.json").is_file():
         source = _read_json(tokenizer_from / "config.json")
@@ -155,13 +162,132 @@ def save_pretrained(
             k: v for k, v in source.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
     with _new_folder(pathlib.Path(folder)) as new:
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, new / name)
+        copy_tokenizer(tokenizer_from, new)
         tensors = _unstack(config, params)
         dtype = next(iter(tensors.values()))[1]
         _write_json(new / "config.json", _hf_config(config, dtype.name, special))
         _write_safetensors(new / WEIGHTS, tensors)
+
+
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copies a tokenizer's files, chat template and all, into an existing folder.
+
+    Raises:
+      UserError: there is no tokenizer in `source`.
+    """
+    if not (source / "tokenizer.json").is_file():
+        raise UserError(f"{source / 'tokenizer.json'}: no such file; it is to be copied")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (pathlib.Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def save_adapter(
+    folder: str | os.PathLike[str], config: LoraConfig, adapter: Params, base: str
+) -> None:
+    """Writes an adapter that PEFT (and `load_adapter`) can load into a folder of its own.
+
+    Args:
+      folder: is made; one that is there must not hold an adapter that is in use.
+      config: the adapter's shape.
+      adapter: the tree of `models.lora`.
+      base: what it belongs to: the model's folder, or one relative to `folder`.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Lazy] = {}
+    for name, array in lora_lib.to_peft(adapter).items():
+        name = "base_model.model." + name.replace(".default.", ".")
+        tensors[name] = (array.shape, array.dtype, lambda array=array: array)
+    _write_safetensors(folder / ADAPTER, tensors)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "target_modules": lora_lib.modules_of(config.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    _write_json(folder / ADAPTER_CONFIG, settings)
+
+
+def adapter_base(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of the model that an adapter belongs to.
+
+    Raises:
+      UserError: its settings name no folder of this machine.
+    """
+    path = pathlib.Path(folder) / ADAPTER_CONFIG
+    named = _read_json(path).get("base_model_name_or_path")
+    for base in (pathlib.Path(folder) / str(named), pathlib.Path(str(named))):
+        if named and base.is_dir():
+            return base.resolve()
+    raise UserError(
+        f"{path}: base_model_name_or_path is {named!r}, and no such folder is here; fetch that "
+        "model, and write its folder there"
+    )
+
+
+def load_adapter(folder: str | os.PathLike[str], model: ModelConfig) -> tuple[LoraConfig, Params]:
+    """Reads a PEFT adapter folder.
+
+    Args:
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      model: the shape of the model that it belongs to.
+
+    Returns:
+      The adapter's shape and its tree (`models.lora`), float32.
+
+    Raises:
+      UserError: a missing or damaged file, a setting of PEFT's that is not supported, or an
+        adapter of another model.
+    """
+    path, settings = pathlib.Path(folder) / ADAPTER, pathlib.Path(folder) / ADAPTER_CONFIG
+    raw = _read_json(settings)
+    plain = {"peft_type": "LORA", "bias": "none"}
+    for key in _ADAPTER_SETTINGS:
+        if raw.get(key) and raw[key] != plain.get(key):
+            raise UserError(f"{settings}: {key}={raw[key]!r} is not supported")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; only an adapter in safetensors is read")
+    with contextlib.ExitStack() as stack:
+        file = _open_safetensors(path, stack)
+        tensors = {name: _get_float32(path, file, name) for name in file.keys()}
+    try:
+        adapter = lora_lib.from_peft(tensors)
+        config = LoraConfig(int(raw["r"]), float(raw["lora_alpha"]), tuple(adapter["layers"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    if len(tensors) != sum(2 * len(pair["a"]) for pair in adapter["layers"].values()):
+        raise UserError(f"{path}: holds something else than LoRA's matrices")
+    for name, pair in adapter["layers"].items():
+        inputs, outputs = _our_shape((name, "kernel"), model)
+        wanted = {
+            "a": (model.num_layers, inputs, config.rank),
+            "b": (model.num_layers, config.rank, outputs),
+        }
+        for leaf, shape in wanted.items():
+            if pair[leaf].shape != shape:
+                raise UserError(
+                    f"{path}: the {leaf.upper()} of {name} are {list(pair[leaf].shape)} (layers, "
+                    f"inputs, outputs), the model and {settings.name} ask for {list(shape)}"
+                )
+    return config, adapter
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The files that a policy's weights come from, those of an adapter's base among them."""
+    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    return files + (weight_files(adapter_base(folder)) if is_adapter(folder) else [])
 
 
 def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:

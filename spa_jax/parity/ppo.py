@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spa_jax.config import LoraConfig
 from spa_jax.errors import UserError
 from spa_jax.models import lora, padded, transformer, weights
-from spa_jax.models.lora import LoraConfig
 from spa_jax.models.transformer import ModelConfig
 from spa_jax.parity import files
 from spa_jax.parity.compare import (

@@ -1,14 +1,21 @@
-"""The progress estimator's update: a head on the hidden states of a frozen trunk."""
+"""The progress estimator's update: a head on a trunk that is frozen, or trained with it.
+
+A frozen trunk's hidden states are computed once (`StepFeatures`); one that is trained reads
+the tokens anew in every update (`EstimatorRows`).
+"""
 
 import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from spa_jax.attribution import estimator
+from spa_jax.batching import PackedRows
 from spa_jax.models import heads
-from spa_jax.models.transformer import Params
+from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
 
 
@@ -24,6 +31,19 @@ class StepFeatures:
 
     hidden: chex.Array
     step_mask: chex.Array
+    final_reward: chex.Array
+
+
+@struct.dataclass
+class EstimatorRows:
+    """What the estimator sees of packed trajectories.
+
+    Attributes:
+      rows: the packed trajectories; each lies whole in one row.
+      final_reward: [R, S], the R in [0, 1] of each step's trajectory.
+    """
+
+    rows: PackedRows
     final_reward: chex.Array
 
 
@@ -49,6 +69,40 @@ def estimator_loss(
     return error / counts["trajectories"], {"squared_error": error}
 
 
-def make_loss() -> LossFn:
-    """The estimator's loss."""
-    return functools.partial(estimator_loss)
+def trunk_loss(
+    config: ModelConfig, params: Params, frozen: Params, batch: EstimatorRows, counts: Counts
+) -> tuple[jax.Array, Sums]:
+    """`estimator_loss`, with the hidden states computed from the tokens.
+
+        step_trajectory   0  0  1 -1        a row of two trajectories, S = 4
+        slot 0            c  c              trajectory 0 stands at its first step's slot
+        slot 1                              not a first step: no trajectory
+        slot 2                  c           trajectory 1
+
+    Source: SPA-RL, arXiv 2505.20732, section 3.
+
+    Args:
+      config: the model's shape.
+      params: {"policy": the trunk, or what is trained of it, "progress": head}.
+      frozen: {"policy": the rest} or {}.
+      batch: the rows.
+      counts: "trajectories" of the whole update.
+
+    Returns:
+      The loss of these rows and the sum "squared_error".
+    """
+    rows = batch.rows
+    hidden = forward.rows_hidden(config, forward.whole(params, frozen), rows)
+    c = heads.progress(params["progress"], forward.at(hidden, rows.end_index))
+    number = rows.step_trajectory
+    same = (number[:, :, None] == number[:, None, :]) & (rows.step_mask[:, None, :] > 0)
+    first = (rows.step_mask > 0) & (jnp.argmax(same, -1) == jnp.arange(c.shape[1]))
+    mask = (same & first[:, :, None]).reshape(-1, c.shape[1])
+    by_slot = jnp.broadcast_to(c[:, None, :], same.shape).reshape(mask.shape)
+    error, _ = estimator.progress_loss(by_slot, mask, batch.final_reward.reshape(-1))
+    return error / counts["trajectories"], {"squared_error": error}
+
+
+def make_trunk_loss(config: ModelConfig) -> LossFn:
+    """The loss of a trunk of this shape."""
+    return functools.partial(trunk_loss, config)

@@ -172,16 +172,19 @@ class Mesh:
         return jax.device_put(tree, self._shardings(tree))
 
     def unreplicate(self, tree: Any) -> Any:
-        """The whole tree, on the host."""
-        return jax.device_get(tree)
+        """The tree itself: `jax.device_get` puts an array's parts together."""
+        return tree
 
     def forward(self, function: Callable) -> Callable[..., Any]:
-        """As `Pmap.forward`."""
-        run = jax.jit(function, out_shardings=self._split)
+        """As `Pmap.forward`; a number, which has no device axis, is that of all data."""
+        run = jax.jit(function)
+
+        def dealt(x: np.ndarray) -> np.ndarray:
+            return x.reshape(self.devices, -1, *x.shape[1:]) if x.ndim else x
 
         def call(params: Params, *data: Any) -> Any:
             out = jax.device_get(run(params, self.frozen, *self._joined(data)))
-            return jax.tree.map(lambda x: x.reshape(self.devices, -1, *x.shape[1:]), out)
+            return jax.tree.map(dealt, out)
 
         return call
 
@@ -291,6 +294,19 @@ def mesh_shape(mesh: str, devices: int) -> tuple[int, int]:
             f"--mesh={mesh}: {shape[0]} x {shape[1]} devices, and this machine has {devices}"
         )
     return shape
+
+
+def whole_layers(trainer: Trainer, frozen: Params) -> Params:
+    """The frozen layers as `pmap_forward` takes them: on each of the trainer's devices, whole.
+
+    Args:
+      trainer: of either kind.
+      frozen: what it was given.
+    """
+    if isinstance(trainer, Pmap):
+        return trainer.frozen
+    layers = {name: tree for name, tree in frozen.items() if name == "policy"}
+    return replicate(layers, trainer.devices)
 
 
 def pmap_forward(function: Callable, devices: int | None = None) -> Callable:

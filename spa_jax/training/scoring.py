@@ -14,6 +14,7 @@ from flax import struct
 
 from spa_jax import batching
 from spa_jax.config import RowsConfig
+from spa_jax.models import weights
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.training import forward, partition
 from spa_jax.trajectory import Trajectory
@@ -114,7 +115,7 @@ def below(
 
     Args:
       config: the model's shape.
-      frozen: {"policy": the frozen part}, replicated over `devices`.
+      frozen: {"policy": the frozen part} if layers are frozen, replicated over `devices`.
       trajectories: N encoded trajectories.
       rows: the static shape.
       devices: how many local devices share the work.
@@ -123,7 +124,7 @@ def below(
     Returns:
       A list of N arrays [T_i, D]; None if nothing is frozen, or there is no trajectory.
     """
-    if not frozen["policy"] or not trajectories:
+    if not frozen.get("policy") or not trajectories:
         return None
     packed = batching.pack(trajectories, **rows.packing)
     run = partition.pmap_forward(functools.partial(forward.rows_below, config), devices)
@@ -193,5 +194,5 @@ def cached_score(
 
 def _stamp(folder: pathlib.Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of a policy's weight files."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = weights.weight_files(folder)
     return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

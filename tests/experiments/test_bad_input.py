@@ -181,6 +181,11 @@ def test_contradicting_and_unknown_flags(policy, tmp_path):
     assert "temprature" in said and "--help" in said
     assert "sixteen" in _refused(tmp_path, "explore", f"--policy={policy}", "--slots=sixteen")
     assert "rollouts" in _refused(tmp_path, "explore", "rollouts=3")
+    flags = ("--lora_rank=4", "--ppo_train_layers=1")
+    said = _refused(tmp_path, "run_spa", f"--policy={policy}", *flags)
+    assert "--lora_rank=4" in said and "--ppo_train_layers=1" in said
+    said = _refused(tmp_path, "train_ppo", "--lora_rank=4", "--lora_targets=q,w")
+    assert "--lora_targets=q,w" in said and "'w'" in said
     assert not list(tmp_path.iterdir())
 
 

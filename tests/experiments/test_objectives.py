@@ -11,7 +11,7 @@ import pytest
 from experiments import train_ppo
 from spa_jax import store
 from spa_jax.attribution import credit
-from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
 from spa_jax.models import weights
 from spa_jax.rl.objectives import OBJECTIVES
 from spa_jax.training import metrics as metrics_lib
@@ -68,12 +68,12 @@ def policy(tmp_path_factory):
     return tiny.tiny_policy(tmp_path_factory.mktemp("policy") / "tiny")
 
 
-def _trained(folder, policy, ppo, rows=ROWS, kind="spa"):
-    """(metrics a line, heads that were saved, whether a weight moved) of a run of the stage."""
+def _trained(folder, policy, ppo, rows=ROWS, kind="spa", lora=LoraConfig()):
+    """(metrics a line, heads that were saved) of a run of the stage; some weight must move."""
     data = folder / "iteration_0" / "annotated.jsonl"
     store.write(data, _episodes(kind))
     out = folder / "iteration_0" / "ppo"
-    train_ppo.run(out, str(policy), data, ppo, rows, 0)
+    train_ppo.run(out, str(policy), data, ppo, rows, 0, lora, policy)
     _, before = weights.load_pretrained(policy)
     _, after = weights.load_pretrained(out / "policy")
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
@@ -112,12 +112,13 @@ SLOW = {
 @pytest.mark.parametrize("mesh", ["", "data:2,fsdp:4"])
 @pytest.mark.parametrize("name", SLOW)
 def test_the_stage_trains_with(name, mesh, policy, tmp_path):
-    """All layers and the top layer alone."""
+    """All layers, the top layer alone, and adapters."""
     ppo, kind = SLOW[name]
     rows = dataclasses.replace(ROWS, partition="mesh" if mesh else "pmap", mesh=mesh)
-    for layers in (0, 1):
+    for trained, layers, rank in (("all", 0, 0), ("top", 1, 0), ("adapters", 0, 2)):
         ppo = dataclasses.replace(ppo, batch_size=6, learning_rate=1e-3, train_layers=layers)
-        lines, heads = _trained(tmp_path / str(layers), policy, ppo, rows, kind)
+        lora = LoraConfig(rank=rank)
+        lines, heads = _trained(tmp_path / trained, policy, ppo, rows, kind, lora)
         assert len(lines) == 2 and ("value" in heads) == OBJECTIVES[ppo.objective].critic
         assert all(np.isfinite(list(line.values())).all() for line in lines)
 

@@ -60,8 +60,8 @@ def _prepare(stage: str, workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "iteration_0" / "ppo"
 
 
-# Stage: its flags, and how many lines of metrics there are when it is killed: behind its
-# checkpoint, so that updates are lost and made again.
+# Stage, and what it trains: its flags, and how many lines of metrics there are when it is killed:
+# behind its checkpoint, so that updates are lost and made again.
 STAGES = {
     "sft": (
         ("--sft_updates=24", "--sft_batch_size=4", "--sft_checkpoint_every=5",
@@ -75,6 +75,11 @@ STAGES = {
     "train_ppo": (
         ("--ppo_epochs=8", "--ppo_batch_size=4", "--ppo_checkpoint_every=5",
          "--ppo_learning_rate=1e-2", "--ppo_kl_coef=0.1"),
+        8,
+    ),
+    "train_ppo adapters": (
+        ("--ppo_epochs=8", "--ppo_batch_size=4", "--ppo_checkpoint_every=5",
+         "--ppo_learning_rate=1e-2", "--lora_rank=2", "--lora_targets=v,up"),
         8,
     ),
 }  # fmt: skip
@@ -92,9 +97,10 @@ def _without_clock(record: dict) -> dict:
     return {name: value for name, value in record.items() if name not in CLOCK}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_ends_as_an_unbroken_one(stage, policy, tmp_path):
-    flags, kill_at = STAGES[stage]
+@pytest.mark.parametrize("name_of_stage", STAGES)
+def test_a_killed_run_ends_as_an_unbroken_one(name_of_stage, policy, tmp_path):
+    flags, kill_at = STAGES[name_of_stage]
+    stage = name_of_stage.split()[0]
     outs = {}
     for name in ("unbroken", "broken"):
         outs[name] = _prepare(stage, tmp_path / name)

@@ -1,12 +1,14 @@
 """Low-rank adapters: what they add, their derivative, PEFT's names."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spa_jax.config import LORA_TARGETS, LoraConfig
 from spa_jax.models import lora, transformer
-from spa_jax.models.lora import LoraConfig
 from tests import tiny
 
 CONFIG = tiny.tiny_config()
@@ -33,13 +35,66 @@ def test_merged_by_hand():
     assert merged["layers"]["v"] is params["layers"]["v"]
 
 
+def _trained(config: LoraConfig):
+    """An adapter whose b is not 0 any more."""
+    adapter = lora.init(config, PARAMS, jax.random.key(1))
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), adapter)
+
+
+def test_every_matrix_can_have_one():
+    assert tuple(lora.MODULES) == LORA_TARGETS
+    assert set(LORA_TARGETS) == {k for k, v in PARAMS["layers"].items() if "kernel" in v}
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), LORA_TARGETS], ids="-".join)
+def test_attached_computes_what_merged_does(targets):
+    config = LoraConfig(rank=3, alpha=6.0, targets=targets)
+    biased = dataclasses.replace(CONFIG, qkv_bias=True)
+    params = transformer.init(biased, jax.random.key(0))
+    adapter = _trained(config)
+    attached = lora.attach(config, params, adapter)
+    assert attached["layers"]["q"]["kernel"] is params["layers"]["q"]["kernel"]  # no copy
+    ids = jnp.arange(12).reshape(2, 6)
+    ours, theirs, base = (
+        transformer.hidden_states(biased, tree, ids, ids % 6, jnp.ones_like(ids))
+        for tree in (attached, lora.merge(config, params, adapter), params)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    assert np.abs(ours - base).max() > 0.1
+
+
+def test_no_derivative_of_a_weight_is_computed():
+    """Forward and backward of the base's products cost 2/3 of what training them does."""
+    wide = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=512, head_dim=32)
+    params = transformer.init(wide, jax.random.key(0))
+    config = LoraConfig(rank=1, targets=LORA_TARGETS)
+    adapter = lora.init(config, params, jax.random.key(1))
+    ids = jnp.arange(64)[None]
+
+    def loss(params):
+        hidden = transformer.hidden_states(wide, params, ids, ids, jnp.ones_like(ids))
+        return jnp.sum(jnp.square(hidden))
+
+    def adapted(adapter, params):
+        return loss(lora.attach(config, params, adapter))
+
+    def flops(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    forward, whole = flops(loss, params), flops(jax.grad(loss), params)
+    ours = flops(jax.grad(adapted), adapter, params)
+    assert whole > 2.5 * forward
+    assert ours < 0.75 * whole
+
+
 def test_the_gradient_is_the_adapters():
     config = LoraConfig(rank=2, targets=("q", "v"))
     adapter = lora.init(config, PARAMS, jax.random.key(1))
     ids = jnp.arange(6)[None]
 
     def loss(adapter):
-        params = lora.merge(config, PARAMS, adapter)
+        params = lora.attach(config, PARAMS, adapter)
         hidden = transformer.hidden_states(CONFIG, params, ids, ids, jnp.ones_like(ids))
         return jnp.sum(hidden * jnp.cos(jnp.arange(hidden.size).reshape(hidden.shape)))
 
@@ -64,6 +119,7 @@ def test_pefts_names_there_and_back():
 
 def test_what_is_not_supported_is_named():
     assert lora.targets_of(["q_proj", "down_proj"]) == ("q", "down")
+    assert lora.modules_of(("q", "down")) == ["q_proj", "down_proj"]
     with pytest.raises(ValueError, match="embed_tokens"):
         lora.targets_of(["q_proj", "embed_tokens"])
     name = "model.layers.0.self_attn.{}.lora_A.default.weight"
