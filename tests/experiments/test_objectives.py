@@ -68,12 +68,12 @@ def policy(tmp_path_factory):
     return tiny.tiny_policy(tmp_path_factory.mktemp("policy") / "tiny")
 
 
-def _trained(folder, policy, ppo, rows=ROWS, kind="spa", lora=LoraConfig()):
+def _trained(folder, policy, ppo, rows=ROWS, kind="spa", rank=0):
     """(metrics a line, heads that were saved) of a run of the stage; some weight must move."""
     data = folder / "iteration_0" / "annotated.jsonl"
     store.write(data, _episodes(kind))
     out = folder / "iteration_0" / "ppo"
-    train_ppo.run(out, str(policy), data, ppo, rows, 0, lora, policy)
+    train_ppo.run(out, str(policy), data, ppo, rows, 0, LoraConfig(rank=rank), policy)
     _, before = weights.load_pretrained(policy)
     _, after = weights.load_pretrained(out / "policy")
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
@@ -117,8 +117,7 @@ def test_the_stage_trains_with(name, mesh, policy, tmp_path):
     rows = dataclasses.replace(ROWS, partition="mesh" if mesh else "pmap", mesh=mesh)
     for trained, layers, rank in (("all", 0, 0), ("top", 1, 0), ("adapters", 0, 2)):
         ppo = dataclasses.replace(ppo, batch_size=6, learning_rate=1e-3, train_layers=layers)
-        lora = LoraConfig(rank=rank)
-        lines, heads = _trained(tmp_path / trained, policy, ppo, rows, kind, lora)
+        lines, heads = _trained(tmp_path / trained, policy, ppo, rows, kind, rank)
         assert len(lines) == 2 and ("value" in heads) == OBJECTIVES[ppo.objective].critic
         assert all(np.isfinite(list(line.values())).all() for line in lines)
 
