@@ -169,7 +169,8 @@ class Mesh:
 
     def replicate(self, tree: Any) -> Any:
         """The tree on the mesh: each device of an fsdp row gets its part of every array."""
-        return jax.device_put(tree, self._shardings(tree))
+        # A copy: updates donate what they are given, and it may be the caller's own array.
+        return jax.device_put(tree, self._shardings(tree), may_alias=False)
 
     def unreplicate(self, tree: Any) -> Any:
         """The tree itself: `jax.device_get` puts an array's parts together."""
@@ -204,7 +205,7 @@ class Mesh:
                 sums = self._zero_sums(state.params, batch, shared)
             grads, sums = accumulate(state.params, self.frozen, grads, sums, batch, shared)
         state, norm = apply(state, grads)
-        added, norm = jax.device_get((sums or {}, norm))
+        added, norm = jax.device_get((sums, norm))
         return state, {name: float(v) for name, v in added.items()} | {"grad_norm": float(norm)}
 
     def _compile(self, state: TrainState) -> tuple[Callable, Callable, Callable]:
