@@ -169,8 +169,10 @@ class Mesh:
 
     def replicate(self, tree: Any) -> Any:
         """The tree on the mesh: each device of an fsdp row gets its part of every array."""
-        # A copy: updates donate what they are given, and it may be the caller's own array.
-        return jax.device_put(tree, self._shardings(tree), may_alias=False)
+        # From a copy: updates donate what they are given, and a part that lies where the caller's
+        # own array does would be that array (may_alias=False does not help in JAX 0.10).
+        host = jax.tree.map(np.array, jax.device_get(tree))
+        return jax.device_put(host, self._shardings(tree))
 
     def unreplicate(self, tree: Any) -> Any:
         """The tree itself: `jax.device_get` puts an array's parts together."""
