@@ -254,6 +254,7 @@ def from_flags() -> Run:
     configs: dict[str, Any] = {
         name: flags_lib.read(kind) for name, kind in zip(names, CONFIGS, strict=True)
     }
+    config_lib.check_together(configs["ppo"], configs["credit"], configs["explore"])
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     made = Run(workdir=workdir, policy=flags.FLAGS.policy, seed=flags_lib.SEED.value, **configs)
     for stage, settings in (("sft", made.sft), ("ppo", made.ppo)):

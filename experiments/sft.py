@@ -61,10 +61,15 @@ def run(
     trainable = common.trainable(policy, sft.train_layers, lora, seed)
     parts = trainable.parts
     loss_fn = parts.on_parts(sft_update.make_loss(policy.config))
-    trainer = partition.Pmap(loss_fn, optimizer, frozen=parts.frozen)
-    evaluate = partition.pmap_forward(parts.on_parts(sft_update.make_nll(policy.config)))
-    train_data = Demonstrations(train, rows, policy.config, trainer, "frozen layers")
-    valid_data = Demonstrations(valid, rows, policy.config, trainer, "frozen layers, held-out")
+    trainer = partition.make(rows, loss_fn, optimizer, frozen=parts.frozen)
+    evaluate = trainer.forward(parts.on_parts(sft_update.make_nll(policy.config)))
+    layers = partition.whole_layers(trainer, parts.frozen)
+    train_data = Demonstrations(
+        train, rows, policy.config, layers, trainer.devices, "frozen layers"
+    )
+    valid_data = Demonstrations(
+        valid, rows, policy.config, layers, trainer.devices, "frozen layers, held-out"
+    )
     checkpoints = Checkpoints(out / "checkpoints", every=sft.checkpoint_every)
     writer = metrics_lib.MetricsWriter(out)
 
@@ -96,23 +101,24 @@ def run(
         }
         last = update + 1 == total
         if valid and ((update + 1) % eval_every == 0 or last):
-            metrics["valid_loss"] = held_out_loss(evaluate, state.params, trainer, valid_data)
+            metrics["valid_loss"] = held_out_loss(evaluate, state.params, valid_data)
             improved = metrics["valid_loss"] < best
             best, bad = (metrics["valid_loss"], 0) if improved else (best, bad + 1)
             if improved or not sft.patience:
-                _save(out, trainable, state, update + 1)
+                _save(out, trainable, trainer.unreplicate(state.params), update + 1)
         writer.write(update + 1, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", valid=f"{best:.3f}")
         stop = bool(sft.patience) and bad >= sft.patience
-        checkpoints.maybe_save(update + 1, partition.unreplicate(state), force=last or stop)
+        checkpoints.maybe_save(update + 1, trainer.unreplicate(state), force=last or stop)
         if stop:
             break
     bar.close()
     if not valid:
-        _save(out, trainable, state, total)
+        _save(out, trainable, trainer.unreplicate(state.params), total)
     writer.close()
     checkpoints.close()
-    common.mark_done(out, started, updates=int(state.update[0]), best_valid_loss=best)
+    done = int(trainer.unreplicate(state).update)
+    common.mark_done(out, started, updates=done, best_valid_loss=best)
 
 
 class Demonstrations:
@@ -123,14 +129,15 @@ class Demonstrations:
         trajectories: Sequence[Trajectory],
         rows: RowsConfig,
         config: transformer.ModelConfig,
-        trainer: partition.Pmap,
+        layers: transformer.Params,
+        devices: int,
         title: str,
     ) -> None:
         self.trajectories = trajectories
         self._rows = rows
-        self._devices = trainer.devices
+        self._devices = devices
         self._below = scoring.below(
-            config, trainer.frozen, trajectories, rows, devices=trainer.devices, title=title
+            config, layers, trajectories, rows, devices=devices, title=title
         )
 
     def batches(
@@ -144,14 +151,10 @@ class Demonstrations:
         )
 
 
-def held_out_loss(
-    evaluate: Callable, params: Any, trainer: partition.Pmap, data: Demonstrations
-) -> float:
+def held_out_loss(evaluate: Callable, params: Any, data: Demonstrations) -> float:
     """Mean negative log-likelihood a policy token, in nats."""
     packed, batches = data.batches(range(len(data.trajectories)))
-    total = sum(
-        float(np.sum(jax.device_get(evaluate(params, trainer.frozen, batch)))) for batch in batches
-    )
+    total = sum(float(np.sum(evaluate(params, batch))) for batch in batches)
     return total / float(packed.token_mask.sum())
 
 
@@ -167,10 +170,9 @@ def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:
 
 
 def _save(
-    out: pathlib.Path, trainable: common.Trainable, state: state_lib.TrainState, version: int
+    out: pathlib.Path, trainable: common.Trainable, trained: transformer.Params, version: int
 ) -> None:
-    trained = jax.device_get(partition.unreplicate(state.params))
-    trainable.save(out / "policy", trained, {}, version)
+    trainable.save(out / "policy", jax.device_get(trained), {}, version)
 
 
 def main(argv: Sequence[str]) -> None:

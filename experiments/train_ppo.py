@@ -1,16 +1,18 @@
-"""Stage 5: one PPO pass over annotated episodes.
+"""Stage 5: one pass of the policy's update over annotated episodes.
 
     python -m experiments.train_ppo --workdir=W
 
-Reads W/iteration_I/annotated.jsonl and the policy that played it (W/sft/policy in round 0, the
+--objective chooses PPO, an objective without a critic, or SFT on the won episodes (rft).  Reads
+W/iteration_I/annotated.jsonl and the policy that played it (W/sft/policy in round 0, the
 previous round's W/iteration_{I-1}/ppo/policy after it); writes W/iteration_I/ppo/policy with its
-value head, metrics.jsonl and checkpoints.  Run again, it continues.
+value head if there is one, metrics.jsonl and checkpoints.  Run again, it continues.
 """
 
-import dataclasses
+import functools
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,31 +28,16 @@ from spa_jax import config as config_lib
 from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
-from spa_jax.rl import advantages
+from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.rl import objectives
 from spa_jax.training import metrics as metrics_lib
-from spa_jax.training import partition, ppo_update, schedule, scoring
+from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
+from spa_jax.training.parts import Parts
 from spa_jax.trajectory import Trajectory
 
-
-@dataclasses.dataclass(frozen=True)
-class StepTable:
-    """What GAE needs and makes, by (trajectory, step): arrays [N, S].
-
-    Attributes:
-      rewards: r_k.
-      values: V_k of the policy at the stage's start.
-      advantages: A_k, not whitened.
-      returns: G_k.
-      mask: 1 where a step is.
-    """
-
-    rewards: np.ndarray
-    values: np.ndarray
-    advantages: np.ndarray
-    returns: np.ndarray
-    mask: np.ndarray
+RFT = "rft"
 
 
 def run(
@@ -73,26 +60,14 @@ def run(
     started = time.time()
     trajectories = playable(store.read(data))
     temperature = behaviour_temperature(data, trajectories, ppo)
+    if ppo.objective == RFT:
+        trajectories = ppo_data.won(trajectories, data)
     policy = common.load_policy(policy_folder)
     common.check_lengths(policy, trajectories, data)
-    params = {"policy": policy.params, "value": policy.heads.get("value")}
-    scores = scoring.cached_score(
-        # In round 0 the policy is the estimator's trunk, whose pass is there already.
-        data.parent / "explore" / "features.npz",
-        policy.folder,
-        policy.config,
-        {name: value for name, value in params.items() if value is not None},
-        trajectories,
-        rows,
-        temperature=temperature,
-        title="values",
-        keep=False,
-    )
-    if params["value"] is None:
-        head = heads.ValueHead()
-        fresh = jax.jit(head.init)(jax.random.key(seed), scores.value_hidden[:1, :1])["params"]
-        params["value"] = heads.fit_norm(fresh, scores.value_hidden, scores.step_mask)
-    table = step_table(trajectories, scores, ppo)
+    head: dict[str, Params] = {}
+    scores: scoring.Scores | None = None
+    if ppo.objective != RFT and objectives.OBJECTIVES[ppo.objective].critic:
+        head["value"], scores = critic(policy, data, trajectories, rows, temperature, seed)
 
     optimizer = state_lib.adamw(
         optax.constant_schedule(ppo.learning_rate),
@@ -101,47 +76,121 @@ def run(
     )
     trainable = common.trainable(policy, ppo.train_layers, lora, seed, reference)
     parts = trainable.parts
-    loss_fn = parts.on_parts(ppo_update.make_loss(policy.config, ppo, temperature))
-    trainer = partition.Pmap(loss_fn, optimizer, frozen=parts.frozen)
+    loss = (
+        sft_update.make_loss(policy.config)
+        if ppo.objective == RFT
+        else ppo_update.make_loss(policy.config, ppo, temperature)
+    )
+    trainer = partition.make(rows, parts.on_parts(loss), optimizer, frozen=parts.frozen)
+    make = updates(
+        trainer, parts, policy.config, trajectories, scores, ppo, rows, temperature, head
+    )
+    state = train(out, trainer, optimizer, parts.trained | head, make, trajectories, ppo, seed)
+    final, version = state.params, policy.version + int(state.update)
+    trainable.save(out / "policy", final, {name: final[name] for name in head}, version)
+    found = {} if scores is None else {"sampler_mismatch": sampler_mismatch(trajectories, scores)}
+    common.mark_done(out, started, updates=int(state.update), skipped=int(state.skipped), **found)
+
+
+def critic(
+    policy: common.Policy,
+    data: pathlib.Path,
+    trajectories: Sequence[Trajectory],
+    rows: RowsConfig,
+    temperature: float,
+    seed: int,
+) -> tuple[Params, scoring.Scores]:
+    """The policy's value head, or a new one, and the scores of the episodes under it."""
+    head = policy.heads.get("value")
+    scores = scoring.cached_score(
+        # In round 0 the policy is the estimator's trunk, whose pass is there already.
+        data.parent / "explore" / "features.npz",
+        policy.folder,
+        policy.config,
+        {"policy": policy.params} | ({} if head is None else {"value": head}),
+        trajectories,
+        rows,
+        temperature=temperature,
+        title="values",
+        keep=False,
+    )
+    if head is None:
+        fresh = jax.jit(heads.ValueHead().init)(jax.random.key(seed), scores.value_hidden[:1, :1])
+        head = heads.fit_norm(fresh["params"], scores.value_hidden, scores.step_mask)
+    return head, scores
+
+
+def updates(
+    trainer: partition.Trainer,
+    parts: Parts,
+    config: ModelConfig,
+    trajectories: Sequence[Trajectory],
+    scores: scoring.Scores | None,
+    ppo: PpoConfig,
+    rows: RowsConfig,
+    temperature: float,
+    head: dict[str, Params],
+) -> Callable[[np.ndarray, Any], ppo_data.Update]:
+    """(indices of an update's episodes, parameters on the devices) -> the update's data."""
     below = scoring.below(
-        policy.config, trainer.frozen, trajectories, rows,
+        config, partition.whole_layers(trainer, parts.frozen), trajectories, rows,
         devices=trainer.devices, title="frozen layers",
     )  # fmt: skip
+    if ppo.objective == RFT:
+        return lambda chosen, _: ppo_data.make_rft_update(
+            trajectories, chosen, rows, trainer.devices, below
+        )
+    values = None if scores is None else scores.values
+    if ppo.gae == "token":
+        run = trainer.forward(parts.on_parts(ppo_update.make_token_values(config)))
+        at_start = functools.partial(run, trainer.replicate(parts.trained | head))
+        values = ppo_data.token_values(at_start, trajectories, rows, trainer.devices, below)
+    table = ppo_data.make_table(trajectories, values, ppo)
+    log_probs = trainer.forward(parts.on_parts(ppo_update.make_log_probs(config, temperature)))
+    return lambda chosen, now: ppo_data.make_update(
+        trajectories, table, chosen, rows, ppo, trainer.devices, below,
+        functools.partial(log_probs, now),
+    )  # fmt: skip
+
+
+def train(
+    out: pathlib.Path,
+    trainer: partition.Trainer,
+    optimizer: optax.GradientTransformation,
+    params: dict[str, Params],
+    make: Callable[[np.ndarray, Any], ppo_data.Update],
+    trajectories: Sequence[Trajectory],
+    ppo: PpoConfig,
+    seed: int,
+) -> state_lib.TrainState:
+    """All updates, from the newest checkpoint if there is one; the last state, on the host."""
     lengths = [len(t.token_ids) for t in trajectories]
-    per_epoch = -(-len(trajectories) // ppo.batch_size)
-    total = ppo.epochs * per_epoch
+    total = ppo.epochs * -(-len(trajectories) // ppo.batch_size)
     checkpoints = Checkpoints(out / "checkpoints", every=ppo.checkpoint_every)
-    state = state_lib.create(parts.trained | {"value": params["value"]}, optimizer)
+    state = state_lib.create(params, optimizer)
     state = checkpoints.restore(state) or state
     start = int(state.update)
-    writer = metrics_lib.MetricsWriter(out)
-    writer.truncate_after(start)
     state = trainer.replicate(state)
-    for update in tqdm.tqdm(range(start, total), initial=start, total=total, desc="ppo"):
-        tick = time.time()
-        chosen = schedule.batch_of(update, lengths, ppo.batch_size, seed)
-        packed, batches, counts = make_batches(
-            trajectories, table, chosen, rows, trainer.devices, below
-        )
-        state, sums = trainer.update(state, batches, counts)
-        metrics = update_metrics(sums, counts, trajectories, table, chosen)
-        tokens = float(batching.token_count(packed))
-        metrics |= {
-            "tokens": tokens,
-            "tokens_per_second": tokens / (time.time() - tick),
-            "padding_share": batching.padding_share(packed),
-        }
-        writer.write(update + 1, metrics)
-        checkpoints.maybe_save(update + 1, partition.unreplicate(state), force=update + 1 == total)
-    final = jax.device_get(partition.unreplicate(state.params))
-    version = policy.version + total
-    trainable.save(out / "policy", final, {"value": final["value"]}, version)
-    writer.close()
+    with metrics_lib.MetricsWriter(out) as writer:
+        writer.truncate_after(start)
+        for update in tqdm.tqdm(range(start, total), initial=start, total=total, desc="ppo"):
+            tick = time.time()
+            chosen = schedule.batch_of(update, lengths, ppo.batch_size, seed)
+            made = make(chosen, state.params)
+            state, sums = trainer.update(state, made.batches, made.counts)
+            tokens = float(batching.token_count(made.packed))
+            metrics = ppo_data.update_metrics(sums, made, [trajectories[i] for i in chosen])
+            metrics |= {
+                "tokens": tokens,
+                "tokens_per_second": tokens / (time.time() - tick),
+                "padding_share": batching.padding_share(made.packed),
+            }
+            writer.write(update + 1, metrics)
+            checkpoints.maybe_save(
+                update + 1, trainer.unreplicate(state), force=update + 1 == total
+            )
     checkpoints.close()
-    mismatch = sampler_mismatch(trajectories, scores)
-    common.mark_done(
-        out, started, updates=total, skipped=int(state.skipped[0]), sampler_mismatch=mismatch
-    )
+    return jax.device_get(trainer.unreplicate(state))
 
 
 def behaviour_temperature(
@@ -162,6 +211,8 @@ def behaviour_temperature(
             )
     kinds = {t.sampling for t in trajectories if t.sampling is not None}
     temperatures = {kind.temperature for kind in kinds}
+    if ppo.objective == RFT:
+        return 1.0  # no ratio is taken to the policy that sampled
     if len(temperatures) > 1:
         raise UserError(f"{data}: episodes of several temperatures: {sorted(temperatures)}")
     truncated = any(k.temperature == 0 or k.top_k or k.top_p < 1 for k in kinds)
@@ -172,81 +223,6 @@ def behaviour_temperature(
             "--top_p=1, or give --allow_truncated_behaviour"
         )
     return temperatures.pop() or 1.0
-
-
-def step_table(
-    trajectories: Sequence[Trajectory], scores: scoring.Scores, ppo: PpoConfig
-) -> StepTable:
-    """GAE over steps of all episodes, with the values of the stage's start.
-
-    --step_baseline changes the advantages alone: the critic still learns the returns.
-    """
-    rewards = np.zeros_like(scores.values)
-    for i, trajectory in enumerate(trajectories):
-        rewards[i, : len(trajectory.steps)] = [step.reward for step in trajectory.steps]
-    advantage, returns = advantages.step_gae(
-        rewards, scores.values, scores.step_mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
-    )
-    if ppo.step_baseline:
-        advantage = advantages.less_step_mean(advantage, scores.step_mask)
-    return StepTable(
-        rewards, scores.values, np.asarray(advantage), np.asarray(returns), scores.step_mask
-    )
-
-
-def make_batches(
-    trajectories: Sequence[Trajectory],
-    table: StepTable,
-    chosen: np.ndarray,
-    rows: RowsConfig,
-    devices: int,
-    below: Sequence[np.ndarray] | None = None,
-) -> tuple[batching.PackedRows, list[ppo_update.PpoBatch], dict[str, float]]:
-    """The microbatches of an update, whitened over all its steps, and its global counts.
-
-    `below` is what frozen layers made of each trajectory's tokens (`scoring.below`).
-    """
-    packed = batching.pack([trajectories[i] for i in chosen], **rows.packing)
-    white = np.asarray(advantages.whiten(table.advantages[chosen], table.mask[chosen]))
-    counts = {"tokens": float(packed.token_mask.sum()), "steps": float(packed.step_mask.sum())}
-    batches = [
-        ppo_update.PpoBatch(
-            rows=batch,
-            advantages=batching.scatter_steps(white, batch),
-            returns=batching.scatter_steps(table.returns[chosen], batch),
-            old_values=batching.scatter_steps(table.values[chosen], batch),
-            below=scoring.below_in_rows(below, chosen, batch),
-        )
-        for batch in batching.microbatches(packed, rows.rows_per_device, devices)
-    ]
-    return packed, batches, counts
-
-
-def update_metrics(
-    sums: Mapping[str, float],
-    counts: Mapping[str, float],
-    trajectories: Sequence[Trajectory],
-    table: StepTable,
-    chosen: np.ndarray,
-) -> dict[str, float]:
-    """Means of an update, from its sums and global counts."""
-    tokens, steps = counts["tokens"], counts["steps"]
-    used = table.mask[chosen] > 0
-    returns, values = table.returns[chosen][used], table.values[chosen][used]
-    return {
-        "policy_loss": sums["policy_loss"] / tokens,
-        "value_loss": sums["value_loss"] / steps,
-        "kl": sums["kl"] / tokens,
-        "approx_kl": sums["approx_kl"] / tokens,
-        "entropy": sums["entropy"] / tokens,
-        "clip_fraction": sums["clipped"] / tokens,
-        "mean_ratio": sums["ratio"] / tokens,
-        "grad_norm": sums["grad_norm"],
-        "explained_variance": 1 - float(np.var(returns - values) / max(np.var(returns), 1e-8)),
-        "step_reward": float(table.rewards[chosen][used].mean()),
-        "rollout_success": float(np.mean([trajectories[i].success for i in chosen])),
-        "mean_steps": float(np.mean([len(trajectories[i].steps) for i in chosen])),
-    }
 
 
 def sampler_mismatch(trajectories: Sequence[Trajectory], scores: scoring.Scores) -> float:

@@ -11,6 +11,7 @@ from spa_jax.errors import UserError
 
 # The matrices of a layer that an adapter can change.
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+GROUP_OBJECTIVES = ("grpo", "rloo")  # compare the rollouts of a task with each other
 
 
 def _setting(default: Any, help: str, flag: str | None = None, choices: tuple = ()) -> Any:
@@ -103,7 +104,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RowsConfig:
-    """The static shape of a training batch."""
+    """The static shape of a training batch, and the devices that share it."""
 
     row_length: int = _setting(1024, "Tokens a packed row holds; every trajectory must fit.")
     policy_slots: int = _setting(384, "Policy tokens a packed row holds.")
@@ -112,6 +113,15 @@ class RowsConfig:
     share_prefix: bool = _setting(
         True, "Compute what all of a batch's trajectories open with once a row."
     )
+    partition: str = _setting(
+        "pmap", "Of SFT and the policy's update. pmap: every device holds all parameters; mesh: "
+        "they are cut over --mesh.",
+        choices=("pmap", "mesh"),
+    )  # fmt: skip
+    mesh: str = _setting(
+        "", "data:A,fsdp:B: A x B devices share a batch, B of them each parameter; empty: all of "
+        "the machine's devices, parameters whole."
+    )  # fmt: skip
 
     @property
     def packing(self) -> dict[str, Any]:
@@ -209,8 +219,17 @@ class CreditConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PpoConfig:
-    """The PPO update."""
+    """The update of the policy: PPO, or another objective in its place."""
 
+    objective: str = _setting(
+        "ppo", "ppo: GAE with a critic; grpo, rloo: a task's rollouts against each other; "
+        "reinforce++: returns, whitened; rft: SFT on the won episodes.",
+        choices=("ppo", "grpo", "rloo", "reinforce++", "rft"),
+    )  # fmt: skip
+    gae: str = _setting(
+        "step", "step: one value and one advantage a step; token: one a token that the policy "
+        "wrote.", choices=("step", "token"),
+    )  # fmt: skip
     learning_rate: float = _setting(1e-5, "Learning rate.", "ppo_learning_rate")
     epochs: int = _setting(1, "Passes over the trajectories.", "ppo_epochs")
     batch_size: int = _setting(8, "Trajectories an update.", "ppo_batch_size")
@@ -226,7 +245,15 @@ class PpoConfig:
     clip: float = _setting(0.2, "Clip range of the policy's ratio.", "ppo_clip")
     value_clip: float = _setting(0.2, "Clip range of the value.", "ppo_value_clip")
     value_coef: float = _setting(0.1, "Weight of the value loss.", "ppo_value_coef")
-    kl_coef: float = _setting(0.0, "Weight of the k3 KL to the reference policy.", "ppo_kl_coef")
+    kl_coef: float = _setting(0.0, "Weight of the KL to the reference policy.", "ppo_kl_coef")
+    kl: str = _setting(
+        "loss", "loss: the KL (k3) is a loss term; reward: each step's KL, with the policy at the "
+        "update's start, is taken from its reward.", choices=("loss", "reward"),
+    )  # fmt: skip
+    truncate_ratio: float = _setting(
+        0.0, "Ratios to the policy that sampled count as this much at most (for old episodes); "
+        "0: as they are.", "ppo_truncate_ratio",
+    )  # fmt: skip
     entropy_coef: float = _setting(0.0, "Weight of the entropy bonus.", "ppo_entropy_coef")
     clip_norm: float = _setting(1.0, "Largest norm of the gradient.", "ppo_clip_norm")
     weight_decay: float = _setting(0.0, "AdamW's weight decay.", "ppo_weight_decay")
@@ -293,6 +320,10 @@ def check(config: Any) -> None:
         raise UserError(
             f"--policy_slots={config.policy_slots} exceeds --row_length={config.row_length}"
         )
+    if isinstance(config, RowsConfig) and config.mesh and config.partition != "mesh":
+        raise UserError(f"--mesh={config.mesh} needs --partition=mesh")
+    if isinstance(config, PpoConfig):
+        _check_objective(config)
     if isinstance(config, LoraConfig):
         if config.rank < 0 or config.alpha <= 0:
             raise UserError(
@@ -301,6 +332,51 @@ def check(config: Any) -> None:
         _check_list("--lora_targets", config.targets, LORA_TARGETS)
     if isinstance(config, RunConfig):
         _check_list("--lora_stages", config.lora_stages, ("sft", "progress", "ppo"))
+
+
+def _check_objective(ppo: PpoConfig) -> None:
+    """Refuses what an objective would not heed.
+
+    Raises:
+      UserError: names both flags, and says why.
+    """
+    name = ppo.objective
+    refused = [
+        (ppo.gae == "token" and name != "ppo", "--gae=token", "GAE needs a critic, ppo's alone"),
+        (ppo.gae == "token" and ppo.step_baseline, "--gae=token", "--step_baseline compares steps"),
+        (ppo.step_baseline and name in GROUP_OBJECTIVES + ("rft",), "--step_baseline",
+         "rft has no advantage" if name == "rft" else "a task's rollouts are the baseline already"),
+        (ppo.kl == "reward" and not ppo.kl_coef, "--kl=reward", "--ppo_kl_coef is 0"),
+        (ppo.kl == "reward" and name == "grpo", "--kl=reward",
+         "rewards are divided by their spread in a group, so a KL among them would weigh more the "
+         "less they differ; --kl=loss is the paper's"),
+        (bool(name == "rft" and (ppo.kl_coef or ppo.entropy_coef)), "--ppo_kl_coef or "
+         "--ppo_entropy_coef", "rft minimises the negative log-likelihood alone"),
+        (0 < ppo.truncate_ratio <= 1 + ppo.clip, f"--ppo_truncate_ratio={ppo.truncate_ratio:g}",
+         f"it must exceed 1 + --ppo_clip={1 + ppo.clip:g}, where PPO clips anyway"),
+        (bool(ppo.truncate_ratio and name == "rft"), "--ppo_truncate_ratio", "rft has no ratio"),
+    ]  # fmt: skip
+    for wrong, flag, why in refused:
+        if wrong:
+            raise UserError(f"{flag} with --objective={name}: {why}; drop one of them")
+
+
+def check_together(ppo: PpoConfig, credit: CreditConfig, explore: ExploreConfig) -> None:
+    """Refuses stages that do not fit each other.
+
+    Raises:
+      UserError: names the flags, and says why.
+    """
+    if ppo.objective in GROUP_OBJECTIVES and explore.rollouts < 2:
+        raise UserError(
+            f"--objective={ppo.objective} compares a task's rollouts with each other: it needs "
+            f"--rollouts of at least 2, not {explore.rollouts}"
+        )
+    if ppo.objective == "rft" and credit.credit != "spa":
+        raise UserError(
+            f"--credit={credit.credit} with --objective=rft: rft clones whole episodes, no step's "
+            "credit enters; drop one of them"
+        )
 
 
 def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:

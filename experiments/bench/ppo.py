@@ -3,11 +3,10 @@
 import jax
 import numpy as np
 
-from experiments import train_ppo
 from experiments.bench import floor, updates
 from spa_jax.config import PpoConfig
 from spa_jax.models import heads
-from spa_jax.training import partition, ppo_update
+from spa_jax.training import partition, ppo_data, ppo_update
 
 _BATCH = 16
 
@@ -23,12 +22,11 @@ def run() -> None:
     steps = len(played[0].steps)
     noise = np.random.default_rng(0).normal(size=(4, _BATCH, steps)).astype(np.float32)
     mask = np.ones((_BATCH, steps), np.float32)
-    table = train_ppo.StepTable(noise[0], noise[1], noise[2], noise[3], mask)
-    chosen = np.arange(_BATCH)
-    packed, batches, counts = train_ppo.make_batches(
-        played, table, chosen, updates.ROWS, trainer.devices
+    table = ppo_data.Table(noise[0], noise[1], noise[2], noise[3], mask, mask)
+    made = ppo_data.make_update(
+        played, table, np.arange(_BATCH), updates.ROWS, ppo, trainer.devices
     )
     seconds = updates.time_update(
-        trainer, optimizer, {"policy": params, "value": value}, lambda: batches, counts
+        trainer, optimizer, {"policy": params, "value": value}, lambda: made.batches, made.counts
     )
-    updates.report(config, params, name, packed, seconds)
+    updates.report(config, params, name, made.packed, seconds)

@@ -19,11 +19,13 @@ class PolicyStats(NamedTuple):
     Attributes:
       clipped: the number of tokens where the clipped term is the larger loss.
       ratio: the sum of pi / pi_old.
+      ratio_squared: the sum of its squares, see `effective_share`.
       approx_kl: the sum of k3 for KL(pi_old || pi), in nats.
     """
 
     clipped: chex.Array
     ratio: chex.Array
+    ratio_squared: chex.Array
     approx_kl: chex.Array
 
 
@@ -34,13 +36,18 @@ def clipped_policy_loss(
     mask: chex.Array,
     *,
     clip: float,
+    truncate: float = 0.0,
 ) -> tuple[chex.Array, PolicyStats]:
     """PPO's clipped surrogate, as a loss.
 
         rho_t = pi(a_t) / pi_old(a_t)
         L = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
 
-    Source: PPO, arXiv 1707.06347, equation 7.
+    Source: PPO, arXiv 1707.06347, equation 7.  pi_old is the policy that drew the tokens, however
+    old: the ratio is the importance weight that makes its tokens count as pi's.  The clip does
+    not bound the weight of a bad action that pi has made likelier; `truncate` does, and keeps
+    the direction: rho_t is then min(rho_t, c) in the loss, grad log pi times that in the
+    gradient (truncated importance sampling, as in IMPALA, arXiv 1802.01561, section 4.1).
 
     Args:
       log_probs: [...] log pi(a_t).
@@ -48,24 +55,49 @@ def clipped_policy_loss(
       advantages: [...] A_t, that of the token's step.
       mask: [...] 1 (or True) where a policy token is.
       clip: eps.
+      truncate: c, above 1 + eps; 0: ratios are not truncated.
 
     Returns:
-      (the sum of the losses, `PolicyStats`).
+      (the sum of the losses, `PolicyStats` of the ratios before they are truncated).
     """
     chex.assert_equal_shape([log_probs, old_log_probs, advantages, mask])
     mask = mask.astype(bool)
     log_ratio = jnp.where(mask, log_probs - jax.lax.stop_gradient(old_log_probs), 0.0)
     a_t = jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))
     ratio = jnp.exp(log_ratio)
-    plain = -ratio * a_t
-    clipped = -jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * a_t
+    used = ratio
+    if truncate:
+        excess = jnp.maximum(log_ratio - jnp.log(truncate), 0.0)
+        used = jnp.exp(log_ratio - jax.lax.stop_gradient(excess))
+    plain = -used * a_t
+    clipped = -jnp.clip(used, 1.0 - clip, 1.0 + clip) * a_t
     k3 = jnp.expm1(log_ratio) - log_ratio
     stats = PolicyStats(
         clipped=jnp.sum((clipped > plain).astype(ratio.dtype)),
         ratio=jnp.sum(jnp.where(mask, ratio, 0.0)),
+        ratio_squared=jnp.sum(jnp.where(mask, jnp.square(ratio), 0.0)),
         approx_kl=jnp.sum(k3),
     )
     return jnp.sum(jnp.maximum(plain, clipped)), jax.lax.stop_gradient(stats)
+
+
+def effective_share(ratio: float, ratio_squared: float, count: float) -> float:
+    """The effective sample size of importance weights, as a share of their number.
+
+        ESS / n = (sum_t rho_t)^2 / (n sum_t rho_t^2)
+
+    1 where all weights are equal (on policy), 1/n where one outweighs the others.  Source: Kong,
+    "A note on importance sampling using standardized weights" (1992).
+
+    Args:
+      ratio: sum_t rho_t.
+      ratio_squared: sum_t rho_t^2.
+      count: n.
+
+    Returns:
+      A share in [0, 1]; 0 if there is no weight.
+    """
+    return ratio * ratio / max(count * ratio_squared, 1e-30)
 
 
 def clipped_value_loss(

@@ -1,7 +1,18 @@
-"""Compiles the pure update functions for the devices at hand: `pmap`, data parallel.
+"""Compiles the pure update functions for the devices at hand, in one of two ways.
 
-Parameters are replicated; a batch's leading axis is the device.  Each device adds up
-the gradients of its own microbatches, and they meet once an update, in `apply`.
+`Pmap` (`--partition=pmap`): data parallel.  Every device holds all parameters and adds up the
+gradients of its own microbatches; they meet once an update, in `apply`.
+
+`Mesh` (`--partition=mesh --mesh=data:A,fsdp:B`): A x B devices share the rows, and B devices
+share each parameter with its gradient and its moments, for what one device cannot hold:
+
+    mesh 2 x 4            rows 0-7 of a microbatch      a kernel [D, F], F split in four
+    data 0:  d0 d1 d2 d3     r0 r1 r2 r3                   F0 F1 F2 F3
+    data 1:  d4 d5 d6 d7     r4 r5 r6 r7                   F0 F1 F2 F3
+
+Both take the same microbatches, [devices, rows, ...], and compile the same functions of
+`training.state`; a test asserts that they agree.  Nothing crosses between host and devices inside
+an update but by name: the rows in, the sums out.
 """
 
 import functools
@@ -13,11 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from spa_jax.config import RowsConfig
+from spa_jax.errors import UserError
 from spa_jax.training import state as state_lib
 from spa_jax.training.state import LossFn, Params, TrainState
 
 AXIS = "devices"
+_DATA, _FSDP = "data", "fsdp"
 
 
 class Pmap:
@@ -45,25 +60,17 @@ class Pmap:
         """
         self._devices = jax.local_devices()[:devices]
         self.devices = len(self._devices)
-        self._accumulate = jax.pmap(
-            functools.partial(state_lib.accumulate, loss_fn),
-            axis_name=AXIS,
-            in_axes=(0, 0, 0, 0, 0, None),
-            donate_argnums=(2, 3),
-            devices=self._devices,
+        mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))
+        self._split = NamedSharding(mesh, PartitionSpec(AXIS))
+        compiled = functools.partial(jax.pmap, axis_name=AXIS, devices=self._devices)
+        self._accumulate = compiled(
+            functools.partial(state_lib.accumulate, loss_fn), donate_argnums=(2, 3)
         )
-        self._apply = jax.pmap(
-            functools.partial(state_lib.apply, optimizer, axis_name=AXIS),
-            axis_name=AXIS,
-            donate_argnums=0,
-            devices=self._devices,
+        self._apply = compiled(
+            functools.partial(state_lib.apply, optimizer, axis_name=AXIS), donate_argnums=0
         )
-        self._add_up = jax.pmap(
-            functools.partial(jax.lax.psum, axis_name=AXIS), axis_name=AXIS, devices=self._devices
-        )
-        self._zeros = jax.pmap(
-            functools.partial(jax.tree.map, jnp.zeros_like), axis_name=AXIS, devices=self._devices
-        )
+        self._add_up = compiled(functools.partial(jax.lax.psum, axis_name=AXIS))
+        self._zeros = compiled(functools.partial(jax.tree.map, jnp.zeros_like))
         self._sum_shapes: Any = None
         self._loss_fn = loss_fn
         self.frozen = self.replicate(frozen or {})
@@ -72,6 +79,23 @@ class Pmap:
         """A copy of the tree on every device."""
         # Placed as pmap places its outputs: otherwise the second update compiles once more.
         return flax.jax_utils.replicate(tree, self._devices, AXIS)
+
+    def unreplicate(self, tree: Any) -> Any:
+        """The tree without the device axis."""
+        return unreplicate(tree)
+
+    def forward(self, function: Callable) -> Callable[..., Any]:
+        """`function(params, frozen, *data)` on every device's own data.
+
+        Returns:
+          (params, *data) -> the result on the host; both with a leading device axis.
+        """
+        run = jax.pmap(function, axis_name=AXIS, devices=self._devices)
+
+        def call(params: Params, *data: Any) -> Any:
+            return jax.device_get(run(params, self.frozen, *jax.device_put(data, self._split)))
+
+        return call
 
     def update(
         self, state: TrainState, batches: Iterable[Any], counts: Mapping[str, float]
@@ -87,13 +111,15 @@ class Pmap:
           The new state, and the sums of the loss function with `grad_norm`.
         """
         totals = {name: np.float32(max(value, 1.0)) for name, value in counts.items()}
+        shared = self.replicate(totals)
         grads, sums = self._zeros(state.params), None
         for batch in batches:
             if sums is None:
                 sums = self._zero_sums(state.params, batch, totals)
-            grads, sums = self._accumulate(state.params, self.frozen, grads, sums, batch, totals)
+            batch = jax.device_put(batch, self._split)
+            grads, sums = self._accumulate(state.params, self.frozen, grads, sums, batch, shared)
         state, norm = self._apply(state, grads)
-        added = jax.device_get(self._add_up(sums))
+        added, norm = jax.device_get((self._add_up(sums), norm))
         metrics = {name: float(value[0]) for name, value in added.items()}
         return state, metrics | {"grad_norm": float(norm[0])}
 
@@ -107,14 +133,193 @@ class Pmap:
         return self.replicate(zeros)
 
 
+class Mesh:
+    """The trainer of one loss function on a mesh of data x fsdp devices; as `Pmap` to call.
+
+    Attributes:
+      devices: how many local devices share an update.
+      frozen: what is not trained, in parts as the trained parameters are.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        optimizer: optax.GradientTransformation,
+        shape: tuple[int, int],
+        frozen: Params | None = None,
+    ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          loss_fn: the loss.
+          optimizer: of the trained parameters.
+          shape: (data, fsdp); their product is at most the number of local devices.
+          frozen: the parameters that the loss needs and that are not trained.
+        """
+        self.devices = shape[0] * shape[1]
+        devices = np.array(jax.local_devices()[: self.devices]).reshape(shape)
+        self._mesh = jax.sharding.Mesh(devices, (_DATA, _FSDP))
+        self._everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self._split = NamedSharding(self._mesh, PartitionSpec((_DATA, _FSDP)))
+        self._loss_fn = loss_fn
+        self._optimizer = optimizer
+        self._compiled: tuple[Callable, Callable, Callable] | None = None
+        self._sum_shapes: Any = None
+        self.frozen = self.replicate(frozen or {})
+
+    def replicate(self, tree: Any) -> Any:
+        """The tree on the mesh: each device of an fsdp row gets its part of every array."""
+        # From a copy: updates donate what they are given, and a part that lies where the caller's
+        # own array does would be that array (may_alias=False does not help in JAX 0.10).
+        host = jax.tree.map(np.array, jax.device_get(tree))
+        return jax.device_put(host, self._shardings(tree))
+
+    def unreplicate(self, tree: Any) -> Any:
+        """The tree itself: `jax.device_get` puts an array's parts together."""
+        return tree
+
+    def forward(self, function: Callable) -> Callable[..., Any]:
+        """As `Pmap.forward`; a number, which has no device axis, is that of all data."""
+        run = jax.jit(function)
+
+        def dealt(x: np.ndarray) -> np.ndarray:
+            return x.reshape(self.devices, -1, *x.shape[1:]) if x.ndim else x
+
+        def call(params: Params, *data: Any) -> Any:
+            out = jax.device_get(run(params, self.frozen, *self._joined(data)))
+            return jax.tree.map(dealt, out)
+
+        return call
+
+    def update(
+        self, state: TrainState, batches: Iterable[Any], counts: Mapping[str, float]
+    ) -> tuple[TrainState, dict[str, float]]:
+        """As `Pmap.update`; `state` is on the mesh."""
+        if self._compiled is None:
+            self._compiled = self._compile(state)
+        zeros, accumulate, apply = self._compiled
+        totals = {name: np.float32(max(value, 1.0)) for name, value in counts.items()}
+        shared = jax.device_put(totals, self._everywhere)
+        grads, sums = zeros(state.params), None
+        for batch in batches:
+            batch = self._joined(batch)
+            if sums is None:
+                sums = self._zero_sums(state.params, batch, shared)
+            grads, sums = accumulate(state.params, self.frozen, grads, sums, batch, shared)
+        state, norm = apply(state, grads)
+        added, norm = jax.device_get((sums, norm))
+        return state, {name: float(v) for name, v in added.items()} | {"grad_norm": float(norm)}
+
+    def _compile(self, state: TrainState) -> tuple[Callable, Callable, Callable]:
+        """(zeros, accumulate, apply), whose results lie where `replicate` puts them."""
+        of_state = self._shardings(state)
+        of_params = of_state.params
+        zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like), out_shardings=of_params)
+        accumulate = jax.jit(
+            functools.partial(state_lib.accumulate, self._loss_fn),
+            donate_argnums=(2, 3),
+            out_shardings=(of_params, self._everywhere),
+        )
+        apply = jax.jit(
+            functools.partial(state_lib.apply, self._optimizer),
+            donate_argnums=0,
+            out_shardings=(of_state, self._everywhere),
+        )
+        return zeros, accumulate, apply
+
+    def _joined(self, data: Any) -> Any:
+        """[devices, rows, ...] numpy arrays as [devices * rows, ...] on the mesh."""
+        joined = jax.tree.map(lambda x: np.reshape(x, (-1, *np.shape(x)[2:])), data)
+        return jax.device_put(joined, self._split)
+
+    def _zero_sums(self, params: Params, batch: Any, counts: Any) -> Any:
+        if self._sum_shapes is None:
+            shapes = jax.eval_shape(self._loss_fn, params, self.frozen, batch, counts)[1]
+            self._sum_shapes = dict(shapes)
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._sum_shapes)
+        return jax.device_put(zeros, self._everywhere)
+
+    def _shardings(self, tree: Any) -> Any:
+        """Where each array of a tree lies: its longest axis that fsdp divides is cut.
+
+        The axis of the layers stays whole: the scan takes one layer at a time.
+        """
+        parts = self._mesh.shape[_FSDP]
+
+        def of(path: tuple, x: Any) -> NamedSharding:
+            stacked = any(getattr(key, "key", None) == "layers" for key in path)
+            shape = np.shape(x)
+            axes = [i for i, n in enumerate(shape) if n % parts == 0 and not (stacked and i == 0)]
+            if not axes or parts == 1:
+                return self._everywhere
+            axis = max(axes, key=lambda i: shape[i])
+            return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, _FSDP))
+
+        return jax.tree_util.tree_map_with_path(of, tree)
+
+
+Trainer = Pmap | Mesh
+
+
+def make(
+    rows: RowsConfig,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    frozen: Params | None = None,
+) -> Trainer:
+    """The trainer that `--partition` and `--mesh` ask for, on the local devices.
+
+    Raises:
+      UserError: if the mesh is no mesh, or has more devices than there are.
+    """
+    if rows.partition == "pmap":
+        return Pmap(loss_fn, optimizer, frozen=frozen)
+    return Mesh(loss_fn, optimizer, mesh_shape(rows.mesh, jax.local_device_count()), frozen)
+
+
+def mesh_shape(mesh: str, devices: int) -> tuple[int, int]:
+    """(data, fsdp) of "data:2,fsdp:4"; an axis that is not named is 1, "" is all data.
+
+    Raises:
+      UserError: if it cannot be read, or asks for more than `devices`.
+    """
+    if not mesh:
+        return devices, 1
+    found: dict[str, int] = {}
+    for part in mesh.split(","):
+        name, _, size = part.strip().partition(":")
+        if name not in (_DATA, _FSDP) or name in found or not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--mesh={mesh}: write data:A,fsdp:B with numbers of devices A and B")
+        found[name] = int(size)
+    shape = found.get(_DATA, 1), found.get(_FSDP, 1)
+    if shape[0] * shape[1] > devices:
+        raise UserError(
+            f"--mesh={mesh}: {shape[0]} x {shape[1]} devices, and this machine has {devices}"
+        )
+    return shape
+
+
+def whole_layers(trainer: Trainer, frozen: Params) -> Params:
+    """The frozen layers as `pmap_forward` takes them: on each of the trainer's devices, whole.
+
+    Args:
+      trainer: of either kind.
+      frozen: what it was given.
+    """
+    if isinstance(trainer, Pmap):
+        return trainer.frozen
+    layers = {name: tree for name, tree in frozen.items() if name == "policy"}
+    return replicate(layers, trainer.devices)
+
+
 def pmap_forward(function: Callable, devices: int | None = None) -> Callable:
     """`function(params, ..., batch)` on every device's own batch, parameters replicated."""
     return jax.pmap(function, axis_name=AXIS, devices=jax.local_devices()[:devices])
 
 
-def replicate(tree: Any) -> Any:
-    """A copy of the tree on every local device."""
-    return flax.jax_utils.replicate(tree, axis_name=AXIS)
+def replicate(tree: Any, devices: int | None = None) -> Any:
+    """A copy of the tree on every local device, or on the first `devices`."""
+    return flax.jax_utils.replicate(tree, jax.local_devices()[:devices], AXIS)
 
 
 def unreplicate(tree: Any) -> Any:

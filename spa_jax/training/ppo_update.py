@@ -1,6 +1,7 @@
-"""The PPO update with one advantage and one value an environment step."""
+"""The update of the policy: clipped policy loss, value loss of a critic, KL and entropy."""
 
 import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -11,20 +12,20 @@ from spa_jax.batching import PackedRows
 from spa_jax.config import PpoConfig
 from spa_jax.models import heads
 from spa_jax.models.transformer import ModelConfig, Params
-from spa_jax.rl import losses
+from spa_jax.rl import losses, objectives
 from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
 
 
 @struct.dataclass
 class PpoBatch:
-    """Packed rows with what GAE made of them.
+    """Packed rows with what the objective made of them; K = P with `gae=token`, else S.
 
     Attributes:
       rows: the packed trajectories; `rows.log_probs` are the behaviour policy's.
-      advantages: [R, S], whitened over the update's steps.
-      returns: [R, S], before whitening.
-      old_values: [R, S], those that the advantages were computed with.
+      advantages: [R, K], whitened over the update if the objective whitens.
+      returns: [R, K], before whitening.
+      old_values: [R, K], those that the advantages were computed with; 0 without a critic.
       below: [R, L, D] what frozen layers made of the rows; None if all layers are trained.
     """
 
@@ -46,14 +47,16 @@ def ppo_loss(
 ) -> tuple[jax.Array, Sums]:
     """L = policy + c_v value + c_kl KL(pi || ref) - c_h entropy, each over its global count.
 
-    The tokens of a step share its advantage.  Source: PPO, arXiv 1707.06347, equation 9, with
-    the definitions of SPA-RL, arXiv 2505.20732; the KL is a loss term (k3).
+    The tokens of a step share its advantage (with `gae=token` each has its own).  Source: PPO,
+    arXiv 1707.06347, equation 9, with the definitions of SPA-RL, arXiv 2505.20732.  The KL is a
+    loss term (k3) unless `kl=reward` has put it into the returns; without a critic there is no
+    value term.
 
     Args:
       config: the model's shape.
-      ppo: the coefficients.
+      ppo: the objective and the coefficients.
       temperature: that of sampling.
-      params: {"policy": decoder, or what is trained of it, "value": head}.
+      params: {"policy": decoder, or what is trained of it, "value": head, with a critic}.
       frozen: {"policy": the rest} or {}.
       batch: the rows and their advantages.
       counts: "tokens" and "steps" of the whole update.
@@ -65,34 +68,62 @@ def ppo_loss(
     hidden = forward.rows_hidden(config, whole, rows, batch.below)
     logits = forward.policy_logits(whole, hidden, rows, temperature)
     log_probs = forward.log_probs_of(logits, rows.targets)
-    advantages = jnp.take_along_axis(batch.advantages, rows.token_step, 1)
+    by_token = ppo.gae == "token"
+    advantages = batch.advantages
+    if not by_token:
+        advantages = jnp.take_along_axis(advantages, rows.token_step, 1)
     policy, stats = losses.clipped_policy_loss(
-        log_probs, rows.log_probs, advantages, rows.token_mask, clip=ppo.clip
-    )
-    values = heads.value(params["value"], forward.at(hidden, rows.value_index))
-    value = losses.clipped_value_loss(
-        values, batch.old_values, batch.returns, rows.step_mask, clip=ppo.value_clip
-    )
+        log_probs, rows.log_probs, advantages, rows.token_mask,
+        clip=ppo.clip, truncate=ppo.truncate_ratio,
+    )  # fmt: skip
     kl = losses.k3_kl(log_probs, rows.ref_log_probs, rows.token_mask)
     entropy = losses.entropy(logits, rows.token_mask)
-    loss = (
-        policy / counts["tokens"]
-        + ppo.value_coef * value / counts["steps"]
-        + ppo.kl_coef * kl / counts["tokens"]
-        - ppo.entropy_coef * entropy / counts["tokens"]
-    )
-    sums = {
-        "policy_loss": policy,
-        "value_loss": value,
-        "kl": kl,
-        "entropy": entropy,
-        "clipped": stats.clipped,
-        "ratio": stats.ratio,
-        "approx_kl": stats.approx_kl,
-    }
+    sums = {"policy_loss": policy, "kl": kl, "entropy": entropy, **stats._asdict()}
+    loss = policy / counts["tokens"]
+    if objectives.OBJECTIVES[ppo.objective].critic:
+        index, mask, count = (
+            (rows.token_index, rows.token_mask, "tokens")
+            if by_token
+            else (rows.value_index, rows.step_mask, "steps")
+        )
+        values = heads.value(params["value"], forward.at(hidden, index))
+        value = losses.clipped_value_loss(
+            values, batch.old_values, batch.returns, mask, clip=ppo.value_clip
+        )
+        loss = loss + ppo.value_coef * value / counts[count]
+        sums["value_loss"] = value
+    if ppo.kl == "loss":
+        loss = loss + ppo.kl_coef * kl / counts["tokens"]
+    loss = loss - ppo.entropy_coef * entropy / counts["tokens"]
     return loss, jax.lax.stop_gradient(sums)
 
 
 def make_loss(config: ModelConfig, ppo: PpoConfig, temperature: float) -> LossFn:
     """The loss of a model of this shape."""
     return functools.partial(ppo_loss, config, ppo, temperature)
+
+
+def make_log_probs(config: ModelConfig, temperature: float) -> Callable[..., jax.Array]:
+    """(params, frozen, rows, below) -> [R, P] log-probabilities, as the loss computes them."""
+
+    def log_probs(
+        params: Params, frozen: Params, rows: PackedRows, below: jax.Array | None
+    ) -> jax.Array:
+        whole = forward.whole(params, frozen)
+        hidden = forward.rows_hidden(config, whole, rows, below)
+        logits = forward.policy_logits(whole, hidden, rows, temperature)
+        return forward.log_probs_of(logits, rows.targets)
+
+    return log_probs
+
+
+def make_token_values(config: ModelConfig) -> Callable[..., jax.Array]:
+    """(params, frozen, rows, below) -> [R, P] values before each policy token (`gae=token`)."""
+
+    def values(
+        params: Params, frozen: Params, rows: PackedRows, below: jax.Array | None
+    ) -> jax.Array:
+        hidden = forward.rows_hidden(config, forward.whole(params, frozen), rows, below)
+        return heads.value(params["value"], forward.at(hidden, rows.token_index))
+
+    return values

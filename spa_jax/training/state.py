@@ -41,8 +41,8 @@ class TrainState:
 
 def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(params=params, opt_state=optimizer.init(params), update=zero, skipped=zero)
+    update, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # donated: not one array
+    return TrainState(params, optimizer.init(params), update, skipped)
 
 
 def adamw(

@@ -48,6 +48,60 @@ class PolicyLossTest(chex.TestCase):
         self.assertEqual((stats.clipped, stats.ratio, stats.approx_kl), (0, 5, 0))
 
 
+class OldEpisodesTest(chex.TestCase):
+    """The ratio to the policy that drew the tokens, however old it is."""
+
+    def test_it_makes_the_gradient_that_of_the_new_policy(self):
+        """Over all actions, weighted as the old policy draws them: E_old[rho A] = E_new[A]."""
+        old, a = np.log([0.5, 0.3, 0.2]).astype(np.float32), np.array([1.0, -2.0, 0.5], np.float32)
+
+        def surrogate(logits, i):
+            log_pi = jax.nn.log_softmax(logits)
+            loss = functools.partial(losses.clipped_policy_loss, clip=1e6)
+            return loss(log_pi[i : i + 1], old[i : i + 1], a[i : i + 1], np.ones(1))[0]
+
+        logits = jnp.array([0.3, -1.0, 2.0])
+        grads = [np.exp(old[i]) * jax.grad(surrogate)(logits, i) for i in range(3)]
+        wanted = jax.grad(lambda x: -jnp.dot(jax.nn.softmax(x), a))(logits)
+        np.testing.assert_allclose(sum(grads), wanted, atol=1e-6)
+
+    @chex.all_variants
+    def test_truncated_by_hand(self):
+        ratio, a = np.array([4.0, 4.0, 1.0, 0.1], np.float32), np.array([-1.0, 1.0, -1.0, -1.0])
+        old = np.full(4, -2.0, np.float32)
+        f = functools.partial(policy_loss, truncate=2.0)
+        loss, stats = self.variant(f)(old + np.log(ratio), old, a.astype(np.float32), np.ones(4))
+        np.testing.assert_allclose(loss, 2.0 - 1.2 + 1.0 + 0.8, rtol=1e-5)
+        np.testing.assert_allclose(stats.ratio, 9.1, rtol=1e-5)  # as it is
+        np.testing.assert_allclose(stats.ratio_squared, 33.01, rtol=1e-5)
+
+    def test_truncated_the_direction_is_kept_and_its_size_bounded(self):
+        old = np.full(3, -90.0, np.float32)
+        new, a = np.array([-1e-3, -89.9, -89.0], np.float32), -np.ones(3, np.float32)
+        f = functools.partial(policy_loss, truncate=2.0)
+        grad = jax.grad(lambda x: f(x, old, a, np.ones(3))[0])(new)
+        np.testing.assert_allclose(grad, [2.0, np.exp(0.1), 2.0], rtol=1e-4)
+
+    def test_truncation_above_every_ratio_changes_nothing(self):
+        rng = np.random.default_rng(2)
+        new, old, a = (rng.normal(-1, 0.3, 9).astype(np.float32) for _ in range(3))
+        plain, cut = (
+            jax.value_and_grad(lambda x, c=c: policy_loss(x, old, a, np.ones(9), truncate=c)[0])(
+                new
+            )
+            for c in (0.0, 1e4)
+        )
+        np.testing.assert_array_equal(plain[0], cut[0])
+        np.testing.assert_array_equal(plain[1], cut[1])
+
+    def test_effective_share(self):
+        for weights, share in (([1, 1, 1, 1], 1.0), ([4, 0, 0, 0], 0.25), ([1, 3], 0.8)):
+            w = np.array(weights, float)
+            actual = losses.effective_share(w.sum(), (w * w).sum(), len(w))
+            self.assertAlmostEqual(actual, share)
+        self.assertEqual(losses.effective_share(0.0, 0.0, 3), 0.0)
+
+
 class ValueLossTest(chex.TestCase):
     @chex.all_variants
     def test_by_hand(self):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import train_ppo, train_progress
+from experiments import train_progress
 from spa_jax import batching
 from spa_jax.config import PpoConfig, RowsConfig
 from spa_jax.errors import UserError
@@ -21,6 +21,7 @@ from spa_jax.models import heads, transformer
 from spa_jax.training import (
     estimator_update,
     partition,
+    ppo_data,
     ppo_update,
     scoring,
     sft_update,
@@ -55,15 +56,11 @@ def _pack(episodes, rows: RowsConfig = ROWS):
 
 def _ppo_batches(episodes, rows: RowsConfig, devices: int):
     """As `train_ppo` makes them, from given values."""
+    steps = max(len(t.steps) for t in episodes)
     values = np.random.default_rng(4).normal(size=(len(episodes), 4)).astype(np.float32)
-    mask = np.array([[k < len(t.steps) for k in range(4)] for t in episodes], np.float32)
-    scores = scoring.Scores(
-        end_hidden=None, value_hidden=None, values=values * mask, step_mask=mask, log_probs=[]
-    )
-    table = train_ppo.step_table(episodes, scores, PPO)
-    every = np.arange(len(episodes))
-    _, batches, counts = train_ppo.make_batches(episodes, table, every, rows, devices)
-    return batches, counts
+    table = ppo_data.make_table(episodes, values[:, :steps], PPO)
+    made = ppo_data.make_update(episodes, table, np.arange(len(episodes)), rows, PPO, devices)
+    return made.batches, made.counts
 
 
 def _sft(devices: int, rows: RowsConfig):
@@ -98,19 +95,30 @@ def _estimator(devices: int, rows: RowsConfig):
 
 
 UPDATES = {"sft": _sft, "estimator": _estimator, "ppo": _ppo}
-DEALS = [(1, 9), (2, 1), (4, 1), (8, 1)]  # (devices, rows a device a microbatch)
+# (devices or mesh, rows a device a microbatch): on one device, on several with accumulation,
+# and with parameters in parts.
+DEALS = [(1, 9), (2, 1), (4, 1), (8, 1), ((2, 4), 1), ((1, 2), 1)]
 
 
-def _updated(make, devices: int, rows_per_device: int, optimizer=SGD):
-    """(metrics, parameters) after one update of all nine episodes."""
+def _trainer(deal, loss_fn, optimizer, frozen=None):
+    if isinstance(deal, tuple):
+        return partition.Mesh(loss_fn, optimizer, deal, frozen)
+    return partition.Pmap(loss_fn, optimizer, deal, frozen)
+
+
+def _updated(make, deal, rows_per_device: int, optimizer=SGD):
+    """(metrics, parameters before, state) after one update of all nine episodes."""
     rows = dataclasses.replace(ROWS, rows_per_device=rows_per_device)
+    devices = deal[0] * deal[1] if isinstance(deal, tuple) else deal
     loss_fn, params, batches, counts = make(devices, rows)
-    trainer = partition.Pmap(loss_fn, optimizer, devices)
+    trainer = _trainer(deal, loss_fn, optimizer)
+    assert trainer.devices == devices
     state = trainer.replicate(state_lib.create(params, optimizer))
     state, metrics = trainer.update(state, batches, counts)
-    for leaf in jax.tree.leaves(jax.device_get(state)):
-        assert (np.asarray(leaf) == np.asarray(leaf)[:1]).all(), "the devices' copies differ"
-    return metrics, params, jax.device_get(partition.unreplicate(state))
+    if isinstance(trainer, partition.Pmap):
+        for leaf in jax.tree.leaves(jax.device_get(state)):
+            assert (np.asarray(leaf) == np.asarray(leaf)[:1]).all(), "the devices' copies differ"
+    return metrics, params, jax.device_get(trainer.unreplicate(state))
 
 
 def _close(ours, theirs, tolerance: float = 1e-5):
@@ -121,7 +129,7 @@ def _close(ours, theirs, tolerance: float = 1e-5):
 
 @pytest.mark.parametrize("name", UPDATES)
 def test_dealing_the_batch_out_changes_nothing(name):
-    """Loss sums, the gradient (SGD's move) and so the parameters, on 1, 2, 4, 8 devices."""
+    """Loss sums, the gradient (SGD's move) and so the parameters, under pmap and on meshes."""
     one = None
     for deal in DEALS:
         metrics, before, after = _updated(UPDATES[name], *deal)
@@ -205,70 +213,7 @@ def test_adam_too(name="estimator"):
     assert max(wrong) < 0.01
 
 
-# --- properties of the data ----------------------------------------------------------------
-
-
-def _with_more_context(episode, rng):
-    """The same episode with context tokens inserted before every step."""
-    ids, step_id, log_probs, ref = [], [], [], []
-    last = None
-    for token, step, log_prob, r in zip(
-        episode.token_ids, episode.step_id, episode.log_probs, episode.ref_log_probs, strict=True
-    ):
-        if step == -1 and last != -1:
-            extra = int(rng.integers(1, 6))
-            ids += rng.integers(3, 384, extra).tolist()
-            step_id += [-1] * extra
-            log_probs += [0.0] * extra
-            ref += [0.0] * extra
-        ids, step_id = [*ids, token], [*step_id, step]
-        log_probs, ref = [*log_probs, log_prob], [*ref, r]
-        last = step
-    return dataclasses.replace(
-        episode, token_ids=tuple(ids), step_id=tuple(step_id), log_probs=tuple(log_probs),
-        ref_log_probs=tuple(ref),
-    )  # fmt: skip
-
-
-def _terms(episodes, monkeypatch):
-    """PPO's loss terms where each policy token's logits and each step's value are given.
-
-    The model is replaced by tables of the token's target and of the step, so that "the same
-    log-probs and values" holds whatever stands in the context.
-    """
-    rows = dataclasses.replace(ROWS, row_length=96, rows_per_device=9)
-    (batch,), counts = _ppo_batches(episodes, rows, 1)
-    batch = jax.tree.map(lambda x: x[0], batch)
-    packed = batch.rows
-    table = np.random.default_rng(6).normal(size=(384, 50)).astype(np.float32)
-    by_target = jnp.asarray(np.concatenate([table, np.zeros((384, 334), np.float32)], 1))
-    by_step = np.random.default_rng(7).normal(size=(9, 4)).astype(np.float32)
-    monkeypatch.setattr(
-        ppo_update.forward, "policy_logits",
-        lambda params, hidden, rows, temperature: by_target[rows.targets],
-    )  # fmt: skip
-    monkeypatch.setattr(
-        ppo_update.heads, "value",
-        lambda params, hidden: jnp.asarray(batching.scatter_steps(by_step, packed)),
-    )  # fmt: skip
-    loss_fn = jax.jit(ppo_update.make_loss(CONFIG, PPO, 1.0))
-    loss, sums = loss_fn(_params(), {}, batch, counts)
-    advantages, _ = batching.gather_steps(batch.advantages, packed, len(episodes), 4)
-    return loss, sums, advantages, counts
-
-
-def test_inserted_context_changes_no_advantage_and_no_loss_term(monkeypatch):
-    episodes = _episodes()
-    rng = np.random.default_rng(8)
-    longer = [_with_more_context(t, rng) for t in episodes]
-    assert all(len(a.token_ids) > len(b.token_ids) for a, b in zip(longer, episodes, strict=True))
-    loss, sums, advantages, counts = _terms(episodes, monkeypatch)
-    loss_2, sums_2, advantages_2, counts_2 = _terms(longer, monkeypatch)
-    np.testing.assert_allclose(advantages_2, advantages, rtol=1e-6)
-    assert counts_2 == counts
-    assert float(loss_2) == pytest.approx(float(loss), rel=1e-5)
-    for name, value in sums.items():
-        assert float(sums_2[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+# --- the loss ---------------------------------------------------------------------------------
 
 
 def test_a_step_whose_reward_is_zero_is_a_step():
@@ -279,15 +224,11 @@ def test_a_step_whose_reward_is_zero_is_a_step():
         dataclasses.replace(s, reward=r) for s, r in zip(episode.steps, (0, 0, 1), strict=True)
     ]
     episode = dataclasses.replace(episode, steps=tuple(steps))
-    scores = scoring.Scores(
-        end_hidden=None, value_hidden=None, values=np.zeros((1, 3), np.float32),
-        step_mask=np.ones((1, 3), np.float32), log_probs=[],
-    )  # fmt: skip
     ppo = PpoConfig(gamma=0.5, gae_lambda=1.0)
-    table = train_ppo.step_table([episode], scores, ppo)
+    table = ppo_data.make_table([episode], np.zeros((1, 3), np.float32), ppo)
     np.testing.assert_allclose(table.returns, [[0.25, 0.5, 1.0]])
-    packed, (batch,), counts = train_ppo.make_batches(
-        [episode], table, np.array([0]), dataclasses.replace(ROWS, row_length=64), 1
+    _, (batch,), counts, _ = ppo_data.make_update(
+        [episode], table, np.array([0]), dataclasses.replace(ROWS, row_length=64), ppo, 1
     )
     assert counts == {"tokens": sum(s >= 0 for s in episode.step_id), "steps": 3}
     white = (np.array([0.25, 0.5, 1.0]) - 7 / 12) / np.std([0.25, 0.5, 1.0])
@@ -389,51 +330,98 @@ def test_a_model_without_a_layer_to_freeze_is_refused():
 # --- the state ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("deal", [2, (1, 2)], ids=str)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_batch_that_is_not_finite_leaves_the_state_untouched(poison):
+def test_a_batch_that_is_not_finite_leaves_the_state_untouched(poison, deal):
     optimizer = state_lib.adamw(RATE, clip_norm=1.0, weight_decay=0.01)
     loss_fn, params, batches, counts = _estimator(2, ROWS)
-    trainer = partition.Pmap(loss_fn, optimizer, 2)
+    trainer = _trainer(deal, loss_fn, optimizer)
     state = trainer.replicate(state_lib.create(params, optimizer))
     state, _ = trainer.update(state, batches, counts)
-    before = jax.device_get(state)
+    before = jax.device_get(trainer.unreplicate(state))
     bad = jax.tree.map(np.array, batches)
     bad[1].hidden[1, 0, 0, 0] = poison  # one number, on the second device
     state, metrics = trainer.update(state, bad, counts)
-    after = jax.device_get(state)
+    after = jax.device_get(trainer.unreplicate(state))
     assert not np.isfinite(metrics["grad_norm"])
-    for a, b in zip(
-        jax.tree.leaves((after.params, after.opt_state)),
-        jax.tree.leaves((before.params, before.opt_state)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
-    assert after.update.tolist() == [2, 2] and after.skipped.tolist() == [1, 1]
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+    assert (after.update, after.skipped) == (2, 1)
     state, metrics = trainer.update(state, batches, counts)  # and it goes on
-    assert np.isfinite(metrics["grad_norm"]) and int(state.skipped[0]) == 1
-    assert any(
-        (a != b).any()
-        for a, b in zip(
-            jax.tree.leaves(jax.device_get(state.params)),
-            jax.tree.leaves(after.params),
-            strict=True,
-        )
-    )
+    last = jax.device_get(trainer.unreplicate(state))
+    assert np.isfinite(metrics["grad_norm"]) and last.skipped == 1
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), last.params, after.params)
+    assert any(jax.tree.leaves(moved))
 
 
-def test_an_update_compiles_once():
-    loss_fn, params, batches, counts = _estimator(2, ROWS)
-    traced = []
+def test_nor_does_a_ppo_batch():
+    loss_fn, params, batches, counts = _ppo(2, ROWS)
+    trainer = partition.Pmap(loss_fn, SGD, 2)
+    bad = jax.tree.map(np.array, batches)
+    bad[0].rows.log_probs[1, 0, 0] = np.nan
+    state, metrics = trainer.update(trainer.replicate(state_lib.create(params, SGD)), bad, counts)
+    after = jax.device_get(trainer.unreplicate(state))
+    assert (after.update, after.skipped) == (1, 1) and not np.isfinite(metrics["grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, after.params, params)
 
-    def counted(*args):
-        traced.append(1)
-        return loss_fn(*args)
 
+@pytest.mark.parametrize("deal", [2, (1, 2)], ids=str)
+def test_an_update_compiles_once_moves_nothing_unasked_and_donates_its_state(deal):
+    """Counted are all programs that XLA is asked for; a transfer that nobody named raises."""
     optimizer = state_lib.adamw(RATE, clip_norm=1.0, weight_decay=0.0)
-    trainer = partition.Pmap(counted, optimizer, 2)
+    loss_fn, params, batches, counts = _estimator(2, ROWS)
+    compiled = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        del duration
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    trainer = _trainer(deal, loss_fn, optimizer)
     state = trainer.replicate(state_lib.create(params, optimizer))
-    state, _ = trainer.update(state, batches, counts)
-    before = len(traced)
-    for count in (9, 3):
-        state, _ = trainer.update(state, batches, {"trajectories": count})
-    assert len(traced) == before > 0
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        state, _ = trainer.update(state, batches, counts)
+        first = len(compiled)
+        with jax.transfer_guard("disallow"):
+            for count in (9, 3):
+                old = state
+                state, _ = trainer.update(state, batches, {"trajectories": count})
+                assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        assert len(compiled) == first > 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert int(jax.device_get(trainer.unreplicate(state)).update) == 3
+
+
+# --- meshes ---------------------------------------------------------------------------------
+
+
+def test_a_mesh_holds_each_parameter_and_its_moments_in_parts():
+    optimizer = state_lib.adamw(RATE, clip_norm=1.0, weight_decay=0.0)
+    trainer = partition.Mesh(sft_update.make_loss(CONFIG), optimizer, (2, 4))
+    params = {"policy": _params()["policy"]}
+    state = trainer.replicate(state_lib.create(params, optimizer))
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    device = jax.local_devices()[3]
+    here = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(state)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+    assert whole / 4 <= here < whole / 3.5
+    kernel = state.params["policy"]["layers"]["gate"]["kernel"]  # [2 layers, 32, 64]
+    assert kernel.addressable_shards[0].data.shape == (2, 32, 16)
+    jax.tree.map(np.testing.assert_array_equal, trainer.unreplicate(state).params, params)
+
+
+def test_the_mesh_flag():
+    shape = partition.mesh_shape
+    assert shape("data:2,fsdp:4", 8) == (2, 4) and shape("fsdp:4", 8) == (1, 4)
+    assert shape("", 8) == (8, 1) and shape("fsdp:2, data:3", 8) == (3, 2)
+    for bad in ("data", "data:0", "data:two", "model:2", "data:2,data:2", "data:-1"):
+        with pytest.raises(UserError, match="data:A,fsdp:B"):
+            shape(bad, 8)
+    with pytest.raises(UserError, match="this machine has 8"):
+        shape("data:3,fsdp:3", 8)
