@@ -3,18 +3,20 @@
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import tqdm
 from absl import logging
 
-from spa_jax import chat, rollout, store, tokenizer
+from spa_jax import pretrained, rollout, store, tokenizer
+from spa_jax.chat import TEMPLATE, TEMPLATES, ChatFormat
 from spa_jax.config import EnvConfig, SamplingConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.server import LocalServer, ServerConfig
@@ -24,7 +26,13 @@ from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.sampling.engine import Engine
 from spa_jax.trajectory import Sampling, Status, Trajectory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 EXPERT = "expert"
+POLICY_HELP = (
+    "The pretrained policy: a Hugging Face folder, a GGUF file, or ORGANISATION/MODEL of the hub."
+)
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -32,34 +40,78 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A policy read from its folder."""
+    """A policy read from its folder.
+
+    Attributes:
+      chat_format: the name of its conversations' format, as in `config.ChatConfig`.
+    """
 
     folder: pathlib.Path
     config: ModelConfig
     params: Params
     heads: dict[str, Params]
-    chat: chat.ChatFormat
+    tokenizer: "PreTrainedTokenizerFast"
+    chat_format: str
     version: int
 
+    @functools.cached_property
+    def chat(self) -> ChatFormat:
+        """The format; a stage that neither writes nor reads conversations needs none."""
+        return ChatFormat.from_tokenizer(self.tokenizer, self.chat_format)
 
-def load_policy(folder: str | os.PathLike[str]) -> Policy:
+
+def load_policy(policy: str | os.PathLike[str], chat_format: str = TEMPLATE) -> Policy:
     """Reads a Hugging Face folder, with the heads beside it if there are any.
 
+    Args:
+      policy: the folder; or a GGUF file or a model of the hub, as `pretrained.resolve` takes it.
+      chat_format: the format of a policy that was not trained here; ours remember theirs.
+
     Raises:
-      UserError: the folder lacks something, or its tokenizer has more ids than the embedding.
+      UserError: the folder lacks something, its tokenizer has more ids than the embedding, or it
+        was trained in another chat format.
     """
-    path = pathlib.Path(folder)
+    path = pretrained.resolve(policy)
     config, params = weights.load_pretrained(path)
     backend = tokenizer.load(path)
-    if len(backend) > config.vocab_size:
+    largest = max(backend.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
         raise UserError(
-            f"{path / 'tokenizer.json'}: {len(backend)} ids, but {path / 'config.json'} and the "
+            f"{path / 'tokenizer.json'}: ids up to {largest}, but {path / 'config.json'} and the "
             f"embedding have vocab_size {config.vocab_size}: they belong to different models"
         )
-    version_file = path / "spa_jax.json"
-    version = json.loads(version_file.read_text())["version"] if version_file.exists() else 0
-    fmt = chat.ChatFormat.from_tokenizer(backend)
-    return Policy(path, config, params, weights.load_heads(path), fmt, version)
+    file = path / "spa_jax.json"
+    about = json.loads(file.read_text()) if file.exists() else {}
+    trained_in = about.get("chat_format", chat_format)
+    if chat_format not in (TEMPLATE, trained_in):
+        raise UserError(
+            f"--chat_format={chat_format}: the policy was trained with {trained_in}, says {file}; "
+            "leave the flag out"
+        )
+    heads = weights.load_heads(path)
+    return Policy(path, config, params, heads, backend, trained_in, about.get("version", 0))
+
+
+def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
+    """Writes the chat format of a folder's episodes beside them.
+
+    Raises:
+      UserError: the episodes that are there were played in another one.
+    """
+    path = folder / "chat.json"
+    ours = {"chat_format": policy.chat_format, "end_of_turn": policy.chat.end_of_turn}
+    if path.exists() and json.loads(path.read_text()) != ours:
+        raise UserError(
+            f"{path}: the episodes there are in another chat format than "
+            f"--chat_format={policy.chat_format}; give that one, or another folder"
+        )
+    write_json(path, ours)
+
+
+def recorded_chat_format(folder: pathlib.Path) -> str:
+    """The chat format of a folder's episodes; the template's own if none is recorded."""
+    path = folder / "chat.json"
+    return json.loads(path.read_text())["chat_format"] if path.exists() else TEMPLATE
 
 
 def check_lengths(policy: Policy, trajectories: Sequence[Trajectory], source: object) -> None:
@@ -73,10 +125,11 @@ def save_policy(
     folder: pathlib.Path, policy: Policy, params: Params, heads: dict[str, Params], version: int
 ) -> None:
     """Writes a policy that `load_policy` reads; its tokenizer is that of `policy`."""
-    weights.save_pretrained(folder, policy.config, params, policy.folder)
+    template = TEMPLATES.get(policy.chat_format)
+    weights.save_pretrained(folder, policy.config, params, policy.folder, template)
     if heads:
         weights.save_heads(folder, heads)
-    write_json(folder / "spa_jax.json", {"version": version})
+    write_json(folder / "spa_jax.json", {"version": version, "chat_format": policy.chat_format})
 
 
 def make_engine(policy: Policy, sampling: SamplingConfig, slots: int, seed: int) -> Engine:

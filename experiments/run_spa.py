@@ -36,6 +36,7 @@ CONFIGS = (
     config_lib.ProgressConfig,
     config_lib.CreditConfig,
     config_lib.PpoConfig,
+    config_lib.ChatConfig,
 )
 _GENERATED = ("train", "valid", "explore", "heldout")
 
@@ -56,6 +57,7 @@ class Run:
     progress: config_lib.ProgressConfig
     credit: config_lib.CreditConfig
     ppo: config_lib.PpoConfig
+    chat: config_lib.ChatConfig
 
     @property
     def base(self) -> pathlib.Path:
@@ -134,7 +136,10 @@ def train_base(r: Run) -> None:
         title = f"demos {split}"
         played = explore.run(folder, common.EXPERT, r.env, r.sampling, every, r.seed, title)
         demos[split] = [t for t in played if t.success]
-    sft.run(r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed)
+    sft.run(
+        r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed,
+        r.chat.chat_format,
+    )  # fmt: skip
 
 
 def train_round(r: Run, iteration: int) -> None:
@@ -147,7 +152,10 @@ def train_round(r: Run, iteration: int) -> None:
         r.explore, first_game=r.explore.first_game + iteration * r.explore.games
     )
     title = f"explore {iteration}"
-    explore.run(folder / "explore", str(policy), r.env, r.sampling, games, r.seed, title)
+    explore.run(
+        folder / "explore", str(policy), r.env, r.sampling, games, r.seed, title,
+        r.chat.chat_format,
+    )  # fmt: skip
     data = train_progress.data_files(r.workdir, iteration)
     train_progress.run(folder / "progress", str(r.base), data, r.progress, r.rows, r.seed)
     annotate.run(
@@ -169,7 +177,8 @@ def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summa
     games = config_lib.ExploreConfig(
         rollouts=1, games=r.run.heldout_games, split=r.run.heldout_split
     )
-    summary = evaluate.run(out, str(policy), r.env, sampling, games, r.seed)
+    chat_format = r.chat.chat_format
+    summary = evaluate.run(out, str(policy), r.env, sampling, games, r.seed, chat_format)
     last = r.workdir / f"iteration_{r.run.iterations - 1}" / "progress"
     path = out / "trajectories.jsonl"
     keys = None if name == BASE else {t.key for t in shown(store.read(path))}
@@ -219,13 +228,24 @@ def execute(r: Run) -> None:
 
 def define_flags() -> None:
     """The flags of a whole run."""
-    flags.DEFINE_string("policy", "models/smollm2-135m-instruct", "The pretrained policy's folder.")
+    flags.DEFINE_string("policy", "models/smollm2-135m-instruct", common.POLICY_HELP)
     flags_lib.define(*CONFIGS)
 
 
 def from_flags() -> Run:
     """The run that the flags describe."""
-    names = ("run", "env", "sampling", "rows", "sft", "explore", "progress", "credit", "ppo")
+    names = (
+        "run",
+        "env",
+        "sampling",
+        "rows",
+        "sft",
+        "explore",
+        "progress",
+        "credit",
+        "ppo",
+        "chat",
+    )
     configs: dict[str, Any] = {
         name: flags_lib.read(kind) for name, kind in zip(names, CONFIGS, strict=True)
     }

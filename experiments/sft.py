@@ -19,7 +19,7 @@ from absl import flags
 from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, chat, store
-from spa_jax.config import RowsConfig, SftConfig
+from spa_jax.config import ChatConfig, RowsConfig, SftConfig
 from spa_jax.errors import UserError
 from spa_jax.models import transformer
 from spa_jax.training import metrics as metrics_lib
@@ -37,6 +37,7 @@ def run(
     sft: SftConfig,
     rows: RowsConfig,
     seed: int,
+    chat_format: str = chat.TEMPLATE,
 ) -> None:
     """Trains, from the newest checkpoint if there is one, and writes out/policy."""
     if common.is_done(out, "sft"):
@@ -46,7 +47,7 @@ def run(
         raise UserError(
             f"{out}: no demonstration to learn from; the expert must win within --max_steps"
         )
-    policy = common.load_policy(policy_folder)
+    policy = common.load_policy(policy_folder, chat_format)
     train = [chat.encode_trajectory(policy.chat, t) for t in train]
     valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
     common.check_lengths(policy, [*train, *valid], "demonstrations")
@@ -187,10 +188,11 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(SftConfig),
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,
+        flags_lib.read(ChatConfig).chat_format,
     )
 
 
 if __name__ == "__main__":
-    _POLICY = flags.DEFINE_string("policy", "models/smollm2-135m-instruct", "Folder of the policy.")
-    flags_lib.define(SftConfig, RowsConfig)
+    _POLICY = flags.DEFINE_string("policy", "models/smollm2-135m-instruct", common.POLICY_HELP)
+    flags_lib.define(SftConfig, RowsConfig, ChatConfig)
     flags_lib.run(main)

@@ -66,7 +66,7 @@ def run(
     started = time.time()
     trajectories = playable(store.read(data))
     temperature = behaviour_temperature(data, trajectories, ppo)
-    policy = common.load_policy(policy_folder)
+    policy = common.load_policy(policy_folder, common.recorded_chat_format(data.parent / "explore"))
     common.check_lengths(policy, trajectories, data)
     params = {"policy": policy.params, "value": policy.heads.get("value")}
     scores = scoring.cached_score(
