@@ -77,8 +77,9 @@ def load_policy(policy: str | os.PathLike[str], chat_format: str = TEMPLATE) -> 
     largest = max(backend.get_vocab().values(), default=-1)
     if largest >= config.vocab_size:
         raise UserError(
-            f"{path / 'tokenizer.json'}: ids up to {largest}, but {path / 'config.json'} and the "
-            f"embedding have vocab_size {config.vocab_size}: they belong to different models"
+            f"{path / 'tokenizer.json'}: ids up to {largest}, but {path / 'config.json'} and "
+            f"tensor model.embed_tokens.weight have vocab_size {config.vocab_size}: they belong "
+            "to different models"
         )
     file = path / "spa_jax.json"
     about = json.loads(file.read_text()) if file.exists() else {}

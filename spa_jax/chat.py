@@ -80,6 +80,7 @@ class ChatFormat:
       end_of_turn: the id that ends each of the policy's turns.
       opening: what comes before the first observation.
       header: what comes between an observation and the policy's response.
+      lead: the blanks that the policy itself writes before its response (Mistral's).
       between: what comes between the policy's end of turn (left out) and the next observation.
       strip: whether the template strips the blanks around an observation.
       special: the ids of all special tokens.
@@ -90,6 +91,7 @@ class ChatFormat:
     end_of_turn: int
     opening: Parts
     header: Parts
+    lead: str
     between: Parts
     strip: bool
     special: frozenset[int]
@@ -115,7 +117,7 @@ class ChatFormat:
         template = None if name == TEMPLATE else _built_in(tokenizer, name)
         marks = [*zip(_MARKS[::2], _MARKS[1::2], strict=False)]
         rendered = _render(tokenizer, template, marks, _MARKS[4])
-        opening, header, between = _cut(tokenizer, rendered)
+        opening, header, lead, between = _cut(tokenizer, rendered)
         source = template or str(tokenizer.chat_template)
         if "strftime_now" in source and str(datetime.date.today().year) in opening:
             raise _not_append_only(tokenizer, f"it writes the day that it is: {opening!r}")
@@ -133,6 +135,7 @@ class ChatFormat:
             end_of_turn=tail[0],
             opening=_split(opening, names),
             header=_split(header, names),
+            lead=lead,
             between=tail[1:],
             strip=f" {_MARKS[0]} " not in padded,
             special=frozenset(names.values()),
@@ -160,11 +163,12 @@ class ChatFormat:
     def response(self, text: str) -> list[int]:
         """The policy's tokens for a text: the text's ids and the end of turn."""
         follows_text = not self.header or isinstance(self.header[-1], str)
-        return [*self._encode([text], follows_text), self.end_of_turn]
+        return [*self._encode([self.lead + text], follows_text), self.end_of_turn]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
-        return self.encoder.decode([i for i in ids if i not in self.special])
+        text = self.encoder.decode([i for i in ids if i not in self.special])
+        return text.removeprefix(self.lead)
 
     def _content(self, text: str) -> str:
         return text.strip() if self.strip else text
@@ -260,21 +264,22 @@ def _render(
         ) from error
 
 
-def _cut(tokenizer: "PreTrainedTokenizerFast", rendered: str) -> tuple[str, str, str]:
-    """(opening, header, between) of the text of a conversation of marks."""
+def _cut(tokenizer: "PreTrainedTokenizerFast", rendered: str) -> tuple[str, str, str, str]:
+    """(opening, header, lead, between) of the text of a conversation of marks."""
     literals = re.split("|".join(_MARKS), rendered)
     if tuple(re.findall("|".join(_MARKS), rendered)) != _MARKS:
         raise _not_append_only(tokenizer, "it drops, repeats or reorders the turns")
     opening, header, between, header_2, between_2, prompt = literals
     if header_2 != header or between_2 != between:
         raise _not_append_only(tokenizer, "it writes earlier turns differently from later ones")
-    if prompt != header:
+    lead = header.removeprefix(prompt)
+    if not header.startswith(prompt) or lead.strip():
         raise _not_append_only(
             tokenizer,
             f"it puts {prompt!r} before what the assistant is to write, "
             f"but {header!r} before what it has written",
         )
-    return opening, header, between
+    return opening, prompt, lead, between
 
 
 def _split(literal: str, names: Mapping[str, int]) -> Parts:

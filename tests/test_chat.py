@@ -304,6 +304,22 @@ def test_sentencepiece_puts_its_blank_where_the_template_does(tmp_path, prefix):
     assert fmt.decode(fmt.response("look")) == "look"
 
 
+def test_a_blank_before_the_response_is_the_policys(tmp_path):
+    """Mistral's habit: "[/INST]" asks for a response, and the response begins with a blank."""
+    loaded = load(
+        tmp_path,
+        "{{ '<|endoftext|>' }}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '[INST] ' + m['content'] + '[/INST]' }}{% else %}"
+        "{{ ' ' + m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}",
+    )
+    fmt = chat.ChatFormat.from_tokenizer(loaded)
+    assert fmt.lead == " "
+    assert loaded.decode(fmt.response("look")) == " look<|im_end|>"
+    assert fmt.decode(fmt.response("look")) == "look"
+    ids = fmt.first_turn("", "Hi.") + fmt.response("look") + fmt.next_turn("Dark.")
+    assert ids == whole(loaded, ["Hi.", "look", "Dark."])
+
+
 def episode(**changes):
     fields = {
         "env": "alfworld", "task": "game", "split": "train", "seed": 0, "attempt": 0,

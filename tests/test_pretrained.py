@@ -76,7 +76,10 @@ def hub(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     constants = huggingface_hub.constants
     address = f"http://127.0.0.1:{server.server_address[1]}"
+    # What HF_ENDPOINT and HF_HOME would have set when the library was imported.
     monkeypatch.setattr(constants, "ENDPOINT", address)
+    files = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield root, log
     server.shutdown()

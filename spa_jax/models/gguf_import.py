@@ -7,6 +7,7 @@
 Tensors are dequantised by the package `gguf` and written one at a time.
 """
 
+import collections
 import dataclasses
 import os
 import pathlib
@@ -246,9 +247,9 @@ class _Tokenizer:
                 f"supported (llama is, and gpt2 with {splits}); use the model's Hugging Face folder"
             )
         self._tokens: list[str] = value("tokens")
-        if len(set(self._tokens)) < len(self._tokens):
-            twice = next(t for t in self._tokens if self._tokens.count(t) > 1)
-            raise UserError(f"{path}: tokenizer.ggml.tokens holds {twice!r} twice")
+        [(token, times)] = collections.Counter(self._tokens).most_common(1)
+        if times > 1:
+            raise UserError(f"{path}: tokenizer.ggml.tokens holds {token!r} {times} times")
         self._types = value("token_type", [gguf.TokenType.NORMAL] * len(self._tokens))
         bpe = self._kind == "gpt2"
         self._merges = value("merges") if bpe else []

@@ -317,8 +317,9 @@ def _stack(config: ModelConfig, get: Callable[[str], np.ndarray]) -> Params:
         if not layer:  # None, or the first layer
             full = shape if layer is None else (config.num_layers, *shape)
             node.setdefault(module, {})[leaf] = np.empty(full, np.float32)
-        array = get(name)
-        node[module][leaf][... if layer is None else layer] = array.T if leaf == "kernel" else array
+        # No name for the tensor: it would be kept while the next one is read.
+        at = ... if layer is None else layer
+        node[module][leaf][at] = get(name).T if leaf == "kernel" else get(name)
     return params
 
 
