@@ -101,11 +101,13 @@ def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
     """
     path = folder / "chat.json"
     ours = {"chat_format": policy.chat_format, "end_of_turn": policy.chat.end_of_turn}
-    if path.exists() and json.loads(path.read_text()) != ours:
-        raise UserError(
-            f"{path}: the episodes there are in another chat format than "
-            f"--chat_format={policy.chat_format}; give that one, or another folder"
-        )
+    if path.exists() and (folder / "trajectories.jsonl").exists():
+        theirs = json.loads(path.read_text())
+        if theirs != ours:
+            raise UserError(
+                f"{path}: the episodes there are in the chat format {theirs['chat_format']}, the "
+                f"policy's is {policy.chat_format}; give that --chat_format, or another folder"
+            )
     write_json(path, ours)
 
 

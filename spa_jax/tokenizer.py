@@ -98,12 +98,11 @@ def write_byte_level_bpe(
     backend = tokenizers.Tokenizer(model)
     if split == "qwen2":
         backend.normalizer = normalizers.NFC()
+    cuts: list[pre_tokenizers.PreTokenizer] = []
     if split == "smollm":
-        cuts = [pre_tokenizers.Digits(individual_digits=True)]
+        cuts.append(pre_tokenizers.Digits(individual_digits=True))
     elif SPLITS[split]:
-        cuts = [pre_tokenizers.Split(tokenizers.Regex(SPLITS[split]), "isolated")]
-    else:
-        cuts = []
+        cuts.append(pre_tokenizers.Split(tokenizers.Regex(SPLITS[split]), "isolated"))
     own = split in ("smollm", "gpt-2")  # GPT-2's own pattern
     cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own))
     backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)

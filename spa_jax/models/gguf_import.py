@@ -268,6 +268,16 @@ class _Tokenizer:
 
     def write(self, folder: pathlib.Path) -> dict[str, int]:
         """Writes the tokenizer's files; returns the special ids under config.json's names."""
+        try:
+            self._write(folder)
+        except Exception as error:  # a merge of unknown tokens: Rust raises a plain Exception
+            raise UserError(
+                f"{self._path}: tokenizer.ggml makes no tokenizer ({error}); use the model's "
+                "Hugging Face folder"
+            ) from error
+        return {f"{role}_token_id": i for role, i in self._ids.items() if role != "unk"}
+
+    def _write(self, folder: pathlib.Path) -> None:
         vocabulary = tokenizer_lib.Vocabulary(
             tokens=self._tokens,
             special=self._of_type(gguf.TokenType.CONTROL),
@@ -281,7 +291,6 @@ class _Tokenizer:
             tokenizer_lib.write_byte_level_bpe(folder, vocabulary, self._merges, self._split)
         else:
             tokenizer_lib.write_sentencepiece_bpe(folder, vocabulary, self._scores, self._prefix)
-        return {f"{role}_token_id": i for role, i in self._ids.items() if role != "unk"}
 
     def _known(self, key: str, token: int) -> int:
         if not 0 <= token < len(self._tokens):

@@ -83,10 +83,12 @@ def test_a_policy_remembers_its_chat_format(thinking, tmp_path):
 def test_episodes_remember_their_chat_format(thinking, folder, tmp_path):
     episodes = tmp_path / "explore"
     assert common.recorded_chat_format(episodes) == "template"
+    common.record_chat_format(episodes, common.load_policy(folder))  # but nothing was played
     common.record_chat_format(episodes, common.load_policy(thinking, "chatml"))
+    (episodes / "trajectories.jsonl").touch()
     common.record_chat_format(episodes, common.load_policy(thinking, "chatml"))
     assert common.recorded_chat_format(episodes) == "chatml"
-    with pytest.raises(UserError, match="chat.json: .* another chat format than --chat_format=tem"):
+    with pytest.raises(UserError, match="chat.json: .* format chatml, the policy's is template"):
         common.record_chat_format(episodes, common.load_policy(folder))
 
 

@@ -284,6 +284,11 @@ def test_a_tokenizer_that_disagrees_with_the_embedding(tmp_path, tokenizer_folde
     twice = replaced("tokens", ["a"] * 384)
     write_gguf(path, CONFIG, params, tokenizer_folder, extra=twice)
     refuse(path, tmp_path / "m", "tokenizer.ggml.tokens holds 'a' 384 times")
+    unknown = replaced("merges", ["a nowhere"])
+    write_gguf(path, CONFIG, params, tokenizer_folder, extra=unknown)
+    refuse(path, tmp_path / "m", "m.gguf: tokenizer.ggml makes no tokenizer .*nowhere")
+    write_gguf(path, CONFIG, params, tokenizer_folder, extra=replaced("token_type", [1]))
+    refuse(path, tmp_path / "m", "m.gguf: tokenizer.ggml makes no tokenizer")
 
 
 def test_no_file(tmp_path):
