@@ -73,7 +73,7 @@ def load_policy(policy: str | os.PathLike[str], chat_format: str = TEMPLATE) -> 
     """
     path = pretrained.resolve(policy)
     config, params = weights.load_pretrained(path)
-    backend = tokenizer.load(path)
+    backend, trained_in = _conversations(path, chat_format)
     largest = max(backend.get_vocab().values(), default=-1)
     if largest >= config.vocab_size:
         raise UserError(
@@ -81,16 +81,34 @@ def load_policy(policy: str | os.PathLike[str], chat_format: str = TEMPLATE) -> 
             f"tensor model.embed_tokens.weight have vocab_size {config.vocab_size}: they belong "
             "to different models"
         )
-    file = path / "spa_jax.json"
-    about = json.loads(file.read_text()) if file.exists() else {}
-    trained_in = about.get("chat_format", chat_format)
+    heads, version = weights.load_heads(path), _about(path).get("version", 0)
+    return Policy(path, config, params, heads, backend, trained_in, version)
+
+
+def check_chat_format(policy: str | os.PathLike[str], chat_format: str) -> None:
+    """Refuses a policy that has no chat format, before anything is done with it.
+
+    Raises:
+      UserError: as `load_policy` and `Policy.chat` do; the weights are not read.
+    """
+    ChatFormat.from_tokenizer(*_conversations(pretrained.resolve(policy), chat_format))
+
+
+def _conversations(path: pathlib.Path, chat_format: str) -> tuple["PreTrainedTokenizerFast", str]:
+    """The tokenizer of a folder, and the name of its conversations' format."""
+    trained_in = _about(path).get("chat_format", chat_format)
     if chat_format not in (TEMPLATE, trained_in):
         raise UserError(
-            f"--chat_format={chat_format}: the policy was trained with {trained_in}, says {file}; "
-            "leave the flag out"
+            f"--chat_format={chat_format}: the policy was trained with {trained_in}, says "
+            f"{path / 'spa_jax.json'}; leave the flag out"
         )
-    heads = weights.load_heads(path)
-    return Policy(path, config, params, heads, backend, trained_in, about.get("version", 0))
+    return tokenizer.load(path), trained_in
+
+
+def _about(path: pathlib.Path) -> dict[str, Any]:
+    """What we noted of a policy of ours; {} for others."""
+    file = path / "spa_jax.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:

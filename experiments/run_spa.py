@@ -200,6 +200,8 @@ def judge_estimator(r: Run) -> dict[str, float]:
 def execute(r: Run) -> None:
     """All stages; prints the table and the RESULT line."""
     started = time.time()
+    first = r.base if r.run.base or r.base.exists() else r.policy
+    common.check_chat_format(first, r.chat.chat_format)
     r = generate_games(r)
     check_splits(r)
     train_base(r)

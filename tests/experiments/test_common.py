@@ -61,6 +61,9 @@ def test_a_stage_without_conversations_needs_no_format(thinking):
     assert policy.config == tiny.tiny_config()
     with pytest.raises(UserError, match="not append-only"):
         _ = policy.chat
+    with pytest.raises(UserError, match="not append-only"):
+        common.check_chat_format(thinking, "template")
+    common.check_chat_format(thinking, "chatml")
 
 
 def test_a_policy_remembers_its_chat_format(thinking, tmp_path):

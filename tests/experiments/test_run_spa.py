@@ -123,6 +123,7 @@ def test_a_base_whose_template_drops_thoughts(tmp_path):
     refused = stages.run("run_spa", *flags)
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "is not append-only" in refused.stderr and "--chat_format=chatml" in refused.stderr
+    assert not (tmp_path / "run").exists()  # at once
     stages.succeed("run_spa", *flags, "--chat_format=chatml")
     trained = common.load_policy(tmp_path / "run" / "iteration_0" / "ppo" / "policy")
     assert trained.chat_format == "chatml"
