@@ -3,18 +3,20 @@
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import tqdm
 from absl import logging
 
-from spa_jax import chat, rollout, store, tokenizer
+from spa_jax import pretrained, rollout, store, tokenizer
+from spa_jax.chat import TEMPLATE, TEMPLATES, ChatFormat
 from spa_jax.config import EnvConfig, LoraConfig, SamplingConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.guard import read_token
@@ -29,9 +31,15 @@ from spa_jax.training import parts as parts_lib
 from spa_jax.training.parts import Parts
 from spa_jax.trajectory import Sampling, Status, Trajectory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 EXPERT = "expert"
 ADAPTER = "adapter"  # a policy's own adapter, in its folder
 ABOUT = "spa_jax.json"  # beside a policy's weights: what they do not say
+POLICY_HELP = (
+    "The pretrained policy: a Hugging Face folder, a GGUF file, or ORGANISATION/MODEL of the hub."
+)
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -47,7 +55,8 @@ class Policy:
       config: the model's shape.
       params: the weights, an adapter's merged.
       heads: "value", "progress": those that lie beside the weights.
-      chat: the format of its conversations.
+      tokenizer: the tokenizer.
+      chat_format: the name of its conversations' format, as in `config.ChatConfig`.
       version: the updates that made it.
       trunk: the policy whose hidden states its progress head reads; "": this one.
     """
@@ -57,40 +66,99 @@ class Policy:
     config: ModelConfig
     params: Params
     heads: dict[str, Params]
-    chat: chat.ChatFormat
+    tokenizer: "PreTrainedTokenizerFast"
+    chat_format: str
     version: int
     trunk: str = ""
 
+    @functools.cached_property
+    def chat(self) -> ChatFormat:
+        """The format; a stage that neither writes nor reads conversations needs none."""
+        return ChatFormat.from_tokenizer(self.tokenizer, self.chat_format)
 
-def load_policy(folder: str | os.PathLike[str]) -> Policy:
+
+def load_policy(policy: str | os.PathLike[str], chat_format: str = TEMPLATE) -> Policy:
     """Reads a Hugging Face folder, or a PEFT adapter's, with the heads beside it if there are any.
 
+    Args:
+      policy: the folder; or a GGUF file or a model of the hub, as `pretrained.resolve` takes it.
+      chat_format: the format of a policy that was not trained here; ours remember theirs.
+
     Raises:
-      UserError: the folder lacks something, or its tokenizer has more ids than the embedding.
+      UserError: the folder lacks something, its tokenizer has more ids than the embedding, or it
+        was trained in another chat format.
     """
-    path = pathlib.Path(folder)
+    path = pretrained.resolve(policy)
+    about = _about(path)
+    noted = {"version": about.get("version", 0), "trunk": about.get("progress_trunk", "")}
     if weights.is_adapter(path):
-        base = load_policy(weights.adapter_base(path))
+        base = load_policy(weights.adapter_base(path), about.get("chat_format", chat_format))
         lora, adapter = weights.load_adapter(path, base.config)
         params = jax.device_get(lora_lib.merge(lora, base.params, adapter))
         return dataclasses.replace(
-            base, folder=path, params=params, heads=weights.load_heads(path), **_about(path)
+            base, folder=path, params=params, heads=weights.load_heads(path), **noted
         )
     config, params = weights.load_pretrained(path)
-    backend = tokenizer.load(path)
-    if len(backend) > config.vocab_size:
+    backend, trained_in = _conversations(path, chat_format)
+    largest = max(backend.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
         raise UserError(
-            f"{path / 'tokenizer.json'}: {len(backend)} ids, but {path / 'config.json'} and the "
-            f"embedding have vocab_size {config.vocab_size}: they belong to different models"
+            f"{path / 'tokenizer.json'}: ids up to {largest}, but {path / 'config.json'} and "
+            f"tensor model.embed_tokens.weight have vocab_size {config.vocab_size}: they belong "
+            "to different models"
         )
-    fmt = chat.ChatFormat.from_tokenizer(backend)
-    return Policy(path, path, config, params, weights.load_heads(path), fmt, **_about(path))
+    heads = weights.load_heads(path)
+    return Policy(path, path, config, params, heads, backend, trained_in, **noted)
 
 
-def _about(folder: pathlib.Path) -> dict[str, Any]:
-    file = folder / ABOUT
-    about = json.loads(file.read_text()) if file.exists() else {}
-    return {"version": about.get("version", 0), "trunk": about.get("progress_trunk", "")}
+def check_chat_format(policy: str | os.PathLike[str], chat_format: str) -> None:
+    """Refuses a policy that has no chat format, before anything is done with it.
+
+    Raises:
+      UserError: as `load_policy` and `Policy.chat` do; the weights are not read.
+    """
+    ChatFormat.from_tokenizer(*_conversations(pretrained.resolve(policy), chat_format))
+
+
+def _conversations(path: pathlib.Path, chat_format: str) -> tuple["PreTrainedTokenizerFast", str]:
+    """The tokenizer of a folder, and the name of its conversations' format."""
+    trained_in = _about(path).get("chat_format", chat_format)
+    if chat_format not in (TEMPLATE, trained_in):
+        raise UserError(
+            f"--chat_format={chat_format}: the policy was trained with {trained_in}, says "
+            f"{path / ABOUT}; leave the flag out"
+        )
+    return tokenizer.load(path), trained_in
+
+
+def _about(path: pathlib.Path) -> dict[str, Any]:
+    """What we noted of a policy of ours; {} for others."""
+    file = path / ABOUT
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
+    """Writes the chat format of a folder's episodes beside them.
+
+    Raises:
+      UserError: the episodes that are there were played in another one.
+    """
+    path = folder / "chat.json"
+    ours = {"chat_format": policy.chat_format, "end_of_turn": policy.chat.end_of_turn}
+    if path.exists() and (folder / "trajectories.jsonl").exists():
+        theirs = json.loads(path.read_text())
+        if theirs != ours:
+            raise UserError(
+                f"{path}: the episodes there are in the chat format {theirs['chat_format']}, the "
+                f"policy's is {policy.chat_format}; give that --chat_format, or another folder"
+            )
+    write_json(path, ours)
+
+
+def recorded_chat_format(folder: pathlib.Path) -> str:
+    """The chat format of a folder's episodes; the template's own if none is recorded."""
+    path = folder / "chat.json"
+    return json.loads(path.read_text())["chat_format"] if path.exists() else TEMPLATE
 
 
 def check_lengths(policy: Policy, trajectories: Sequence[Trajectory], source: object) -> None:
@@ -126,12 +194,14 @@ class Trainable:
           version: the updates that made it.
         """
         config, model = self.policy.config, self.policy.model
-        weights.save_pretrained(folder, config, self.parts.whole(trained), model)
+        template = TEMPLATES.get(self.policy.chat_format)
+        weights.save_pretrained(folder, config, self.parts.whole(trained), model, template)
         if heads:
             weights.save_heads(folder, heads)
         if self.parts.lora.rank:
             save_adapter(folder / ADAPTER, self.parts.lora, trained["adapter"], self.base)
-        write_json(folder / ABOUT, {"version": version})
+        about = {"version": version, "chat_format": self.policy.chat_format}
+        write_json(folder / ABOUT, about)
 
 
 def trainable(

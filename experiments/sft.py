@@ -20,7 +20,7 @@ from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, chat, store
 from spa_jax import config as config_lib
-from spa_jax.config import LoraConfig, RowsConfig, SftConfig
+from spa_jax.config import ChatConfig, LoraConfig, RowsConfig, SftConfig
 from spa_jax.errors import UserError
 from spa_jax.models import transformer
 from spa_jax.training import metrics as metrics_lib
@@ -39,6 +39,7 @@ def run(
     rows: RowsConfig,
     seed: int,
     lora: LoraConfig,
+    chat_format: str = chat.TEMPLATE,
 ) -> None:
     """Trains, from the newest checkpoint if there is one, and writes out/policy."""
     if common.is_done(out, "sft"):
@@ -49,7 +50,7 @@ def run(
         raise UserError(
             f"{out}: no demonstration to learn from; the expert must win within --max_steps"
         )
-    policy = common.load_policy(policy_folder)
+    policy = common.load_policy(policy_folder, chat_format)
     train = [chat.encode_trajectory(policy.chat, t) for t in train]
     valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
     common.check_lengths(policy, [*train, *valid], "demonstrations")
@@ -188,10 +189,11 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,
         flags_lib.read(LoraConfig),
+        flags_lib.read(ChatConfig).chat_format,
     )
 
 
 if __name__ == "__main__":
-    _POLICY = flags.DEFINE_string("policy", "models/smollm2-135m-instruct", "Folder of the policy.")
-    flags_lib.define(SftConfig, RowsConfig, LoraConfig)
+    _POLICY = flags.DEFINE_string("policy", "models/smollm2-135m-instruct", common.POLICY_HELP)
+    flags_lib.define(SftConfig, RowsConfig, LoraConfig, ChatConfig)
     flags_lib.run(main)

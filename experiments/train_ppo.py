@@ -62,7 +62,7 @@ def run(
     temperature = behaviour_temperature(data, trajectories, ppo)
     if ppo.objective == RFT:
         trajectories = ppo_data.won(trajectories, data)
-    policy = common.load_policy(policy_folder)
+    policy = common.load_policy(policy_folder, common.recorded_chat_format(data.parent / "explore"))
     common.check_lengths(policy, trajectories, data)
     head: dict[str, Params] = {}
     scores: scoring.Scores | None = None

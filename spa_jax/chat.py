@@ -1,7 +1,7 @@
 """The chat format: turns of an episode to token ids, appended and never rewritten.
 
-A `ChatFormat` is read off the tokenizer's own chat template with probe
-conversations.  What the template puts around the messages is cut into three
+A `ChatFormat` is read off the tokenizer's own chat template, or a built-in one,
+with probe conversations.  What the template puts around the messages is cut into three
 literals, here for ChatML (`<|x|>` are special tokens, one id each):
 
     opening   <|im_start|>system\\nYou are ...<|im_end|>\\n<|im_start|>user\\n
@@ -21,10 +21,12 @@ forge the border of a turn.
 """
 
 import dataclasses
+import datetime
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tokenizers
 
@@ -35,8 +37,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Parts = tuple[int | str, ...]  # ids of special tokens, and text between them
+TEMPLATE = "template"  # the name of the tokenizer's own format
 Turns = Sequence[tuple[str, str]]  # (observation, response) pairs
 
+# The built-in formats, as templates: each turn is written the same way wherever it stands.
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ '<|begin_of_text|>' }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+        "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+}
 _MARKS = ("spaprobeone", "spaprobetwo", "spaprobethree", "spaprobefour", "spaprobefive")
 # Conversations on which the format must give the template's own ids: digits, blanks and line
 # breaks at the borders (where tokens could merge), other scripts, and a thought, which some
@@ -49,6 +67,11 @@ _PROBES: tuple[Turns, ...] = (
 )
 
 
+# Llama 3.1 and later write the day into every conversation. A policy would read other tokens each
+# day than it was trained on, so it is always the one that their templates fall back on.
+_DATE = "26 Jul 2024"
+
+
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
     """How the turns of one tokenizer's conversations become ids; see the module's drawing.
@@ -57,31 +80,47 @@ class ChatFormat:
       end_of_turn: the id that ends each of the policy's turns.
       opening: what comes before the first observation.
       header: what comes between an observation and the policy's response.
+      lead: the blanks that the policy itself writes before its response (Mistral's).
       between: what comes between the policy's end of turn (left out) and the next observation.
       strip: whether the template strips the blanks around an observation.
       special: the ids of all special tokens.
-      encoder: the tokenizer, which takes special tokens' names for plain text.
+      blank: whether a run of text begins as if a blank stood before it (SentencePiece).
+      encoder: the tokenizer, which takes special tokens' names for plain text and adds no blank.
     """
 
     end_of_turn: int
     opening: Parts
     header: Parts
+    lead: str
     between: Parts
     strip: bool
     special: frozenset[int]
+    blank: bool
     encoder: tokenizers.Tokenizer = dataclasses.field(repr=False, compare=False)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: "PreTrainedTokenizerFast") -> "ChatFormat":
-        """Reads the format off a tokenizer's chat template, and checks it.
+    def from_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerFast", name: str = TEMPLATE
+    ) -> "ChatFormat":
+        """Reads the format off a tokenizer's chat template, or a built-in one, and checks it.
+
+        Args:
+          tokenizer: is left as it is.
+          name: "template" for the tokenizer's own, or one of `TEMPLATES`.
 
         Raises:
           UserError: the tokenizer has no chat template, or one that is not append-only: it
-            changes, drops or moves earlier turns, ends no turn with a special token, or merges
-            tokens over the border of a turn.
+            changes, drops or moves earlier turns, ends no turn with a special token, merges
+            tokens over the border of a turn, begins a conversation twice or tells the date; or it
+            lacks a special token of the built-in format.
         """
-        rendered = _render(tokenizer, [*zip(_MARKS[::2], _MARKS[1::2], strict=False)], _MARKS[4])
-        opening, header, between = _cut(tokenizer, rendered)
+        template = None if name == TEMPLATE else _built_in(tokenizer, name)
+        marks = [*zip(_MARKS[::2], _MARKS[1::2], strict=False)]
+        rendered = _render(tokenizer, template, marks, _MARKS[4])
+        opening, header, lead, between = _cut(tokenizer, rendered)
+        source = template or str(tokenizer.chat_template)
+        if "strftime_now" in source and str(datetime.date.today().year) in opening:
+            raise _not_append_only(tokenizer, f"it writes the day that it is: {opening!r}")
         names = {
             token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -90,17 +129,21 @@ class ChatFormat:
             raise _not_append_only(
                 tokenizer, f"no special token ends an assistant turn; {between!r} follows it"
             )
-        padded = _render(tokenizer, [], f" {_MARKS[0]} ")
+        encoder, blank = _plain_encoder(tokenizer)
+        padded = _render(tokenizer, template, [], f" {_MARKS[0]} ")
         fmt = cls(
             end_of_turn=tail[0],
             opening=_split(opening, names),
             header=_split(header, names),
+            lead=lead,
             between=tail[1:],
             strip=f" {_MARKS[0]} " not in padded,
             special=frozenset(names.values()),
-            encoder=_plain_encoder(tokenizer),
+            blank=blank,
+            encoder=encoder,
         )
-        _check(fmt, tokenizer, names)
+        _check(fmt, tokenizer, template, names)
+        _check_bos(fmt, tokenizer)
         return fmt
 
     def first_turn(self, instruction: str, observation: str) -> list[int]:
@@ -119,17 +162,24 @@ class ChatFormat:
 
     def response(self, text: str) -> list[int]:
         """The policy's tokens for a text: the text's ids and the end of turn."""
-        return [*self._encode([text]), self.end_of_turn]
+        follows_text = not self.header or isinstance(self.header[-1], str)
+        return [*self._encode([self.lead + text], follows_text), self.end_of_turn]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
-        return self.encoder.decode([i for i in ids if i not in self.special])
+        text = self.encoder.decode([i for i in ids if i not in self.special])
+        return text.removeprefix(self.lead)
 
     def _content(self, text: str) -> str:
         return text.strip() if self.strip else text
 
-    def _encode(self, parts: Iterable[int | str]) -> list[int]:
-        """Ids of parts; neighbouring texts are one run, encoded together."""
+    def _encode(self, parts: Iterable[int | str], follows_text: bool = False) -> list[int]:
+        """Ids of parts; neighbouring texts are one run, encoded together.
+
+        Args:
+          parts: ids and texts.
+          follows_text: whether text stands before the first of them.
+        """
         ids: list[int] = []
         text = ""
         for part in (*parts, None):  # None ends the last run
@@ -137,6 +187,7 @@ class ChatFormat:
                 text += part
                 continue
             if text:
+                text = " " * (self.blank and not (follows_text and not ids)) + text
                 ids += self.encoder.encode(text, add_special_tokens=False).ids
                 text = ""
             if part is not None:
@@ -184,24 +235,26 @@ def encode_trajectory(fmt: ChatFormat, trajectory: Trajectory) -> Trajectory:
     )
 
 
-def _messages(turns: Turns, observation: str | None) -> list[dict[str, str]]:
+def _messages(turns: Turns, observation: str) -> list[dict[str, str]]:
     messages = []
     for user, assistant in turns:
         messages.append({"role": "user", "content": user})
         messages.append({"role": "assistant", "content": assistant})
-    if observation is not None:
-        messages.append({"role": "user", "content": observation})
-    return messages
+    return [*messages, {"role": "user", "content": observation}]
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", turns: Turns, observation: str | None) -> str:
-    """The template's text of a conversation; with the assistant's header if the user spoke last."""
+def _render(
+    tokenizer: "PreTrainedTokenizerFast", template: str | None, turns: Turns, observation: str
+) -> str:
+    """A template's text of a conversation, with the assistant's header; None: the tokenizer's."""
     try:
         return str(
             tokenizer.apply_chat_template(
                 _messages(turns, observation),
+                chat_template=template,
                 tokenize=False,
-                add_generation_prompt=observation is not None,
+                add_generation_prompt=True,
+                date_string=_DATE,
             )
         )
     except Exception as error:  # no template; a Jinja error; the template's own raise_exception
@@ -211,21 +264,22 @@ def _render(tokenizer: "PreTrainedTokenizerFast", turns: Turns, observation: str
         ) from error
 
 
-def _cut(tokenizer: "PreTrainedTokenizerFast", rendered: str) -> tuple[str, str, str]:
-    """(opening, header, between) of the text of a conversation of marks."""
+def _cut(tokenizer: "PreTrainedTokenizerFast", rendered: str) -> tuple[str, str, str, str]:
+    """(opening, header, lead, between) of the text of a conversation of marks."""
     literals = re.split("|".join(_MARKS), rendered)
     if tuple(re.findall("|".join(_MARKS), rendered)) != _MARKS:
         raise _not_append_only(tokenizer, "it drops, repeats or reorders the turns")
     opening, header, between, header_2, between_2, prompt = literals
     if header_2 != header or between_2 != between:
         raise _not_append_only(tokenizer, "it writes earlier turns differently from later ones")
-    if prompt != header:
+    lead = header.removeprefix(prompt)
+    if not header.startswith(prompt) or lead.strip():
         raise _not_append_only(
             tokenizer,
             f"it puts {prompt!r} before what the assistant is to write, "
             f"but {header!r} before what it has written",
         )
-    return opening, header, between
+    return opening, prompt, lead, between
 
 
 def _split(literal: str, names: Mapping[str, int]) -> Parts:
@@ -237,25 +291,41 @@ def _split(literal: str, names: Mapping[str, int]) -> Parts:
     return tuple(names.get(piece, piece) for piece in pieces if piece)
 
 
-def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer:
-    """A copy of the tokenizer for which special tokens' names are plain text."""
-    encoder = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer made to take special tokens' names for plain text, and `ChatFormat.blank`.
+
+    SentencePiece reads a run of text as if a blank stood before it. That depends on what stands
+    before the run, which a tokenizer that is given the run alone cannot know.
+    """
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())
+    normalizer, cuts = stored["normalizer"] or {}, stored["pre_tokenizer"] or {}
+    steps = normalizer.get("normalizers", [])
+    kept = [step for step in steps if step != {"type": "Prepend", "prepend": "\u2581"}]
+    if kept != steps:
+        normalizer["normalizers"] = kept
+    if cuts.get("prepend_scheme") == "first":  # the first run of a conversation only
+        cuts["prepend_scheme"] = "never"
+    encoder = tokenizers.Tokenizer.from_str(json.dumps(stored))
     encoder.encode_special_tokens = True
     encoder.no_truncation()
     encoder.no_padding()
-    return encoder
+    return encoder, kept != steps
 
 
-def _check(fmt: ChatFormat, tokenizer: "PreTrainedTokenizerFast", names: Mapping[str, int]) -> None:
+def _check(
+    fmt: ChatFormat,
+    tokenizer: "PreTrainedTokenizerFast",
+    template: str | None,
+    names: Mapping[str, int],
+) -> None:
     """Compares the format with the template itself, on token ids."""
     for probe in _PROBES:
         ids: list[int] = []
         for k, (observation, response) in enumerate(probe):
             ids += fmt.next_turn(observation) if k else fmt.first_turn("", observation)
-            whole: Any = tokenizer.apply_chat_template(
-                _messages(probe[:k], observation), add_generation_prompt=True, return_dict=False
-            )
-            if ids != list(whole):
+            text = _render(tokenizer, template, probe[:k], observation)
+            whole = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            if ids != whole:
                 raise _not_append_only(
                     tokenizer,
                     f"with the turn {observation!r} added it gives other tokens for the "
@@ -270,6 +340,38 @@ def _check(fmt: ChatFormat, tokenizer: "PreTrainedTokenizerFast", names: Mapping
         )
 
 
+def _check_bos(fmt: ChatFormat, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Refuses a second beginning of the sequence, at the start or at a later turn.
+
+    SmolLM2's is also the beginning of a turn, and others' the end of one: those may repeat.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or bos in (fmt.end_of_turn, *fmt.header):
+        return
+    if fmt.first_turn("", "x").count(bos) > 1 or bos in fmt.next_turn("x"):
+        raise _not_append_only(
+            tokenizer,
+            f"{tokenizer.bos_token}, the beginning of a sequence, comes more than once in a "
+            "conversation",
+        )
+
+
+def _built_in(tokenizer: "PreTrainedTokenizerFast", name: str) -> str:
+    """The template of a built-in format.
+
+    Raises:
+      UserError: the tokenizer lacks a special token of it.
+    """
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    missing = sorted(set(re.findall(r"<\|\w+\|>", TEMPLATES[name])) - special)
+    if missing:
+        raise UserError(
+            f"--chat_format={name}: {tokenizer.name_or_path}: the tokenizer has no special token "
+            f"{', '.join(missing)}; leave the flag out, or choose another format or model"
+        )
+    return TEMPLATES[name]
+
+
 def _difference(fmt: ChatFormat, ours: Sequence[int], template: Sequence[int]) -> str:
     """A few tokens of both from where they part, for the error message."""
     same = len(os.path.commonprefix([list(ours), list(template)]))
@@ -281,8 +383,9 @@ def _difference(fmt: ChatFormat, ours: Sequence[int], template: Sequence[int]) -
 
 
 _REMEDY = (
-    "choose an instruct model with a plain template, or set chat_template in the folder's "
-    "tokenizer_config.json to one that writes each turn the same way wherever it stands (ChatML)"
+    "give --chat_format=chatml or --chat_format=llama3, a built-in format with the special tokens "
+    "of the model's family, choose another instruct model, or set chat_template in the folder's "
+    "tokenizer_config.json to one that writes each turn the same way wherever it stands"
 )
 
 

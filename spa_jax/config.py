@@ -103,6 +103,18 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """How a conversation becomes tokens."""
+
+    chat_format: str = _setting(
+        "template", "template: the tokenizer's own chat template; chatml, llama3: a built-in "
+        "format, for templates that change earlier turns. A policy remembers what it was trained "
+        "in.",
+        choices=("template", "chatml", "llama3"),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class RowsConfig:
     """The static shape of a training batch, and the devices that share it."""
 

@@ -13,6 +13,7 @@ from spa_jax.errors import UserError
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 from tests import tiny
 
+TEMPLATES = pathlib.Path(__file__).parent / "golden" / "templates"
 # The shape of Llama 3's template: BOS once, stripped contents, no line break between turns.
 LLAMA3 = (
     "{{ '<|endoftext|>' }}{% for message in messages %}"
@@ -158,18 +159,19 @@ def _tagged(generation_prompt="<|im_start|>assistant\n", end="<|im_end|>\n", bod
         (_tagged(body="m['content'] + m['content']"), "drops, repeats or reorders"),
         (_tagged(body="m['content'] | upper"), "drops, repeats or reorders"),
         (_tagged(body="m['content'] | replace('mug', 'cup')"), "not append-only: .*' cup"),
+        ("{{ strftime_now('%Y') }}" + tiny.CHATML, "it writes the day that it is"),
         ("{{ raise_exception('only one turn') }}", "cannot write a conversation .*only one turn"),
         ("{{ 'unclosed", "cannot write a conversation"),
     ],
     ids=["thoughts", "prompt", "no-end", "numbered", "forgets", "doubles", "upper", "rewrites",
-         "raises", "broken"],
+         "date", "raises", "broken"],
 )  # fmt: skip
 def test_other_templates_are_refused_with_a_remedy(tmp_path, template, message):
     loaded = load(tmp_path, template)
     with pytest.raises(UserError, match=message) as caught:
         chat.ChatFormat.from_tokenizer(loaded)
     assert str(tmp_path) in str(caught.value)
-    assert "set chat_template" in str(caught.value)
+    assert "give --chat_format=chatml or --chat_format=llama3" in str(caught.value)
 
 
 def test_no_template_at_all(tmp_path):
@@ -178,8 +180,144 @@ def test_no_template_at_all(tmp_path):
     settings = json.loads(path.read_text())
     del settings["chat_template"]
     path.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="cannot write a conversation .*set chat_template"):
+    with pytest.raises(UserError, match="cannot write a conversation .*--chat_format=chatml"):
         chat.ChatFormat.from_tokenizer(tokenizer.load(tmp_path))
+
+
+# --- The families' own templates ----------------------------------------------------------------
+
+
+def family(folder, name):
+    """A small tokenizer of a published template's family."""
+    kind = tiny.LLAMA3 if name.startswith("llama") else tiny.QWEN
+    template = (TEMPLATES / f"{name}.jinja").read_text()
+    return tokenizer.load(tiny.family_tokenizer(folder, kind, template))
+
+
+TEXTS = ["Put a mug 12.", "<think>\nGo.\n</think>\n\nlook", "Nothing 3.", "take mug", "Done.\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "opening"),
+    [
+        ("smollm2", "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+         "Hugging Face<|im_end|>\n<|im_start|>user\n"),
+        ("llama3", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"),
+        ("llama3_2", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting "
+         "Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
+         "<|start_header_id|>user<|end_header_id|>\n\n"),
+        ("qwen2_5", "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+         "assistant.<|im_end|>\n<|im_start|>user\n"),
+        ("qwen3_instruct_2507", "<|im_start|>user\n"),
+    ],
+)  # fmt: skip
+def test_published_templates_are_append_only(tmp_path, name, opening):
+    loaded = family(tmp_path, name)
+    fmt = chat.ChatFormat.from_tokenizer(loaded)
+    ids, step_id, seen = [], [], []
+    for i in range(0, len(TEXTS), 2):
+        context = fmt.next_turn(TEXTS[i]) if i else fmt.first_turn("", TEXTS[i])
+        ids, step_id = ids + context, step_id + [-1] * len(context)
+        rendered = loaded.apply_chat_template(
+            chat._messages([*zip(TEXTS[:i:2], TEXTS[1:i:2], strict=True)], TEXTS[i]),
+            tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024",
+        )  # fmt: skip
+        assert rendered.startswith(opening + TEXTS[0])
+        assert ids == loaded.encode(rendered, add_special_tokens=False)
+        assert ids[: len(seen)] == seen
+        seen = ids
+        if i + 1 < len(TEXTS):
+            response = fmt.response(TEXTS[i + 1])
+            ids, step_id = ids + response, step_id + [i // 2] * len(response)
+    if name.startswith("llama"):
+        assert ids.count(loaded.bos_token_id) == 1
+        assert ids[0] == loaded.bos_token_id
+    for k in (0, 1):  # the policy's are what it wrote and its end of turn
+        wrote = [t for t, s in zip(ids, step_id, strict=True) if s == k]
+        assert wrote[-1] == fmt.end_of_turn == loaded.eos_token_id
+        assert fmt.decode(wrote) == TEXTS[2 * k + 1]
+
+
+def test_qwen3_drops_thoughts_and_the_remedy_keeps_them(tmp_path):
+    loaded = family(tmp_path, "qwen3")
+    with pytest.raises(UserError, match="not append-only: .*--chat_format=chatml") as caught:
+        chat.ChatFormat.from_tokenizer(loaded)
+    assert "<think>" in str(caught.value)
+    fmt = chat.ChatFormat.from_tokenizer(loaded, "chatml")
+    ids = fmt.first_turn("", TEXTS[0]) + fmt.response(TEXTS[1]) + fmt.next_turn(TEXTS[2])
+    assert loaded.decode(ids) == (
+        f"<|im_start|>user\n{TEXTS[0]}<|im_end|>\n<|im_start|>assistant\n{TEXTS[1]}<|im_end|>\n"
+        f"<|im_start|>user\n{TEXTS[2]}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # Where nothing is dropped, it is the family's own format.
+    own = loaded.apply_chat_template(
+        [{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True, return_dict=False
+    )
+    assert fmt.first_turn("", TEXTS[0]) == own
+    assert loaded.chat_template == (TEMPLATES / "qwen3.jinja").read_text()  # left as it was
+
+
+def test_the_built_in_llama_format_is_llama_3s(tmp_path):
+    loaded = family(tmp_path, "llama3")
+    built_in = chat.ChatFormat.from_tokenizer(loaded, "llama3")
+    assert built_in == chat.ChatFormat.from_tokenizer(loaded)
+    assert built_in.strip
+    with pytest.raises(UserError, match=r"--chat_format=chatml: .* no special token <\|im_end\|>"):
+        chat.ChatFormat.from_tokenizer(loaded, "chatml")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: "{{ bos_token }}" + t,
+        lambda t: t.replace("loop.index0 == 0", "message['role'] == 'user'"),
+    ],
+    ids=["at the start", "every turn"],
+)
+def test_a_second_beginning_is_refused(tmp_path, change):
+    loaded = family(tmp_path, "llama3")
+    loaded.chat_template = change(loaded.chat_template)
+    with pytest.raises(UserError, match=r"<\|begin_of_text\|>, the beginning .* more than once"):
+        chat.ChatFormat.from_tokenizer(loaded)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_puts_its_blank_where_the_template_does(tmp_path, prefix):
+    control = ["<unk>", "<s>", "</s>"]
+    letters = sorted(set("".join(map(str, chat._PROBES)) + "".join(TEXTS)) - {" "})
+    pieces = ["\u2581", *letters, "\u2581a", "oo", "loo", "look", "\u2581look", "\u2581You"]
+    tokens = [*control, *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    roles = dict(zip(("unk_token", "bos_token", "eos_token"), control, strict=True))
+    made = tokenizer.Vocabulary(tokens, control, roles, template, max_length=128, add_bos=True)
+    tokenizer.write_sentencepiece_bpe(tmp_path, made, scores, prefix)
+    loaded = tokenizer.load(tmp_path)
+    fmt = chat.ChatFormat.from_tokenizer(loaded)
+    assert fmt.blank == prefix
+    ids = fmt.first_turn("", "You look") + fmt.response("look") + fmt.next_turn("a")
+    assert ids == whole(loaded, ["You look", "look", "a"])
+    assert loaded.convert_ids_to_tokens(fmt.response("look")) == ["look", "</s>"]
+    assert fmt.decode(fmt.response("look")) == "look"
+
+
+def test_a_blank_before_the_response_is_the_policys(tmp_path):
+    """Mistral's habit: "[/INST]" asks for a response, and the response begins with a blank."""
+    loaded = load(
+        tmp_path,
+        "{{ '<|endoftext|>' }}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '[INST] ' + m['content'] + '[/INST]' }}{% else %}"
+        "{{ ' ' + m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}",
+    )
+    fmt = chat.ChatFormat.from_tokenizer(loaded)
+    assert fmt.lead == " "
+    assert loaded.decode(fmt.response("look")) == " look<|im_end|>"
+    assert fmt.decode(fmt.response("look")) == "look"
+    ids = fmt.first_turn("", "Hi.") + fmt.response("look") + fmt.next_turn("Dark.")
+    assert ids == whole(loaded, ["Hi.", "look", "Dark."])
 
 
 def episode(**changes):

@@ -27,15 +27,9 @@ def pair(tmp_path_factory):
     tiny.tiny_tokenizer(folder / "trained")
     tokens, merges = vocabulary(folder / "trained")
     (folder / "written").mkdir()
-    tokenizer.write_byte_level_bpe(
-        folder / "written",
-        tokens=tokens,
-        merges=merges,
-        special=tiny.SPECIAL,
-        roles={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
-        chat_template=tiny.CHATML,
-        max_length=128,
-    )
+    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    made = tokenizer.Vocabulary(tokens, tiny.SPECIAL, roles, tiny.CHATML, max_length=128)
+    tokenizer.write_byte_level_bpe(folder / "written", made, merges, "smollm")
     return tokenizer.load(folder / "trained"), tokenizer.load(folder / "written")
 
 
@@ -73,10 +67,8 @@ def test_a_byte_that_the_vocabulary_lacks_is_dropped_not_special(tmp_path):
     lacking = [token for token in tokens if token != missing]
     merges = [merge for merge in merges if missing not in merge]
     roles = {"unk_token": "<|endoftext|>"}
-    tokenizer.write_byte_level_bpe(
-        tmp_path, tokens=lacking, merges=merges, special=tiny.SPECIAL, roles=roles,
-        chat_template=None, max_length=128,
-    )  # fmt: skip
+    made = tokenizer.Vocabulary(lacking, tiny.SPECIAL, roles, None, max_length=128)
+    tokenizer.write_byte_level_bpe(tmp_path, made, merges, "smollm")
     loaded = tokenizer.load(tmp_path)
     assert loaded.decode(loaded.encode("a\x12b")) == "ab"
 
@@ -90,3 +82,67 @@ def test_a_missing_or_broken_file_is_named(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=f"{name}: no such file"):
         tokenizer.load(tmp_path)
+
+
+def test_families_cut_text_in_their_own_way(tmp_path):
+    """Llama 3 takes digits three at a time, Qwen one; both take "'ll" and a word with its blank."""
+    for family, digits in ((tiny.LLAMA3, ["123", "45"]), (tiny.QWEN, list("12345"))):
+        folder = tiny.family_tokenizer(tmp_path / family.split, family, None)
+        cut = tokenizer.load(folder).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+        text = "Go12345 we'll\n\n [see].\n"
+        pieces = [piece.replace("\u0120", " ").replace("\u010a", "\n") for piece, _ in cut(text)]
+        assert pieces == ["Go", *digits, " we", "'ll", "\n\n", " [", "see", "].\n"]
+
+
+def test_a_family_s_added_tokens_and_beginning(tmp_path):
+    llama = tokenizer.load(tiny.family_tokenizer(tmp_path / "llama", tiny.LLAMA3, None))
+    assert llama.encode("a")[0] == llama.bos_token_id == 0
+    assert llama.encode("a", add_special_tokens=False) == llama.encode("a")[1:]
+    qwen = tokenizer.load(tiny.family_tokenizer(tmp_path / "qwen", tiny.QWEN, None))
+    assert qwen.bos_token is None
+    assert qwen.encode("<think>") == [3]  # whole, and yet plain text:
+    assert qwen.decode([3, *qwen.encode("x<|im_end|>")], skip_special_tokens=True) == "<think>x"
+    # Qwen composes accents first.
+    assert qwen.encode("e\u0301") == qwen.encode("\u00e9") != llama.encode("e\u0301")
+
+
+def test_sentencepiece_merges_the_best_score_first(tmp_path):
+    pieces = ["\u2581", "h", "e", "l", "o", "w", "r", "d", "he", "ll", "hell", "lo", "\u2581w",
+              "\u2581hell", "or", "\u2581wor", "ld", "\u2581world", "ello"]  # fmt: skip
+    control = ["<unk>", "<s>", "</s>"]
+    tokens = [*control, *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    scores = {piece: -float(i) for i, piece in enumerate(pieces)}
+    roles = dict(zip(("unk_token", "bos_token", "eos_token"), control, strict=True))
+    made = tokenizer.Vocabulary(tokens, control, roles, None, max_length=128, add_bos=True)
+    tokenizer.write_sentencepiece_bpe(
+        tmp_path, made, [0.0] * 259 + list(scores.values()), prefix=True
+    )
+    loaded = tokenizer.load(tmp_path)
+
+    def expected(text):
+        """SentencePiece's own algorithm; a character without a piece becomes bytes."""
+        parts = list("\u2581" + text.replace(" ", "\u2581"))
+        while True:
+            unions = [
+                (scores.get(a + b, -1e9), -i)
+                for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            ]
+            score, i = max(unions, default=(-1e9, 0))
+            if score == -1e9:
+                break
+            parts[-i : 2 - i] = ["".join(parts[-i : 2 - i])]
+        spelled = ([p] if p in scores else [f"<0x{b:02X}>" for b in p.encode()] for p in parts)
+        return ["<s>", *(token for piece in spelled for token in piece)]
+
+    for text in (
+        "hello world",
+        "hello",
+        "world order",
+        " hell",
+        "held\nlower",
+        "caf\u00e9",
+        "<0x41>",
+    ):
+        ids = loaded.encode(text)
+        assert loaded.convert_ids_to_tokens(ids) == expected(text)
+        assert loaded.decode(ids, skip_special_tokens=True) == text

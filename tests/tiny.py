@@ -1,13 +1,16 @@
 """Small stand-ins that tests share: a tokenizer made in milliseconds, a policy, episodes."""
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from spa_jax import tokenizer as tokenizer_lib
 from spa_jax.models import transformer, weights
 from spa_jax.models.transformer import ModelConfig
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
@@ -24,8 +27,12 @@ _TEXTS = (
     "You are in the middle of a room. Looking around you, you see a drawer 1, a shelf 2.",
     "Your task is to: put a clean mug in the coffeemachine.",
     "Thought: I should look for a mug.\nAction: go to countertop 1",
-    "take mug 1 from countertop 1", "The drawer 2 is closed. open drawer 2",
-    "user", "assistant", "system", "Nothing happened.",
+    "take mug 1 from countertop 1",
+    "The drawer 2 is closed. open drawer 2",
+    "user",
+    "assistant",
+    "system",
+    "Nothing happened.",
 )
 
 
@@ -37,22 +44,7 @@ def tiny_tokenizer(
     Ids 0, 1, 2 are SPECIAL; every byte is a token, so any text can be encoded.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(_TEXTS, trainer)
-    backend.save(str(folder / "tokenizer.json"))
+    _train(SPECIAL, vocab_size).save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",
@@ -64,6 +56,90 @@ def tiny_tokenizer(
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a family's tokenizers have of their own."""
+
+    split: str
+    special: tuple[str, ...]
+    roles: dict[str, str]
+    added: tuple[str, ...] = ()
+    add_bos: bool = False
+
+
+LLAMA3 = Family(
+    "llama-bpe",
+    ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+     "<|eot_id|>"),
+    {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    add_bos=True,
+)  # fmt: skip
+QWEN = Family(
+    "qwen2", SPECIAL, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    added=("<think>", "</think>"),
+)  # fmt: skip
+
+
+def family_tokenizer(
+    folder: pathlib.Path, family: Family, chat_template: str | None
+) -> pathlib.Path:
+    """Writes a small tokenizer with a family's special tokens and way of cutting text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = json.loads(_train((*family.special, *family.added), 384).to_str())["model"]
+    vocabulary = tokenizer_lib.Vocabulary(
+        tokens=sorted(model["vocab"], key=model["vocab"].get),
+        special=family.special,
+        added=family.added,
+        roles=family.roles,
+        add_bos=family.add_bos,
+        chat_template=chat_template,
+        max_length=2048,
+    )
+    merges = [" ".join(pair) for pair in model["merges"]]
+    tokenizer_lib.write_byte_level_bpe(folder, vocabulary, merges, family.split)
+    return folder
+
+
+def _train(special: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_TEXTS, trainer)
+    return backend
+
+
+# For weights on disk.
+CONFIG = ModelConfig(
+    vocab_size=384, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+    intermediate_size=96, rope_theta=100_000.0, rms_norm_eps=1e-5, tie_embeddings=True,
+    max_position=256,
+)  # fmt: skip
+UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, head_dim=8, num_kv_heads=1)
+
+
+def random_params(config, seed=0):
+    """Distinct values everywhere, so that no two tensors can be mistaken for one another."""
+    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def tiny_config(tied: bool = True) -> ModelConfig:

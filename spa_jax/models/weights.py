@@ -1,10 +1,10 @@
-"""Weights on disk: Hugging Face folders and GGUF files to and from parameter trees.
+"""Weights on disk: Hugging Face folders to and from parameter trees.
 
-The one file in `models/` that touches a disk.  Only safetensors and GGUF are
-read: both are plain arrays with a header.  A pickle file can run any code when
-it is opened, and is refused.
+    GGUF file --gguf_import--> Hugging Face folder <--load/save_pretrained--> parameters
 
-    GGUF file --import_gguf--> Hugging Face folder <--load/save_pretrained--> parameters
+This file and `gguf_import.py` are the only ones in `models/` that touch a disk.
+Only safetensors and GGUF are read: both are plain arrays with a header.  A pickle
+file can run any code when it is opened, and is refused.
 
 Tensors are moved one at a time, so that the peak of host memory is the model
 and its largest tensor.
@@ -21,13 +21,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import gguf
 import jax
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from spa_jax import tokenizer as tokenizer_lib
 from spa_jax.config import LoraConfig
 from spa_jax.errors import UserError
 from spa_jax.models import lora as lora_lib
@@ -44,10 +42,11 @@ HEADS = "heads.safetensors"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -116,7 +115,7 @@ def load_pretrained(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Params
     config = _read_config(folder)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
-        shapes = _hf_shapes(config)
+        shapes = hf_shapes(config)
         _check_names(folder, shapes, tensors, config)
 
         def get(name: str) -> np.ndarray:
@@ -127,7 +126,7 @@ def load_pretrained(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Params
                     f"{path}: tensor {name} has shape {list(shape)}, "
                     f"{folder / 'config.json'} asks for {list(shapes[name])}"
                 )
-            return _get_float32(path, file, name)
+            return _get(path, file, name)
 
         return config, _stack(config, get)
 
@@ -137,6 +136,7 @@ def save_pretrained(
     config: ModelConfig,
     params: Params,
     tokenizer_from: str | os.PathLike[str],
+    chat_template: str | None = None,
 ) -> None:
     """Writes a Hugging Face folder that transformers (and `load_pretrained`) can load.
 
@@ -149,6 +149,7 @@ def save_pretrained(
       params: the parameter tree of `models.transformer`; numpy or JAX arrays, float32, float16 or
         bfloat16, written bit for bit.
       tokenizer_from: a folder whose tokenizer files are copied.
+      chat_template: Jinja source that takes the place of the copied tokenizer's; None keeps it.
 
     Raises:
       UserError: `tokenizer_from` has no tokenizer, `folder` is something else's, or a parameter
@@ -163,6 +164,9 @@ def save_pretrained(
         }
     with _new_folder(pathlib.Path(folder)) as new:
         copy_tokenizer(tokenizer_from, new)
+        if chat_template is not None:
+            # A folder's chat_template.jinja goes before what tokenizer_config.json says.
+            (new / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         tensors = _unstack(config, params)
         dtype = next(iter(tensors.values()))[1]
         _write_json(new / "config.json", _hf_config(config, dtype.name, special))
@@ -261,7 +265,9 @@ def load_adapter(folder: str | os.PathLike[str], model: ModelConfig) -> tuple[Lo
         raise UserError(f"{path}: no such file; only an adapter in safetensors is read")
     with contextlib.ExitStack() as stack:
         file = _open_safetensors(path, stack)
-        tensors = {name: _get_float32(path, file, name) for name in file.keys()}
+        tensors = {
+            name: _get(path, file, name).astype(np.float32, copy=False) for name in file.keys()
+        }
     try:
         adapter = lora_lib.from_peft(tensors)
         config = LoraConfig(int(raw["r"]), float(raw["lora_alpha"]), tuple(adapter["layers"]))
@@ -324,7 +330,7 @@ def from_named(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params
     Raises:
       UserError: a tensor is missing or of another shape; the caller names the file.
     """
-    shapes = _hf_shapes(config)
+    shapes = hf_shapes(config)
     for name, shape in shapes.items():
         if name not in tensors:
             raise UserError(f"tensor {name} is missing")
@@ -363,55 +369,33 @@ def save_heads(folder: str | os.PathLike[str], heads: Mapping[str, Params]) -> N
         temporary.unlink(missing_ok=True)
 
 
-def import_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Turns a GGUF file of a Llama-architecture model into a Hugging Face folder, float32.
-
-    Tokenizer, chat template and special tokens come from the same file. Quantised tensors are
-    dequantised (the package `gguf`). GGUF pairs neighbouring rows of the query and key weights
-    for the rotary embedding, Hugging Face the two halves of a head: the order is undone.
+def write_folder(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    tensors: Mapping[str, Lazy],
+    write_tokenizer: Callable[[pathlib.Path], Mapping[str, int]],
+) -> None:
+    """Writes a Hugging Face folder of tensors that are made one after the other.
 
     Args:
-      gguf_path: the file.
       folder: where to write; as `save_pretrained`.
-
-    Raises:
-      UserError: a missing or damaged file, an architecture or tokenizer that is not supported, a
-        missing tensor, or a tensor of another shape.
+      config: the model's shape.
+      tensors: all of `hf_shapes`, of one dtype.
+      write_tokenizer: writes the tokenizer's files into the folder that it is given; returns the
+        special ids under config.json's names ("eos_token_id", ...).
     """
-    path = pathlib.Path(gguf_path)
-    reader = _open_gguf(path)
-    config = _gguf_config(path, reader)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    if "rope_freqs.weight" in stored:
-        raise UserError(f"{path}: scaled rotary embeddings (rope_freqs.weight) are not supported")
-    names = {hf: ggml for _, hf, ggml in _names(config)}
-    tensors = {}
-    for hf_name, shape in _hf_shapes(config).items():
-        if names[hf_name] not in stored:
-            raise UserError(f"{path}: tensor {names[hf_name]} is missing; fetch the file again")
-        tensor = stored[names[hf_name]]
-        found = tuple(int(n) for n in reversed(tensor.shape))
-        if found != shape:
-            raise UserError(
-                f"{path}: tensor {tensor.name} has shape {list(found)}, "
-                f"the file's own metadata ask for {list(shape)}"
-            )
-        get = _gguf_getter(tensor, _rotary_heads(hf_name, config))
-        tensors[hf_name] = (shape, np.dtype(np.float32), get)
-    extra = sorted(set(stored) - set(names.values()))
-    if extra:
-        raise UserError(f"{path}: tensor {extra[0]} is not part of the llama architecture")
     with _new_folder(pathlib.Path(folder)) as new:
-        special = _write_gguf_tokenizer(path, reader, config, new)
-        _write_json(new / "config.json", _hf_config(config, "float32", special))
-        _write_json(new / "generation_config.json", {"_from_model_config": True} | special)
+        special = write_tokenizer(new)
+        dtype = next(iter(tensors.values()))[1]
+        _write_json(new / "config.json", _hf_config(config, dtype.name, special))
+        _write_json(new / "generation_config.json", {"_from_model_config": True, **special})
         _write_safetensors(new / WEIGHTS, tensors)
 
 
 # --- Names and shapes ---------------------------------------------------------------------------
 
 
-def _names(config: ModelConfig) -> Iterator[tuple[tuple, str, str]]:
+def names(config: ModelConfig) -> Iterator[tuple[tuple, str, str]]:
     """(our path, with the layer last; Hugging Face's name; GGUF's name) of every tensor."""
     for path, (hf, ggml) in _TOP.items():
         if path[0] != "unembed" or not config.tie_embeddings:
@@ -439,35 +423,38 @@ def _our_shape(path: tuple, config: ModelConfig) -> Shape:
     return shape[1:] if path[1] == "bias" else shape
 
 
-def _hf_shapes(config: ModelConfig) -> dict[str, Shape]:
+def hf_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Hugging Face's name -> shape of every tensor of the model."""
     shapes = {}
-    for path, name, _ in _names(config):
+    for path, name, _ in names(config):
         shape = _our_shape(path, config)
         shapes[name] = shape[::-1] if path[1] == "kernel" else shape
     return shapes
 
 
 def _stack(config: ModelConfig, get: Callable[[str], np.ndarray]) -> Params:
-    """The parameter tree, from a function that returns a Hugging Face tensor by name."""
+    """The parameter tree, from a function that returns a Hugging Face tensor by name.
+
+    Each is written where it belongs, and converted on the way, before the next one is read.
+    """
     params: dict[str, Any] = {"layers": {}}
-    for (module, leaf, layer), name, _ in _names(config):
-        array = get(name)
-        array = array.T if leaf == "kernel" else array
-        if layer is None:
-            params[module] = {leaf: np.ascontiguousarray(array)}
-            continue
-        if layer == 0:
-            stacked = np.empty((config.num_layers, *array.shape), np.float32)
-            params["layers"].setdefault(module, {})[leaf] = stacked
-        params["layers"][module][leaf][layer] = array
+    for path, name, _ in names(config):
+        module, leaf, layer = path
+        shape = _our_shape(path, config)
+        node = params if layer is None else params["layers"]
+        if not layer:  # None, or the first layer
+            full = shape if layer is None else (config.num_layers, *shape)
+            node.setdefault(module, {})[leaf] = np.empty(full, np.float32)
+        # No name for the tensor: it would be kept while the next one is read.
+        at = ... if layer is None else layer
+        node[module][leaf][at] = get(name).T if leaf == "kernel" else get(name)
     return params
 
 
 def _unstack(config: ModelConfig, params: Params) -> dict[str, Lazy]:
     """Hugging Face's name -> tensor, to be made when it is written."""
     tensors: dict[str, Lazy] = {}
-    for path, name, _ in _names(config):
+    for path, name, _ in names(config):
         module, leaf, layer = path
         tree = params if layer is None else params["layers"]
         try:
@@ -673,120 +660,6 @@ def _pickle_message(path: pathlib.Path) -> str:
     )
 
 
-# --- GGUF files ---------------------------------------------------------------------------------
-
-
-def _open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # numpy's IndexError, ValueError, ... of a short memory map
-        raise UserError(
-            f"{path}: not a GGUF file, or a truncated one ({error}); fetch it again"
-        ) from error
-
-
-def _gguf_value(path: pathlib.Path, reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    """A metadata value; an absent one is an error unless there is a default."""
-    field = reader.get_field(key)
-    if field is not None:
-        return field.contents()
-    if default is None:
-        raise UserError(f"{path}: the metadata lack {key}; use another file of this model")
-    return default
-
-
-def _gguf_config(path: pathlib.Path, reader: gguf.GGUFReader) -> ModelConfig:
-    def value(key: str, default: Any = None) -> Any:
-        return _gguf_value(path, reader, key, default)
-
-    architecture = value("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{path}: architecture {architecture!r} is not supported (llama is)")
-    if value("llama.rope.scaling.type", "none") != "none":
-        raise UserError(f"{path}: scaled rotary embeddings are not supported")
-    hidden, heads = value("llama.embedding_length"), value("llama.attention.head_count")
-    # The file holds a float32; 1e-05 is what was meant by 9.999999747378752e-06.
-    eps = float(str(np.float32(value("llama.attention.layer_norm_rms_epsilon"))))
-    return ModelConfig(
-        vocab_size=len(value("tokenizer.ggml.tokens")),
-        hidden_size=hidden,
-        num_layers=value("llama.block_count"),
-        num_heads=heads,
-        num_kv_heads=value("llama.attention.head_count_kv", heads),
-        head_dim=value("llama.attention.key_length", hidden // heads),
-        intermediate_size=value("llama.feed_forward_length"),
-        rope_theta=float(str(np.float32(value("llama.rope.freq_base", 10_000.0)))),
-        rms_norm_eps=eps,
-        tie_embeddings=not any(tensor.name == "output.weight" for tensor in reader.tensors),
-        max_position=value("llama.context_length"),
-    )
-
-
-def _rotary_heads(hf_name: str, config: ModelConfig) -> int:
-    """How many rotary heads the rows of a weight hold; 0 if it is not rotated."""
-    if hf_name.endswith("q_proj.weight"):
-        return config.num_heads
-    return config.num_kv_heads if hf_name.endswith("k_proj.weight") else 0
-
-
-def _gguf_getter(tensor: gguf.ReaderTensor, heads: int) -> Callable[[], np.ndarray]:
-    def get() -> np.ndarray:
-        array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        return _uninterleave(array, heads) if heads else array
-
-    return get
-
-
-def _uninterleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from GGUF's rotary order to Hugging Face's.
-
-        GGUF           a0 b0 a1 b1 a2 b2     (a_i, b_i are rotated as a pair)
-        Hugging Face   a0 a1 a2 b0 b1 b2
-
-    Args:
-      weight: [heads * K, D].
-      heads: the number of heads.
-    """
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
-
-
-def _write_gguf_tokenizer(
-    path: pathlib.Path, reader: gguf.GGUFReader, config: ModelConfig, folder: pathlib.Path
-) -> dict[str, int]:
-    """Writes the tokenizer files; returns the special ids under config.json's names."""
-
-    def value(key: str, default: Any = None) -> Any:
-        return _gguf_value(path, reader, f"tokenizer.ggml.{key}", default)
-
-    kind = (value("model"), value("pre", "default"))
-    if kind != ("gpt2", "smollm") or value("add_bos_token", False):
-        raise UserError(
-            f"{path}: tokenizer {kind[0]!r} with pre-tokenizer {kind[1]!r} is not supported "
-            "(gpt2 with smollm is); use the model's Hugging Face folder"
-        )
-    tokens, types = value("tokens"), value("token_type")
-    ids = {}
-    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
-        if field is not None:
-            ids[role] = int(field.contents())
-    template = reader.get_field("tokenizer.chat_template")
-    tokenizer_lib.write_byte_level_bpe(
-        folder,
-        tokens=tokens,
-        merges=value("merges"),
-        special=[t for t, n in zip(tokens, types, strict=True) if n == gguf.TokenType.CONTROL],
-        roles={f"{role}_token": tokens[i] for role, i in ids.items()},
-        chat_template=None if template is None else template.contents(),
-        max_length=config.max_position,
-    )
-    return {f"{role}_token_id": i for role, i in ids.items() if role != "unk"}
-
-
 # --- Files --------------------------------------------------------------------------------------
 
 
@@ -799,11 +672,14 @@ def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
         ) from error
 
 
-def _get_float32(path: pathlib.Path, file: Any, name: str) -> np.ndarray:
-    array = file.get_tensor(name)
-    if array.dtype not in _DTYPES:
-        raise UserError(f"{path}: tensor {name} is {array.dtype}; float32, float16 or bfloat16 is")
-    return array.astype(np.float32, copy=False)
+def _get(path: pathlib.Path, file: Any, name: str) -> np.ndarray:
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in _DTYPES.values():
+        raise UserError(
+            f"{path}: tensor {name} is {dtype}, which is not read (F32, F16 and BF16 are); fetch "
+            "the model in one of them"
+        )
+    return file.get_tensor(name)
 
 
 def _write_safetensors(path: pathlib.Path, tensors: Mapping[str, Lazy]) -> None:

@@ -7,14 +7,16 @@ import subprocess
 
 import pytest
 
-from experiments import generated, import_demos
+from experiments import common, generated, import_demos
 from spa_jax import store
 from spa_jax.config import CreditConfig, RowsConfig, RunConfig
 from spa_jax.envs.protocol import Task
 from spa_jax.envs.webshop import tasks
 from spa_jax.errors import UserError
+from spa_jax.models import weights
 from tests import tiny
 from tests.experiments import stages
+from tests.test_chat import DROPS_THOUGHTS
 
 _FLAGS = (
     "--generate_train=6", "--generate_valid=2", "--generate_explore=8", "--generate_heldout=3",
@@ -187,3 +189,26 @@ def test_a_shared_layout_or_seed_is_refused():
     for bad in (task("train", "a", 1), task("train", "b", 4)):
         with pytest.raises(UserError, match="held-out"):
             run_spa.assert_disjoint({"train": [bad], "heldout": held_out}, "heldout")
+
+
+@pytest.mark.slow
+def test_a_base_whose_template_drops_thoughts(tmp_path):
+    """The format that is given goes through every stage, and its policies remember it."""
+    words = tiny.tiny_tokenizer(tmp_path / "words", DROPS_THOUGHTS)
+    config = tiny.tiny_config()
+    weights.save_pretrained(tmp_path / "base", config, tiny.tiny_params(config), words)
+    flags = (*_FLAGS, "--iterations=1", f"--base={tmp_path / 'base'}",
+             f"--workdir={tmp_path / 'run'}")  # fmt: skip
+    refused = stages.run("run_spa", *flags)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "is not append-only" in refused.stderr and "--chat_format=chatml" in refused.stderr
+    assert not (tmp_path / "run").exists()  # at once
+    stages.succeed("run_spa", *flags, "--chat_format=chatml")
+    trained = common.load_policy(tmp_path / "run" / "iteration_0" / "ppo" / "policy")
+    assert trained.chat_format == "chatml"
+    for played in ("iteration_0/explore", "eval/sft", "eval/spa"):
+        assert common.recorded_chat_format(tmp_path / "run" / played) == "chatml"
+        for t in store.read(tmp_path / "run" / played / "trajectories.jsonl"):
+            opening = trained.chat.first_turn(t.instruction, t.steps[0].observation)
+            assert list(t.token_ids[: len(opening)]) == opening
+            assert t.step_id[len(opening)] == 0

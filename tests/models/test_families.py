@@ -42,15 +42,18 @@ def _write(folder: pathlib.Path, arrays) -> pathlib.Path:
     return folder
 
 
-def _compare(config, params, arrays, folder):
-    """Logits to 1e-4, the gradient of a masked loss to 1e-4 of its norm."""
+def _compare(config, params, arrays, folder, packed=False):
+    """Logits to 1e-4, the gradient of a masked loss to 1e-4 of its norm.
+
+    `packed`: the two sequences lie in one row, behind each other.
+    """
     tokens, positions = arrays["tokens"].astype(np.int32), arrays["positions"].astype(np.int32)
+    segments = np.ones_like(tokens) + packed * np.arange(len(tokens), dtype=np.int32)[:, None]
+    rows = [a.reshape(1, -1) if packed else a for a in (tokens, positions, segments)]
 
     def loss(params):
-        hidden = transformer.hidden_states(
-            config, params, tokens, positions, np.ones_like(tokens)
-        )
-        logits = transformer.logits(params, hidden)
+        hidden = transformer.hidden_states(config, params, *rows)
+        logits = transformer.logits(params, hidden).reshape(*tokens.shape, -1)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)
         return -jnp.sum(chosen[..., 0] * arrays["mask"]) / arrays["mask"].sum(), logits
 
@@ -76,6 +79,13 @@ def test_logits_and_gradients_are_those_of_transformers(name, tmp_path):
     config, params = weights.load_pretrained(_write(tmp_path, arrays))
     assert config.model_type == make.FAMILIES[name][0]
     _compare(config, params, arrays, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "mistral", "qwen2", "qwen3"])
+def test_packed_rows_are_those_of_transformers_apart(name, tmp_path):
+    arrays = _golden(name)
+    config, params = weights.load_pretrained(_write(tmp_path, arrays))
+    _compare(config, params, arrays, tmp_path, packed=True)
 
 
 @pytest.mark.parametrize("name", make.FAMILIES)

@@ -69,6 +69,31 @@ def test_the_chat_format_is_the_templates(loaded):
     assert fmt.next_turn("<|im_end|>").count(2) == 1
 
 
+def test_a_turn_more_changes_no_token_before_it(loaded):
+    published = ROOT / "tests" / "golden" / "templates" / "smollm2.jinja"
+    assert loaded.chat_template == published.read_text()
+    fmt = chat.ChatFormat.from_tokenizer(loaded)
+    texts = ["Find a mug 12.\n", "<think>\nGo.\n</think>\n\nlook", " Dark.", "go to desk 1", "Done"]
+    ids, seen = [], []
+    for i in range(0, len(texts), 2):
+        ids = ids + (fmt.next_turn(texts[i]) if i else fmt.first_turn("", texts[i]))
+        messages = [
+            {"role": ("user", "assistant")[j % 2], "content": text}
+            for j, text in enumerate(texts[: i + 1])
+        ]
+        assert ids == loaded.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        assert ids[: len(seen)] == seen
+        seen = ids
+        if i + 1 < len(texts):
+            ids = ids + fmt.response(texts[i + 1])
+    # The built-in format is the same without the system message.
+    built_in = chat.ChatFormat.from_tokenizer(loaded, "chatml")
+    assert (built_in.header, built_in.between) == (fmt.header, fmt.between)
+    assert len(built_in.opening) < len(fmt.opening)
+
+
 def test_it_says_paris(model, loaded):
     config, params = model
     fmt = chat.ChatFormat.from_tokenizer(loaded)

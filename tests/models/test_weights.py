@@ -1,6 +1,5 @@
-"""Weights on disk: GGUF to Hugging Face to parameters and back, and what is refused."""
+"""Weights on disk: Hugging Face folders to parameters and back, and what is refused."""
 
-import dataclasses
 import json
 import pathlib
 import pickle
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import zipfile
 
-import gguf
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -18,30 +16,13 @@ import safetensors.numpy
 import transformers
 
 from experiments import fetch_policy
-from spa_jax import tokenizer
 from spa_jax.errors import UserError
-from spa_jax.models import transformer, weights
+from spa_jax.models import weights
 from tests import tiny
-from tests.test_tokenizer import vocabulary
+from tests.models.test_gguf_import import write_gguf
 
-CONFIG = transformer.ModelConfig(
-    vocab_size=384, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
-    intermediate_size=96, rope_theta=100_000.0, rms_norm_eps=1e-5, tie_embeddings=True,
-    max_position=256,
-)  # fmt: skip
-UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, head_dim=8, num_kv_heads=1)
-
-
-def random_params(config, seed=0):
-    """Distinct values everywhere, so that no two tensors can be mistaken for one another."""
-    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+CONFIG, UNTIED = tiny.CONFIG, tiny.UNTIED
+random_params, assert_same = tiny.random_params, tiny.assert_same
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +185,7 @@ Q = "model.layers.1.self_attn.q_proj"
         (
             lambda f: rewrite(f, lambda t: t.update(
                 {"model.norm.weight": t["model.norm.weight"].astype(np.int8)})),
-            "tensor model.norm.weight is int8",
+            "model.safetensors: tensor model.norm.weight is I8",
         ),
     ],
 )  # fmt: skip
@@ -248,149 +229,6 @@ def test_heads_come_back(saved):
     (saved / "heads.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="heads.safetensors: not a safetensors file"):
         weights.load_heads(saved)
-
-
-# --- GGUF ---------------------------------------------------------------------------------------
-
-
-def interleave(weight, heads):
-    """Rows from Hugging Face's rotary order to GGUF's, as llama.cpp's converter does it."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
-    )
-
-
-def write_gguf(path, config, params, tokenizer_folder, *, architecture="llama", pre="smollm",
-               skip="", types=None, claims=None):  # fmt: skip
-    """A GGUF file of `params`; returns the parameters that its quantised tensors stand for.
-
-    `claims` is what the metadata say, if not `config`.
-    """
-    claimed = claims or config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(claimed.num_layers)
-    writer.add_context_length(claimed.max_position)
-    writer.add_embedding_length(claimed.hidden_size)
-    writer.add_feed_forward_length(claimed.intermediate_size)
-    writer.add_head_count(claimed.num_heads)
-    writer.add_head_count_kv(claimed.num_kv_heads)
-    writer.add_key_length(claimed.head_dim)
-    writer.add_layer_norm_rms_eps(claimed.rms_norm_eps)
-    writer.add_rope_freq_base(claimed.rope_theta)
-    tokens, merges = vocabulary(tokenizer_folder)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_merges(merges)
-    special = gguf.TokenType.CONTROL
-    writer.add_token_types([special if t in tiny.SPECIAL else gguf.TokenType.NORMAL
-                            for t in tokens])  # fmt: skip
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(tiny.CHATML)
-    expected = jax.tree.map(np.array, params)
-
-    def add(name, array, put, heads=0):
-        if name == skip:
-            return
-        kind = (types or {}).get(name.split(".")[-2], gguf.GGMLQuantizationType.F32)
-        stored = interleave(array, heads) if heads else array
-        data = gguf.quantize(np.ascontiguousarray(stored), kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-        back = gguf.dequantize(data, kind)
-        if heads:  # Independently of the code under test: find each row where it went.
-            order = interleave(np.arange(len(array))[:, None], heads)[:, 0]
-            back = back[np.argsort(order)]
-        put(back)
-
-    def into(leaf, index=...):
-        def put(back):
-            leaf[index] = back.T if leaf[index].ndim == 2 and leaf is not embedding else back
-
-        return put
-
-    embedding = expected["embed"]["embedding"]
-    add("token_embd.weight", params["embed"]["embedding"], into(embedding))
-    add("output_norm.weight", params["norm"]["scale"], into(expected["norm"]["scale"]))
-    if not config.tie_embeddings:
-        add("output.weight", params["unembed"]["kernel"].T, into(expected["unembed"]["kernel"]))
-    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate",
-             "up": "ffn_up", "down": "ffn_down", "attn_norm": "attn_norm",
-             "mlp_norm": "ffn_norm"}  # fmt: skip
-    heads = {"q": config.num_heads, "k": config.num_kv_heads}
-    for i in range(config.num_layers):
-        for ours, theirs in names.items():
-            ((leaf, stacked),) = params["layers"][ours].items()
-            add(f"blk.{i}.{theirs}.weight", stacked[i].T, into(expected["layers"][ours][leaf], i),
-                heads.get(ours, 0))  # fmt: skip
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
-
-
-Q4_1, Q8_0, F16 = (getattr(gguf.GGMLQuantizationType, t) for t in ("Q4_1", "Q8_0", "F16"))
-MIXED = {"attn_q": Q4_1, "attn_k": Q4_1, "attn_v": F16, "ffn_down": Q4_1, "token_embd": Q8_0}
-
-
-@pytest.mark.parametrize(
-    ("config", "types"), [(CONFIG, {}), (CONFIG, MIXED), (UNTIED, {})],
-    ids=["float32", "quantised", "untied"],
-)  # fmt: skip
-def test_gguf_becomes_a_folder_with_the_same_weights(tmp_path, tokenizer_folder, config, types):
-    params = random_params(config)
-    expected = write_gguf(tmp_path / "m.gguf", config, params, tokenizer_folder, types=types)
-    weights.import_gguf(tmp_path / "m.gguf", tmp_path / "m")
-    found_config, found = weights.load_pretrained(tmp_path / "m")
-    assert found_config == config
-    assert_same(found, expected)
-    if not types:
-        assert_same(found, params)
-    original, imported = tokenizer.load(tokenizer_folder), tokenizer.load(tmp_path / "m")
-    text = "put mug 12 in/on shelf\n\n caf\u00e9 \U0001f375<|im_end|>"
-    assert imported.encode(text) == original.encode(text)
-    assert imported.chat_template == tiny.CHATML
-    assert (imported.bos_token, imported.eos_token_id, imported.unk_token_id) == ("<|im_start|>",
-                                                                                  2, 0)  # fmt: skip
-    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "m")
-    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
-    assert json.loads((tmp_path / "m/config.json").read_text())["eos_token_id"] == 2
-
-
-def test_gguf_files_that_are_refused(tmp_path, tokenizer_folder):
-    params = random_params(CONFIG)
-    path = tmp_path / "m.gguf"
-    for options, message in [
-        ({"architecture": "qwen2"}, "m.gguf: architecture 'qwen2' is not supported"),
-        ({"pre": "llama-bpe"}, "m.gguf: tokenizer 'gpt2' with pre-tokenizer 'llama-bpe'"),
-        ({"skip": "blk.1.ffn_up.weight"}, "m.gguf: tensor blk.1.ffn_up.weight is missing"),
-        ({"claims": dataclasses.replace(CONFIG, num_layers=1)}, "tensor blk.1.attn_k.weight is"),
-        ({"claims": dataclasses.replace(CONFIG, num_layers=3)}, "tensor blk.2.attn_norm.weight is"),
-        ({"claims": dataclasses.replace(CONFIG, intermediate_size=128)},
-         r"m.gguf: tensor blk.0.ffn_gate.weight has shape \[96, 64\].*\[128, 64\]"),
-    ]:  # fmt: skip
-        write_gguf(path, CONFIG, params, tokenizer_folder, **options)
-        with pytest.raises(UserError, match=message):
-            weights.import_gguf(path, tmp_path / "m")
-    with pytest.raises(UserError, match="none.gguf: no such file"):
-        weights.import_gguf(tmp_path / "none.gguf", tmp_path / "m")
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 0.999])
-def test_a_truncated_gguf_is_refused(tmp_path, tokenizer_folder, share):
-    path = tmp_path / "m.gguf"
-    write_gguf(path, CONFIG, random_params(CONFIG), tokenizer_folder)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(UserError, match="m.gguf: not a GGUF file, or a truncated one"):
-        weights.import_gguf(path, tmp_path / "m")
-    assert not (tmp_path / "m").exists()
 
 
 # --- Fetching the policy ------------------------------------------------------------------------

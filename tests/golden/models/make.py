@@ -1,7 +1,7 @@
 """Makes the golden files beside it: what transformers' PyTorch models compute.
 
     pip install torch==2.13.0
-    python -m tests.golden.models.make
+    python -m tests.golden.models.make [NAME ...]
 
 One .npz a family: config.json, the weights, two rows of tokens with positions and a loss mask, the
 logits, and the gradient of the masked mean of -log p(next token) by every weight, all float32.
@@ -9,6 +9,7 @@ logits, and the gradient of the masked mean of -log p(next token) by every weigh
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 
@@ -34,7 +35,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# Name -> (model_type, what differs from the shape above).
+# Name -> (model_type, what differs from the shape above). A name's place is its seed.
 FAMILIES = {
     "llama2": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
     "llama3": (
@@ -45,11 +46,21 @@ FAMILIES = {
         "llama",
         {"rope_theta": 200.0, "rope_scaling": _LLAMA3, "tie_word_embeddings": True, "head_dim": 8},
     ),
-    "smollm2": ("llama", {"rope_theta": 100_000.0, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": 32, "tie_word_embeddings": False, "head_dim": 8}),
     "qwen2.5": ("qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"rope_theta": 1e6, "tie_word_embeddings": True, "head_dim": 8}),
     "qwen3_untied": ("qwen3", {"rope_theta": 1e6, "tie_word_embeddings": False, "head_dim": 6}),
+    "smollm2": ("llama", {"rope_theta": 100_000.0, "tie_word_embeddings": True}),
+    "llama3.1": (
+        "llama",
+        {"rope_theta": 200.0, "rope_scaling": _LLAMA3, "tie_word_embeddings": False,
+         "num_key_value_heads": 1},
+    ),
+    "qwen2": (
+        "qwen2",
+        {"rope_theta": 1e6, "tie_word_embeddings": False, "hidden_size": 18,
+         "num_attention_heads": 3, "num_key_value_heads": 1},
+    ),
 }
 
 
@@ -70,7 +81,7 @@ def build(name: str):
 
     model_type, changes = FAMILIES[name]
     config = transformers.AutoConfig.for_model(model_type, **_SHAPE | changes)
-    torch.manual_seed(sorted(FAMILIES).index(name))
+    torch.manual_seed(list(FAMILIES).index(name))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -97,7 +108,7 @@ def compute(model, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def main() -> None:
     given = inputs()
-    for name in FAMILIES:
+    for name in sys.argv[1:] or FAMILIES:
         model = build(name)
         config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
         arrays = given | compute(model, given)

@@ -1,0 +1,69 @@
+"""Where a policy comes from: a folder, a GGUF file or the Hugging Face hub."""
+
+import hashlib
+import os
+import pathlib
+import re
+
+from spa_jax.errors import UserError
+from spa_jax.models import gguf_import, weights
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Not "*.safetensors": Mistral's repositories hold the same weights twice.
+_HUB_FILES = ("config.json", "model*.safetensors", weights.INDEX, *weights.TOKENIZER_FILES)
+
+
+def resolve(policy: str | os.PathLike[str]) -> pathlib.Path:
+    """The local Hugging Face folder of a policy.
+
+    Args:
+      policy: such a folder; a GGUF file, which is converted once, below ~/.cache/spa_jax; or the
+        name of a model on the hub (ORGANISATION/MODEL), which is fetched once, into the hub's own
+        cache (HF_HOME), unless a folder has that name.
+
+    Raises:
+      UserError: the file cannot be converted, or the hub has no such model or no safetensors of
+        it. A folder that is not there is left to `weights.load_pretrained`.
+    """
+    path = pathlib.Path(policy)
+    if path.suffix == ".gguf":
+        return _converted(path)
+    if path.exists() or not _HUB_ID.fullmatch(str(policy)) or path.suffix in weights.PICKLES:
+        return path
+    return _fetched(str(policy))
+
+
+def _converted(path: pathlib.Path) -> pathlib.Path:
+    """The folder that a GGUF file was converted to, or is now."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    found = path.stat()
+    mark = f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
+    name = f"{path.stem}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
+    folder = pathlib.Path.home() / ".cache" / "spa_jax" / "models" / name
+    if not (folder / "config.json").is_file():  # written whole or not at all
+        print(f"{path}: converting to {folder}", flush=True)
+        gguf_import.import_gguf(path, folder)
+    return folder
+
+
+def _fetched(name: str) -> pathlib.Path:
+    """The hub's snapshot of a model, fetched if it is not in the cache."""
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES))
+    except Exception as error:  # of the network, of HTTP, of the hub, of its cache
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{name}: no such folder, and the Hugging Face hub gave no such model ({reason[0]}); "
+            "give a folder (python -m experiments.fetch_policy makes one for the quickstart), or a "
+            "model of the hub by its whole name"
+        ) from error
+    path = pathlib.Path(folder)
+    if (path / "config.json").is_file() and not any(path.glob("model*.safetensors")):
+        raise UserError(
+            f"{name}: the hub's copy has no model.safetensors; pickled weights are not read, "
+            "because opening a pickle can run any code; choose a copy of the model in safetensors"
+        )
+    return path
