@@ -67,7 +67,9 @@ def run(
     head: dict[str, Params] = {}
     scores: scoring.Scores | None = None
     if ppo.objective != RFT and objectives.OBJECTIVES[ppo.objective].critic:
-        head["value"], scores = critic(policy, data, trajectories, rows, temperature, seed)
+        scores = start_scores(policy, data, trajectories, rows, temperature)
+        if ppo.critic == "head":
+            head["value"] = value_head(policy, scores, seed)
 
     optimizer = state_lib.adamw(
         optax.constant_schedule(ppo.learning_rate),
@@ -92,32 +94,35 @@ def run(
     common.mark_done(out, started, updates=int(state.update), skipped=int(state.skipped), **found)
 
 
-def critic(
+def start_scores(
     policy: common.Policy,
     data: pathlib.Path,
     trajectories: Sequence[Trajectory],
     rows: RowsConfig,
     temperature: float,
-    seed: int,
-) -> tuple[Params, scoring.Scores]:
-    """The policy's value head, or a new one, and the scores of the episodes under it."""
-    head = policy.heads.get("value")
-    scores = scoring.cached_score(
+) -> scoring.Scores:
+    """The scores of the episodes under the policy and its value head, if it has one."""
+    heads_of = {name: head for name, head in policy.heads.items() if name == "value"}
+    return scoring.cached_score(
         # In round 0 the policy is the estimator's trunk, whose pass is there already.
         data.parent / "explore" / "features.npz",
         policy.folder,
         policy.config,
-        {"policy": policy.params} | ({} if head is None else {"value": head}),
+        {"policy": policy.params} | heads_of,
         trajectories,
         rows,
         temperature=temperature,
         title="values",
         keep=False,
     )
-    if head is None:
-        fresh = jax.jit(heads.ValueHead().init)(jax.random.key(seed), scores.value_hidden[:1, :1])
-        head = heads.fit_norm(fresh["params"], scores.value_hidden, scores.step_mask)
-    return head, scores
+
+
+def value_head(policy: common.Policy, scores: scoring.Scores, seed: int) -> Params:
+    """The policy's value head, or a new one."""
+    if "value" in policy.heads:
+        return policy.heads["value"]
+    fresh = jax.jit(heads.ValueHead().init)(jax.random.key(seed), scores.value_hidden[:1, :1])
+    return heads.fit_norm(fresh["params"], scores.value_hidden, scores.step_mask)
 
 
 def updates(
@@ -145,6 +150,8 @@ def updates(
         run = trainer.forward(parts.on_parts(ppo_update.make_token_values(config)))
         at_start = functools.partial(run, trainer.replicate(parts.trained | head))
         values = ppo_data.token_values(at_start, trajectories, rows, trainer.devices, below)
+    if scores is not None and ppo.critic == "ridge":
+        values = ppo_data.fitted_values(trajectories, scores.value_hidden, ppo)
     table = ppo_data.make_table(trajectories, values, ppo)
     log_probs = trainer.forward(parts.on_parts(ppo_update.make_log_probs(config, temperature)))
     return lambda chosen, now: ppo_data.make_update(

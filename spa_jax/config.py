@@ -247,6 +247,11 @@ class PpoConfig:
     batch_size: int = _setting(8, "Trajectories an update.", "ppo_batch_size")
     gamma: float = _setting(0.99, "Discount a step.")
     gae_lambda: float = _setting(0.95, "Lambda of generalised advantage estimation.")
+    critic: str = _setting(
+        "head", "Values of ppo. head: a value head that is trained along; ridge: ridge regression "
+        "of the returns on the policy's hidden states, on the other tasks' episodes; no head.",
+        choices=("head", "ridge"),
+    )  # fmt: skip
     step_baseline: bool = _setting(
         False, "Subtract from each advantage the mean of the other episodes' at the same step."
     )
@@ -355,6 +360,8 @@ def _check_objective(ppo: PpoConfig) -> None:
     name = ppo.objective
     refused = [
         (ppo.gae == "token" and name != "ppo", "--gae=token", "GAE needs a critic, ppo's alone"),
+        (ppo.critic == "ridge" and name != "ppo", "--critic=ridge", "it has no critic"),
+        (ppo.critic == "ridge" and ppo.gae == "token", "--critic=ridge", "it values steps"),
         (ppo.gae == "token" and ppo.step_baseline, "--gae=token", "--step_baseline compares steps"),
         (ppo.step_baseline and name in GROUP_OBJECTIVES + ("rft",), "--step_baseline",
          "rft has no advantage" if name == "rft" else "a task's rollouts are the baseline already"),

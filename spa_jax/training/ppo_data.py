@@ -21,11 +21,13 @@ from spa_jax import batching
 from spa_jax.batching import PackedRows
 from spa_jax.config import PpoConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.rl import advantages, losses, objectives
+from spa_jax.rl import advantages, critic, losses, objectives
 from spa_jax.training import scoring
 from spa_jax.training.ppo_update import PpoBatch
 from spa_jax.training.sft_update import SftBatch
 from spa_jax.trajectory import Trajectory
+
+_FOLDS = 8  # of the ridge critic
 
 # (rows, below) of a microbatch -> [..., R, P] a number each policy-token slot.
 Forward = Callable[[PackedRows, np.ndarray | None], np.ndarray]
@@ -87,6 +89,33 @@ def make_table(
     if ppo.step_baseline:
         advantage = advantages.less_step_mean(advantage, mask)
     return Table(rewards, values, np.asarray(advantage), np.asarray(returns), mask, ends)
+
+
+def fitted_values(
+    trajectories: Sequence[Trajectory], hidden: np.ndarray, ppo: PpoConfig
+) -> np.ndarray:
+    """[N, S] values of `critic.cross_fitted_values`: no episode's own task was fitted on.
+
+    Args:
+      trajectories: N annotated trajectories.
+      hidden: [N, S, D] the policy's hidden state before each step.
+      ppo: the discount.
+
+    Raises:
+      UserError: if all episodes are of one task.
+    """
+    group = _groups(trajectories)
+    folds = min(_FOLDS, int(group.max()) + 1)
+    if folds < 2:
+        raise UserError(
+            "--critic=ridge fits each task's values on the other tasks' episodes, and there is "
+            "one task only: explore more with --games, or use --critic=head"
+        )
+    rewards, mask, _ = _step_places(trajectories)
+    _, to_go = advantages.step_gae(
+        rewards, np.zeros_like(rewards), mask, gamma=ppo.gamma, gae_lambda=1.0
+    )
+    return np.asarray(critic.cross_fitted_values(hidden, to_go, mask, group % folds, folds=folds))
 
 
 def _groups(trajectories: Sequence[Trajectory]) -> np.ndarray:

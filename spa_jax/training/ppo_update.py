@@ -56,7 +56,7 @@ def ppo_loss(
       config: the model's shape.
       ppo: the objective and the coefficients.
       temperature: that of sampling.
-      params: {"policy": decoder, or what is trained of it, "value": head, with a critic}.
+      params: {"policy": decoder, or what is trained of it, "value": head, if it is a critic}.
       frozen: {"policy": the rest} or {}.
       batch: the rows and their advantages.
       counts: "tokens" and "steps" of the whole update.
@@ -80,7 +80,7 @@ def ppo_loss(
     entropy = losses.entropy(logits, rows.token_mask)
     sums = {"policy_loss": policy, "kl": kl, "entropy": entropy, **stats._asdict()}
     loss = policy / counts["tokens"]
-    if objectives.OBJECTIVES[ppo.objective].critic:
+    if objectives.OBJECTIVES[ppo.objective].critic and ppo.critic == "head":
         index, mask, count = (
             (rows.token_index, rows.token_mask, "tokens")
             if by_token
