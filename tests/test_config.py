@@ -17,6 +17,8 @@ CREDITS = ("spa", "terminal", "uniform", "shuffled", "random")
     [
         ({"gae": "token", "objective": "grpo"}, "--gae=token with --objective=grpo.*critic"),
         ({"gae": "token", "objective": "rft"}, "--gae=token"),
+        ({"critic": "ridge", "objective": "grpo"}, "--critic=ridge with --objective=grpo"),
+        ({"critic": "ridge", "gae": "token"}, "--critic=ridge.*values steps"),
         ({"gae": "token", "step_baseline": True}, "--gae=token.*--step_baseline"),
         ({"objective": "rloo", "step_baseline": True}, "--step_baseline.*rollouts"),
         ({"objective": "rft", "step_baseline": True}, "--step_baseline.*no advantage"),

@@ -389,9 +389,11 @@ def update_metrics(
         "effective_share": losses.effective_share(sums["ratio"], sums["ratio_squared"], tokens),
         "step_reward": float(table.rewards[table.ends > 0].mean()),
     }
+    used = table.mask > 0
     if "value_loss" in sums:
-        used = table.mask > 0
+        metrics["value_loss"] = sums["value_loss"] / used.sum()
+    if "value_loss" in sums or table.values.any():
         returns, values = table.returns[used], table.values[used]
         left = float(np.var(returns - values) / max(np.var(returns), 1e-8))
-        metrics |= {"value_loss": sums["value_loss"] / used.sum(), "explained_variance": 1 - left}
+        metrics["explained_variance"] = 1 - left
     return metrics

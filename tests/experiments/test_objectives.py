@@ -92,6 +92,15 @@ def test_without_a_critic_there_is_no_value_anywhere(policy, tmp_path):
         assert np.isfinite(list(line.values())).all()
 
 
+def test_a_critic_that_is_fitted_before_the_pass(policy, tmp_path):
+    ppo = PpoConfig(critic="ridge", batch_size=6, learning_rate=1e-3, train_layers=1)
+    lines, heads = _trained(tmp_path, policy, ppo, kind="terminal")
+    assert len(lines) == 2 and not heads
+    for line in lines:
+        assert "explained_variance" in line and "value_loss" not in line
+        assert np.isfinite(list(line.values())).all()
+
+
 def test_rft_clones_the_won_episodes(policy, tmp_path):
     ppo = PpoConfig(objective="rft", batch_size=3, learning_rate=1e-2, epochs=4, train_layers=1)
     lines, heads = _trained(tmp_path, policy, ppo)

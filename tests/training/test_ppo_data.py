@@ -6,6 +6,7 @@ same log-probs and values" holds whatever else stands in the context; all else i
 
 import dataclasses
 import functools
+import itertools
 import random
 
 import hypothesis
@@ -338,3 +339,29 @@ def test_nothing_won_is_said_clearly():
     lost = [t for t in _four() if not t.success]
     with pytest.raises(UserError, match="file: none of the 2 episodes was won.*explore more"):
         ppo_data.won(lost, "file")
+
+
+def test_no_episodes_value_knows_its_own_task():
+    """Three tasks of two rollouts, so three folds; the returns of task b change."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(6, 2, 4)).astype(np.float32)
+    ppo = PpoConfig(critic="ridge", gamma=0.5)
+
+    def values(paid):
+        episodes = [
+            _episode(name, attempt, [(3, 2), (2, 1)], [0.1, paid if name == "b" else 0.3], seed)
+            for seed, (name, attempt) in enumerate(itertools.product("abc", (0, 1)))
+        ]
+        return ppo_data.fitted_values(episodes, hidden, ppo)
+
+    first, second = values(0.0), values(8.0)
+    np.testing.assert_array_equal(first[2:4], second[2:4])
+    assert np.abs(first - second)[[0, 1, 4, 5]].min() > 0.5
+    # All of task b's returns-to-go are 0.25 and 0.3 now, as those of the others.
+    np.testing.assert_allclose(values(0.3)[:, 1].mean(), np.mean([0.25, 0.3]), atol=0.02)
+
+
+def test_values_of_one_task_cannot_be_fitted_on_others():
+    episodes = [_episode("a", attempt, [(3, 2)], [1.0], attempt) for attempt in (0, 1)]
+    with pytest.raises(UserError, match="--critic=ridge.*one task only"):
+        ppo_data.fitted_values(episodes, np.zeros((2, 1, 4), np.float32), PpoConfig())
