@@ -10,7 +10,6 @@ goes on where it stopped.
 import dataclasses
 import pathlib
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +17,24 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import annotate, common, evaluate, explore, sft, train_ppo, train_progress
+from experiments import (
+    annotate,
+    common,
+    evaluate,
+    explore,
+    generated,
+    import_demos,
+    sft,
+    train_ppo,
+    train_progress,
+)
 from experiments import flags as flags_lib
 from spa_jax import config as config_lib
 from spa_jax import evaluation, store
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.report.page import BASE, SPA, shown, write_report
+from spa_jax.trajectory import Trajectory
 
 CONFIGS = (
     config_lib.RunConfig,
@@ -38,7 +48,6 @@ CONFIGS = (
     config_lib.PpoConfig,
     config_lib.LoraConfig,
 )
-_GENERATED = ("train", "valid", "explore", "heldout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,31 +82,13 @@ def generate_games(r: Run) -> Run:
     """Makes the games of every split that --generate_* asks for; returns the run on them."""
     if r.env.data or r.env.env_address:
         return r
-    if r.env.env != "alfworld":
-        raise UserError(
-            f"--env={r.env.env}: give its data with --{r.env.env}_data (make some with "
-            f"python -m spa_jax.envs.{r.env.env}.generate); run_spa generates ALFWorld games only"
-        )
     root = r.workdir / "games"
-    for index, split in enumerate(_GENERATED):
-        count = getattr(r.run, f"generate_{split}")
-        if not count:
-            raise UserError(
-                f"--generate_{split}=0 and no --alfworld_data: say how many games to generate, "
-                "or give a folder of games"
-            )
-        command = [
-            sys.executable, "-m", "spa_jax.envs.alfworld.generate", "--out", str(root / split),
-            "--games", str(count), "--seed", str(r.run.generate_seed + index), "--workers", "2",
-            "--min_receptacles", str(r.run.min_receptacles),
-            "--max_receptacles", str(r.run.max_receptacles),
-        ]  # fmt: skip
-        if r.run.task_types:
-            command += ["--task_types", r.run.task_types]
-        # A process of its own: the generator loads TextWorld, the trainer never does.
+    for command in generated.commands(r.env.env, r.run, root):
+        # A process of its own: the generator loads the environment, the trainer never does.
         if subprocess.run(command).returncode:
-            raise UserError(f"the generator of {root / split} failed, see its message above")
-    return dataclasses.replace(r, env=dataclasses.replace(r.env, alfworld_data=str(root)))
+            raise UserError(f"the generator of {root} failed, see its message above")
+    data: dict[str, Any] = {f"{r.env.env}_data": str(root)}
+    return dataclasses.replace(r, env=dataclasses.replace(r.env, **data))
 
 
 def assert_disjoint(splits: dict[str, list[Task]], heldout: str) -> None:
@@ -121,18 +112,16 @@ def assert_disjoint(splits: dict[str, list[Task]], heldout: str) -> None:
 
 def check_splits(r: Run) -> None:
     """Asserts at start that nothing held out is ever trained on."""
-    names = {"train", "valid", r.explore.split, r.run.heldout_split}
-    if r.run.base:
-        names -= {"train", "valid"}
+    names = {r.explore.split, r.run.heldout_split}
+    if not r.run.base and not r.run.demonstrations:
+        names |= {"train", "valid"}
     with common.open_env(r.env, 1, r.workdir / "server.log") as client:
         splits = {name: client.tasks(name) for name in sorted(names)}
     assert_disjoint(splits, r.run.heldout_split)
 
 
-def train_base(r: Run) -> None:
-    """Demonstrations of the expert, and SFT on them."""
-    if r.run.base:
-        return
+def play_demos(r: Run) -> dict[str, list[Trajectory]]:
+    """The expert's won episodes on the games of train and valid."""
     demos = {}
     for split in ("train", "valid"):
         every = config_lib.ExploreConfig(rollouts=1, split=split)
@@ -140,6 +129,19 @@ def train_base(r: Run) -> None:
         title = f"demos {split}"
         played = explore.run(folder, common.EXPERT, r.env, r.sampling, every, r.seed, title)
         demos[split] = [t for t in played if t.success]
+    return demos
+
+
+def train_base(r: Run) -> None:
+    """Demonstrations, of the expert or of a log, and SFT on them."""
+    if r.run.base:
+        return
+    if r.run.demonstrations:
+        demos = import_demos.run(
+            r.workdir / "demos", r.run.demonstrations, r.env.env, import_demos.VALID_SHARE, r.seed
+        )
+    else:
+        demos = play_demos(r)
     sft.run(
         r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed,
         r.lora_of("sft"),

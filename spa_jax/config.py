@@ -209,6 +209,10 @@ class RunConfig:
         "With --lora_rank, the stages that train adapters, of sft,progress,ppo; "
         "the estimator (progress) has a frozen trunk otherwise.",
     )
+    demonstrations: str = _setting(
+        "", "Clone the episodes of this ShareGPT-style log (see import_demos) instead of our "
+        "expert's.",
+    )  # fmt: skip
     heldout_split: str = _setting("heldout", "The split that is evaluated in the end.")
     heldout_games: int = _setting(0, "How many of its games; 0: all.")
     eval_temperature: float = _setting(1.0, "Temperature of the evaluation; 0 is greedy.")
@@ -217,9 +221,14 @@ class RunConfig:
     generate_explore: int = _setting(0, "Games to generate for exploration, over all rounds.")
     generate_heldout: int = _setting(0, "Games to generate for the evaluation.")
     generate_seed: int = _setting(1, "Seed of the generator; each split gets its own after it.")
-    task_types: str = _setting("", "Task types to generate, comma-separated; empty: all six.")
-    min_receptacles: int = _setting(4, "Fewest receptacles of a generated room.")
-    max_receptacles: int = _setting(8, "Most receptacles of a generated room.")
+    task_types: str = _setting(
+        "", "Task types to generate, comma-separated; empty: all. WebShop has none."
+    )
+    min_receptacles: int = _setting(4, "Fewest receptacles of a generated room (ALFWorld).")
+    max_receptacles: int = _setting(8, "Most receptacles of a generated room (ALFWorld).")
+    generate_products: int = _setting(
+        0, "Products of the generated catalogue (WebShop); 0: four a task."
+    )
 
 
 def check(config: Any) -> None:

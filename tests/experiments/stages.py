@@ -25,7 +25,7 @@ def start(stage: str, *flags: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen, timeout: float = 300) -> subprocess.CompletedProcess:
+def finish(process: subprocess.Popen, timeout: float = 600) -> subprocess.CompletedProcess:
     """Waits for a stage; its output."""
     out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
