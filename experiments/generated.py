@@ -21,8 +21,12 @@ def commands(env: str, run: RunConfig, root: pathlib.Path) -> list[list[str]]:
       root: the data folder.
 
     Raises:
-      UserError: a count is missing, or a setting means nothing to this environment.
+      UserError: a count is missing, a setting means nothing to this environment, or it has no
+        generator.
     """
+    if env not in ("alfworld", "webshop", "virtualhome"):
+        where = "--env_address" if env == "openenv" else f"--{env}_data"
+        raise UserError(f"--env={env} has no generator of games: give {where}")
     counts = {split: getattr(run, f"generate_{split}") for split in SPLITS}
     if run.base or run.demonstrations:
         counts = {split: counts[split] for split in ("explore", "heldout")}

@@ -111,6 +111,9 @@ def test_what_an_environment_cannot_generate_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=flag):
             generated.commands("webshop", dataclasses.replace(run, **bad), tmp_path)
+    for env, flag in (("openenv", "--env_address"), ("custom", "--custom_data")):
+        with pytest.raises(UserError, match=f"--env={env} has no generator.*{flag}"):
+            generated.commands(env, run, tmp_path)
     log = dataclasses.replace(run, demonstrations="log.json", generate_train=0, generate_valid=0)
     assert len(generated.commands("virtualhome", log, tmp_path)) == 2
 
