@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import train_ppo, train_progress
+from experiments import train_progress
 from spa_jax import batching
 from spa_jax.config import LORA_TARGETS, LoraConfig, PpoConfig, RowsConfig
 from spa_jax.models import heads, lora, transformer
-from spa_jax.training import estimator_update, partition, parts, ppo_update, scoring, sft_update
+from spa_jax.training import estimator_update, partition, parts, ppo_data, ppo_update, sft_update
 from spa_jax.training import state as state_lib
 from tests import tiny
 
@@ -57,12 +57,10 @@ def _stage(name: str, rows: RowsConfig, devices: int):
         batches = trunk.batches(np.arange(9), 9, devices)
         loss_fn = estimator_update.make_trunk_loss(CONFIG)
         return loss_fn, {"progress": _value()}, batches, {"trajectories": 9.0}
-    scores = scoring.Scores(
-        end_hidden=None, value_hidden=None, values=mask * 0.1, step_mask=mask, log_probs=[]
-    )
-    table = train_ppo.step_table(episodes, scores, PPO)
-    _, batches, counts = train_ppo.make_batches(episodes, table, np.arange(9), rows, devices)
-    return ppo_update.make_loss(CONFIG, PPO, 0.7), {"value": _value()}, batches, counts
+    table = ppo_data.make_table(episodes, mask * 0.1, PPO)
+    update = ppo_data.make_update(episodes, table, np.arange(9), rows, PPO, devices)
+    loss_fn = ppo_update.make_loss(CONFIG, PPO, 0.7)
+    return loss_fn, {"value": _value()}, update.batches, update.counts
 
 
 def _updated(name: str, devices: int, rows_per_device: int, optimizer=SGD):

@@ -71,7 +71,9 @@ def unpacked(data: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="virtualhome_") as folder:
         with tarfile.open(archives[0]) as archive:
-            archive.extractall(folder, filter="data")
+            # Python before 3.11.4 knows no filters of members; the archive is the user's own.
+            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(folder, **safe)  # type: ignore[arg-type]
         yield Path(folder)
 
 
