@@ -11,7 +11,15 @@ from experiments import train_progress
 from spa_jax import batching
 from spa_jax.config import LORA_TARGETS, LoraConfig, PpoConfig, RowsConfig
 from spa_jax.models import heads, lora, transformer
-from spa_jax.training import estimator_update, partition, parts, ppo_data, ppo_update, sft_update
+from spa_jax.training import (
+    estimator_update,
+    partition,
+    parts,
+    ppo_data,
+    ppo_update,
+    scoring,
+    sft_update,
+)
 from spa_jax.training import state as state_lib
 from tests import tiny
 
