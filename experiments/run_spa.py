@@ -36,19 +36,20 @@ from spa_jax.errors import UserError
 from spa_jax.report.page import BASE, SPA, shown, write_report
 from spa_jax.trajectory import Trajectory
 
-CONFIGS = (
-    config_lib.RunConfig,
-    config_lib.EnvConfig,
-    config_lib.SamplingConfig,
-    config_lib.RowsConfig,
-    config_lib.SftConfig,
-    config_lib.ExploreConfig,
-    config_lib.ProgressConfig,
-    config_lib.CreditConfig,
-    config_lib.PpoConfig,
-    config_lib.LoraConfig,
-    config_lib.ChatConfig,
-)
+# The settings of a `Run`, by its field.
+CONFIGS: dict[str, type] = {
+    "run": config_lib.RunConfig,
+    "env": config_lib.EnvConfig,
+    "sampling": config_lib.SamplingConfig,
+    "rows": config_lib.RowsConfig,
+    "sft": config_lib.SftConfig,
+    "explore": config_lib.ExploreConfig,
+    "progress": config_lib.ProgressConfig,
+    "credit": config_lib.CreditConfig,
+    "ppo": config_lib.PpoConfig,
+    "lora": config_lib.LoraConfig,
+    "chat": config_lib.ChatConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,27 +244,12 @@ def execute(r: Run) -> None:
 def define_flags() -> None:
     """The flags of a whole run."""
     flags.DEFINE_string("policy", "models/smollm2-135m-instruct", common.POLICY_HELP)
-    flags_lib.define(*CONFIGS)
+    flags_lib.define(*CONFIGS.values())
 
 
 def from_flags() -> Run:
     """The run that the flags describe."""
-    names = (
-        "run",
-        "env",
-        "sampling",
-        "rows",
-        "sft",
-        "explore",
-        "progress",
-        "credit",
-        "ppo",
-        "lora",
-        "chat",
-    )
-    configs: dict[str, Any] = {
-        name: flags_lib.read(kind) for name, kind in zip(names, CONFIGS, strict=True)
-    }
+    configs: dict[str, Any] = {name: flags_lib.read(kind) for name, kind in CONFIGS.items()}
     config_lib.check_together(configs["ppo"], configs["credit"], configs["explore"])
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     made = Run(workdir=workdir, policy=flags.FLAGS.policy, seed=flags_lib.SEED.value, **configs)

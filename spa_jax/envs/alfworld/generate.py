@@ -18,12 +18,12 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from spa_jax.envs import cli
 from spa_jax.envs.alfworld.engine import AlfworldEngine
 from spa_jax.envs.alfworld.games import GAME_FILE, TASK_TYPES, TRAJECTORY_FILE, layout_hash
 from spa_jax.errors import UserError
@@ -392,11 +392,7 @@ def generate(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spa_jax.envs.alfworld.generate",
-        description="Make new ALFWorld games in the official layout.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = cli.generator("alfworld", "Make new ALFWorld games in the official layout.")
     parser.add_argument("--out", required=True, help="folder of the games; its name is the split")
     parser.add_argument("--games", type=int, required=True, help="how many games")
     parser.add_argument("--seed", type=int, required=True, help="other seeds, other games")
@@ -404,19 +400,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min_receptacles", type=int, default=4, help="fewest a room")
     parser.add_argument("--max_receptacles", type=int, default=8, help="most a room")
     parser.add_argument("--workers", type=int, default=1, help="processes")
-    flags = parser.parse_args(argv)
-    start = time.monotonic()
-    try:
+
+    def work(flags: argparse.Namespace) -> str:
         names = generate(
             flags.out, flags.games, flags.seed, flags.task_types.split(","),
             flags.min_receptacles, flags.max_receptacles, flags.workers,
         )  # fmt: skip
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    seconds = time.monotonic() - start
-    print(f"RESULT games={len(names)} seconds={seconds:.1f} out={flags.out}")
-    return 0
+        return f"games={len(names)}"
+
+    return cli.run(parser, argv, work)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tqdm
 
+from spa_jax.envs import cli
 from spa_jax.envs.virtualhome.making import Made, check_solved, make_task
 from spa_jax.envs.virtualhome.scenes import THINGS, Home, draw_home
 from spa_jax.envs.virtualhome.simulator import CHARACTER
@@ -212,28 +212,20 @@ def _write(root: Path, name: str, made: Made) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spa_jax.envs.virtualhome.generate",
-        description="Make VirtualHome tasks in homes of our own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = cli.generator("virtualhome", "Make VirtualHome tasks in homes of our own.")
     parser.add_argument("--out", required=True, help="folder of the tasks; its name is the split")
     parser.add_argument("--tasks", type=int, required=True, help="how many tasks")
     parser.add_argument("--seed", type=int, required=True, help="other seeds, other tasks")
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
     parser.add_argument("--rooms", type=int, default=3, help="rooms of a home")
     parser.add_argument("--things", type=int, default=8, help="things that lie about")
-    flags = parser.parse_args(argv)
-    start = time.monotonic()
-    try:
+
+    def work(flags: argparse.Namespace) -> str:
         kinds = flags.kinds.split(",")
         names = generate(flags.out, flags.tasks, flags.seed, kinds, flags.rooms, flags.things)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    seconds = time.monotonic() - start
-    print(f"RESULT tasks={len(names)} seconds={seconds:.1f} out={flags.out}")
-    return 0
+        return f"tasks={len(names)}"
+
+    return cli.run(parser, argv, work)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ product with the options that it names is worth the full reward.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -18,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from spa_jax.envs import cli
 from spa_jax.envs.webshop.goals import order
 from spa_jax.errors import UserError
 
@@ -324,29 +324,18 @@ def _write(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spa_jax.envs.webshop.generate",
-        description="Make a WebShop catalogue in the official layout.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = cli.generator("webshop", "Make a WebShop catalogue in the official layout.")
     parser.add_argument("--out", required=True, help="folder of the catalogue")
     parser.add_argument("--products", type=int, required=True, help="how many products")
     parser.add_argument("--goals", type=int, required=True, help="how many goals")
     parser.add_argument("--seed", type=int, required=True, help="other seeds, other catalogues")
     parser.add_argument("--splits", default=SPLITS, help="names and shares of the splits")
-    flags = parser.parse_args(argv)
-    start = time.monotonic()
-    try:
+
+    def work(flags: argparse.Namespace) -> str:
         generate(flags.out, flags.products, flags.goals, flags.seed, flags.splits)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    seconds = time.monotonic() - start
-    print(
-        f"RESULT products={flags.products} goals={flags.goals} seconds={seconds:.1f} "
-        f"out={flags.out}"
-    )
-    return 0
+        return f"products={flags.products} goals={flags.goals}"
+
+    return cli.run(parser, argv, work)
 
 
 if __name__ == "__main__":
