@@ -20,9 +20,9 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random in the stage."
 
 
 def define(*configs: type) -> None:
-    """Defines a flag for every field of the dataclasses."""
+    """Defines a flag for every setting of the dataclasses."""
     for config in configs:
-        for field in dataclasses.fields(config):
+        for field in _settings(config):
             name, help_text = _flag(field), field.metadata["help"]
             default: Any = field.default
             if field.metadata["choices"]:
@@ -42,13 +42,14 @@ def define(*configs: type) -> None:
 def read(config: type[Config], **overrides: Any) -> Config:
     """The dataclass with the flags' values, checked.
 
+    Args:
+      config: the dataclass.
+      **overrides: fields with other values, and those that are no flags.
+
     Raises:
       UserError: if settings contradict each other.
     """
-    values = {
-        field.name: flags.FLAGS[_flag(field)].value
-        for field in dataclasses.fields(config)  # type: ignore[arg-type]
-    }
+    values = {field.name: flags.FLAGS[_flag(field)].value for field in _settings(config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     made = config(**(values | overrides))
     config_lib.check(made)
@@ -76,6 +77,11 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         print(f"error: {error}; --help lists the flags", file=sys.stderr)
         sys.exit(2)
+
+
+def _settings(config: type) -> list[dataclasses.Field]:
+    """The fields that are flags: those with a help text."""
+    return [field for field in dataclasses.fields(config) if "help" in field.metadata]
 
 
 def _flag(field: dataclasses.Field) -> str:

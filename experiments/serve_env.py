@@ -8,12 +8,12 @@ machine (--host) a token is needed, and something that encrypts: see docs/enviro
 """
 
 import dataclasses
-import sys
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from spa_jax.config import EnvConfig
+from experiments import flags as flags_lib
+from spa_jax.config import EnvConfig, ServerConfig
 from spa_jax.envs.benchmarks import BENCHMARKS
 from spa_jax.errors import UserError
 
@@ -28,60 +28,25 @@ _TOKEN_FILE = flags.DEFINE_string(
     "token_file", "", "File of the token that clients must know; empty: the environment variable "
     "SPA_JAX_ENV_TOKEN, if it is set.",
 )  # fmt: skip
-flags.DEFINE_integer(
-    "max_sessions", 0, "Sessions at once, each with a process; 0: what free memory has room for."
-)
-flags.DEFINE_integer("games_per_worker", 0, "Games after which a process is replaced; 0: as suits.")
-flags.DEFINE_integer(
-    "worker_memory_mb", 0, "Memory (no mapped files) above which a process is ended; 0: as suits."
-)
-flags.DEFINE_float("reset_deadline_s", 120.0, "Seconds that a reset may take.")
-flags.DEFINE_float("step_deadline_s", 60.0, "Seconds that a step may take.")
-flags.DEFINE_float(
-    "idle_timeout_s", 1800.0, "Seconds without a message after which a session ends; 0: never."
-)
-flags.DEFINE_integer("max_message_kb", 1024, "The longest message, in KiB.")
-flags.DEFINE_float(
-    "messages_per_s", 1000.0, "Messages a second of a session; more are slowed down; 0: any."
-)
-flags.DEFINE_float("drain_s", 5.0, "Seconds that calls in progress have at SIGTERM.")
-_SETTINGS = (
-    "max_sessions", "games_per_worker", "worker_memory_mb", "reset_deadline_s", "step_deadline_s",
-    "idle_timeout_s", "max_message_kb", "messages_per_s", "drain_s",
-)  # fmt: skip
+flags_lib.define(ServerConfig)
 _PARENT = flags.DEFINE_bool("exit_with_parent", False, "End when standard input closes.")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Serves until it is told to stop."""
-    if len(argv) > 1:
-        _refuse(f"unknown argument {argv[1]!r}; flags begin with --")
+    del argv
     # Each environment process imports this file: what only the server needs is imported here.
     from spa_jax.envs.guard import read_token
-    from spa_jax.envs.server import ServerConfig, serve
+    from spa_jax.envs.server import serve
 
     data = flags.FLAGS[f"{_ENV.value}_data"].value
     if not data:
-        _refuse(f"--{_ENV.value}_data is not set: give the folder of the environment's data")
-    settings: dict[str, Any] = {name: flags.FLAGS[name].value for name in _SETTINGS}
-    config = ServerConfig(env=_ENV.value, data_dir=data, prompt=_PROMPT.value, **settings)
-    try:
-        serve(config, _HOST.value, _PORT.value, _PARENT.value, read_token(_TOKEN_FILE.value))
-    except UserError as error:
-        _refuse(str(error))
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _refuse(f"{error}; --help lists the flags")
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        raise UserError(
+            f"--{_ENV.value}_data is not set: give the folder of the environment's data"
+        )
+    config = flags_lib.read(ServerConfig, env=_ENV.value, data_dir=data, prompt=_PROMPT.value)
+    serve(config, _HOST.value, _PORT.value, _PARENT.value, read_token(_TOKEN_FILE.value))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    flags_lib.run(main)

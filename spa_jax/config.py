@@ -91,6 +91,41 @@ class EnvConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """An environment server.
+
+    Attributes:
+      data_dir: the environment's data, such as ALFWorld's json_2.1.1, its parent, or a folder
+        that holds splits.
+      env: the environment's name, one of `envs.benchmarks.BENCHMARKS`.
+      prompt: the instruction of a session that does not choose one itself.
+    """
+
+    data_dir: str
+    env: str = "alfworld"
+    prompt: str = "paper"
+    max_sessions: int = _setting(
+        0, "Sessions at once, each with a process; 0: what the memory that is free at the start "
+        "has room for."
+    )  # fmt: skip
+    games_per_worker: int = _setting(0, "Games after which a process is replaced; 0: as suits.")
+    worker_memory_mb: int = _setting(
+        0, "Memory (no mapped files) above which a process is ended, and its episode with it; 0: "
+        "as suits."
+    )  # fmt: skip
+    reset_deadline_s: float = _setting(120.0, "Seconds that a reset may take.")
+    step_deadline_s: float = _setting(60.0, "Seconds that a step may take.")
+    idle_timeout_s: float = _setting(
+        1800.0, "Seconds without a message after which a session ends; 0: never."
+    )
+    max_message_kb: int = _setting(1024, "The longest message, in KiB.")
+    messages_per_s: float = _setting(
+        1000.0, "Messages a second of a session; more are slowed down; 0: any."
+    )
+    drain_s: float = _setting(5.0, "Seconds that calls in progress have at SIGTERM.")
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How the policy writes."""
 

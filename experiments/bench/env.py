@@ -11,9 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from spa_jax.config import ServerConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import Observation
-from spa_jax.envs.server import LocalServer, ServerConfig
+from spa_jax.envs.server import LocalServer
 
 _GAMES, _SEED, _SPLIT = 12, 1, "bench"
 _ROUNDS = 3  # the median of them is reported

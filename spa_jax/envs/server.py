@@ -32,6 +32,7 @@ import prometheus_client
 import pydantic
 import uvicorn
 
+from spa_jax.config import ServerConfig
 from spa_jax.envs import capacity, protocol
 from spa_jax.envs.benchmarks import BENCHMARKS, Benchmark, load
 from spa_jax.envs.client import EnvClient
@@ -53,43 +54,6 @@ _HTTP_STATUS = {
     protocol.USER_ERROR: 400,
     protocol.CAPACITY_REACHED: 503,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerConfig:
-    """What a server is started with.
-
-    Attributes:
-      data_dir: the environment's data, such as ALFWorld's json_2.1.1, its parent, or a folder
-        that holds splits.
-      prompt: the instruction of a session that does not choose one itself.
-      max_sessions: how many sessions may be open at once, each with a process; 0: as many as the
-        memory that is free at the start has room for, at most `capacity.MOST_SESSIONS`.
-      games_per_worker: a process is replaced after that many games; 0: as many as suit the
-        environment.
-      worker_memory_mb: a process with more memory, mapped files left out, is ended, and its
-        episode with it; 0: what suits the environment.
-      reset_deadline_s: a reset that takes longer fails, and its process is ended.
-      step_deadline_s: the same for a step.
-      idle_timeout_s: a session that hears nothing for so long is ended; 0: never.
-      max_message_kb: the longest message.
-      messages_per_s: a session's messages are slowed down to this rate; 0: never.
-      drain_s: how long a server that is told to stop lets calls finish.
-      env: the environment's name, one of `benchmarks.BENCHMARKS`.
-    """
-
-    data_dir: str
-    prompt: str = "paper"
-    max_sessions: int = 0
-    games_per_worker: int = 0
-    worker_memory_mb: int = 0
-    reset_deadline_s: float = 120.0
-    step_deadline_s: float = 60.0
-    idle_timeout_s: float = 1800.0
-    max_message_kb: int = 1024
-    messages_per_s: float = 1000.0
-    drain_s: float = 5.0
-    env: str = "alfworld"
 
 
 def _check(config: ServerConfig, benchmark: Benchmark) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from spa_jax import store
+from spa_jax.config import ServerConfig
 from spa_jax.envs import custom
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
-from spa_jax.envs.server import LocalServer, ServerConfig
+from spa_jax.envs.server import LocalServer
 from spa_jax.errors import UserError
 from spa_jax.trajectory import Status
 from tests.experiments import stages
