@@ -147,4 +147,4 @@ if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", "", "Episodes; W/iteration_I/explore by default.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
     flags_lib.define(CreditConfig, RowsConfig)
-    flags_lib.run(main)
+    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)

@@ -118,4 +118,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the comparison.")
     run_spa.define_flags()
-    flags_lib.run(main)
+    flags_lib.run(main, flags_lib.WORKDIR)

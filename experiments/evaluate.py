@@ -69,4 +69,4 @@ if __name__ == "__main__":
     )
     _NAME = flags.DEFINE_string("name", "policy", "Folder below W/eval to write.")
     flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig, ChatConfig)
-    flags_lib.run(main)
+    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)

@@ -108,4 +108,4 @@ if __name__ == "__main__":
     )
     _OUT = flags.DEFINE_string("out", "", "Folder to write; W/iteration_0/explore by default.")
     flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig, ChatConfig)
-    flags_lib.run(main)
+    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)

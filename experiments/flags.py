@@ -56,8 +56,17 @@ def read(config: type[Config], **overrides: Any) -> Config:
     return made
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`app.run`, with a user's own mistake told in one line and exit code 2."""
+def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder) -> None:
+    """`app.run`, with a user's own mistake told in one line and exit code 2.
+
+    Args:
+      main: the binary.
+      *shared: those of `WORKDIR` and `SEED` that it reads: --help shows them.
+    """
+    others = {flag.name for flag in (WORKDIR, SEED)} - {flag.name for flag in shared}
+    for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
+        if flag.name not in others:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def guarded(argv: Sequence[str]) -> None:
         try:

@@ -71,4 +71,4 @@ if __name__ == "__main__":
     _VALID = flags.DEFINE_float(
         "valid_share", VALID_SHARE, "Share of the tasks for the held-out loss."
     )
-    flags_lib.run(main)
+    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)

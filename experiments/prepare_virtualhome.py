@@ -45,4 +45,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags_lib.run(main)
+    flags_lib.run(main, flags_lib.SEED)

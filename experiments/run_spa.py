@@ -267,4 +267,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    flags_lib.run(main)
+    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)

@@ -196,4 +196,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "models/smollm2-135m-instruct", common.POLICY_HELP)
     flags_lib.define(SftConfig, RowsConfig, LoraConfig, ChatConfig)
-    flags_lib.run(main)
+    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)

@@ -302,4 +302,4 @@ if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the trunk; W/sft/policy by default.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
     flags_lib.define(ProgressConfig, RowsConfig, LoraConfig)
-    flags_lib.run(main)
+    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)
