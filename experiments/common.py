@@ -395,6 +395,8 @@ def agree_on(trajectories: Sequence[Trajectory], source: object) -> None:
     Raises:
       UserError: if they do not.
     """
+    if distributed.count() == 1:
+        return
     digest = hashlib.sha256()
     for t in trajectories:
         digest.update(repr((t.key, t.token_ids, [step.reward for step in t.steps])).encode())

@@ -226,7 +226,7 @@ def ending_together() -> Iterator[None]:
     except Exception as error:
         # If this came from another one's end, the watcher ends us meanwhile, with the reason.
         time.sleep(3 * _LOOK_EVERY_S)
-        traceback.print_exc()
+        say("".join(traceback.format_exception(error)).rstrip())
         fail(f"{type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:
         fail("was interrupted", 130)
@@ -251,7 +251,8 @@ def fail(message: str, code: int) -> NoReturn:
 
 def say(message: str) -> None:
     """Prints a line to the standard error, beside a progress bar."""
-    tqdm.tqdm.write(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # whoever read it may be gone; we must end all the same
+        tqdm.tqdm.write(message, file=sys.stderr)
 
 
 def _watch() -> None:
@@ -270,8 +271,9 @@ def _watch() -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

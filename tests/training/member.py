@@ -1,7 +1,8 @@
 """One of several processes of `test_distributed`: python -m tests.training.member FOLDER PORT N I.
 
 Makes updates with the devices of all processes, in both partitions, and saves, restores and
-gathers on the way; process 0 writes FOLDER/NAME.npz for the test to compare.
+gathers on the way; process 0 writes FOLDER/NAME.npz for the test to compare.  What is trained is a
+progress head, which compiles in a second; `tests/experiments/test_pod.py` trains policies.
 """
 
 import functools
@@ -13,7 +14,8 @@ import numpy as np
 
 from spa_jax.config import DistributedConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.training import distributed, partition, ppo_update
+from spa_jax.models import heads
+from spa_jax.training import distributed, estimator_update, partition
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from tests.training import test_updates
@@ -22,21 +24,20 @@ OPTIMIZER = state_lib.adamw(1e-2, clip_norm=1.0, weight_decay=0.01)
 
 
 def trainer_of(name: str, devices: int) -> partition.Trainer:
-    """The trainer of the test's PPO loss: on all devices, or on the first of a single process."""
+    """The trainer of a head: on all devices, or on the first of a single process."""
     rows = RowsConfig(partition=name, mesh=f"fsdp:{devices}" if name == "mesh" else "")
-    loss_fn = test_updates._ppo(1, test_updates.ROWS)[0]
     if devices == 1:
-        return partition.Pmap(loss_fn, OPTIMIZER, 1)
-    return partition.make(rows, loss_fn, OPTIMIZER)
+        return partition.Pmap(estimator_update.estimator_loss, OPTIMIZER, 1)
+    return partition.make(rows, estimator_update.estimator_loss, OPTIMIZER)
 
 
 def updates(trainer: partition.Trainer, folder: pathlib.Path | None = None) -> dict:
     """Three updates; with a folder, saved after the second and restored.
 
     Returns:
-      name -> array: the parameters, the metrics, and log-probabilities of a forward pass.
+      name -> array: the parameters, the metrics, and the contributions of a forward pass.
     """
-    _, params, batches, counts = test_updates._ppo(trainer.devices, test_updates.ROWS)
+    _, params, batches, counts = test_updates._estimator(trainer.devices, test_updates.ROWS)
     fresh = state_lib.create(params, OPTIMIZER)
     state = trainer.replicate(fresh)
     for _ in range(2):
@@ -51,14 +52,16 @@ def updates(trainer: partition.Trainer, folder: pathlib.Path | None = None) -> d
         again = trainer.fetch(trainer.update(again, batches, counts)[0])
         jax.tree.map(np.testing.assert_array_equal, again, last)
         checkpoints.close()
-    forward = trainer.forward(ppo_update.make_log_probs(test_updates.CONFIG, 0.7))
-    log_probs = [forward(trainer.replicate(params), b.rows, None) for b in batches]
+    forward = trainer.forward(lambda params, _, batch: _contributions(params, batch))
+    rows = [forward(trainer.replicate(params), batch) for batch in batches]
+    found = {"contributions": np.concatenate([r.reshape(-1, r.shape[-1]) for r in rows])[:9]}
     flat = jax.tree_util.tree_flatten_with_path(last.params)[0]
-    found = {jax.tree_util.keystr(path): leaf for path, leaf in flat}
-    found |= {f"metric {name}": np.array(value) for name, value in metrics.items()}
-    rows = np.concatenate([b.reshape(-1, b.shape[-1]) for b in log_probs])
-    masks = np.concatenate([b.rows.token_mask.reshape(-1, rows.shape[-1]) for b in batches])
-    return found | {"log_probs": (rows * masks)[masks.any(1)]}
+    found |= {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+    return found | {f"metric {name}": np.array(value) for name, value in metrics.items()}
+
+
+def _contributions(params: dict, batch: estimator_update.StepFeatures) -> jax.Array:
+    return heads.progress(params["progress"], batch.hidden) * batch.step_mask
 
 
 def talk(index: int, count: int) -> None:

@@ -44,7 +44,7 @@ def _members(folder: pathlib.Path, count: int, devices: int, *more: str):
 def _alike(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        if name.startswith("metric ") or name == "log_probs":
+        if name.startswith("metric ") or name == "contributions":
             np.testing.assert_allclose(ours[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
         else:
             off = np.abs(ours[name] - value) / RATE
