@@ -19,12 +19,12 @@ from experiments import common, train_progress
 from experiments import flags as flags_lib
 from spa_jax import store
 from spa_jax.attribution import credit
-from spa_jax.config import CreditConfig, RowsConfig
+from spa_jax.config import CreditConfig, DistributedConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
 from spa_jax.models import lora as lora_lib
 from spa_jax.models.transformer import Params
-from spa_jax.training import scoring
+from spa_jax.training import distributed, scoring
 from spa_jax.trajectory import Trajectory
 
 
@@ -47,6 +47,7 @@ def run(
     head = progress_head(policy, progress_folder)
     played = train_progress.playable(store.read(data))
     trajectories = [t for t in played if keys is None or t.key in keys]
+    common.agree_on(trajectories, data)
     if not trajectories:
         raise UserError(f"{data}: holds no episode to annotate")
     scores = train_progress.scores_of(policy, data, trajectories, rows)
@@ -75,7 +76,8 @@ def run(
         )
     ]  # fmt: skip
     by_key = {t.key: t for t in annotated}
-    store.write(out, [by_key.get(t.key, t) for t in played])
+    every = [by_key.get(t.key, t) for t in played]
+    distributed.first_alone(f"write {out}", lambda: store.write(out, every))
     return annotated
 
 
@@ -127,7 +129,6 @@ def _with(
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.prepare_jax()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     folder = workdir / f"iteration_{_ITERATION.value}"
     annotated = run(
@@ -146,5 +147,5 @@ if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the trunk; W/sft/policy by default.")
     _DATA = flags.DEFINE_string("data", "", "Episodes; W/iteration_I/explore by default.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(CreditConfig, RowsConfig)
-    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)
+    flags_lib.define(CreditConfig, RowsConfig, DistributedConfig)
+    flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

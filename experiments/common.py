@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import mmap
 import os
@@ -16,9 +17,16 @@ import jax
 import tqdm
 from absl import logging
 
+from experiments import flags as flags_lib
 from spa_jax import pretrained, rollout, store, tokenizer
 from spa_jax.chat import TEMPLATE, TEMPLATES, ChatFormat
-from spa_jax.config import EnvConfig, LoraConfig, SamplingConfig, ServerConfig
+from spa_jax.config import (
+    DistributedConfig,
+    EnvConfig,
+    LoraConfig,
+    SamplingConfig,
+    ServerConfig,
+)
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.guard import read_token
 from spa_jax.envs.openenv import OPENENV, OpenEnvClient
@@ -28,6 +36,7 @@ from spa_jax.models import lora as lora_lib
 from spa_jax.models import transformer, weights
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.sampling.engine import Engine
+from spa_jax.training import distributed, preemption
 from spa_jax.training import parts as parts_lib
 from spa_jax.training.parts import Parts
 from spa_jax.trajectory import Sampling, Status, Trajectory
@@ -145,9 +154,11 @@ def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
     Raises:
       UserError: the episodes that are there were played in another one.
     """
+    if not distributed.is_first():
+        return
     path = folder / "chat.json"
     ours = {"chat_format": policy.chat_format, "end_of_turn": policy.chat.end_of_turn}
-    if path.exists() and (folder / "trajectories.jsonl").exists():
+    if path.exists() and any(folder.glob("trajectories*.jsonl")):
         theirs = json.loads(path.read_text())
         if theirs != ours:
             raise UserError(
@@ -189,12 +200,16 @@ class Trainable:
     ) -> None:
         """Writes a policy that `load_policy` reads; an adapter is merged, and lies beside it.
 
+        Of several processes the first writes.
+
         Args:
           folder: where to.
           trained: the trained part, on the host.
           heads: to lie beside the weights.
           version: the updates that made it.
         """
+        if not distributed.is_first():
+            return
         config, model = self.policy.config, self.policy.model
         template = TEMPLATES.get(self.policy.chat_format)
         weights.save_pretrained(folder, config, self.parts.whole(trained), model, template)
@@ -295,7 +310,7 @@ def open_env(env: EnvConfig, sessions: int, log: pathlib.Path) -> Iterator[EnvCl
             f"--{env.env}_data is not set: give {give}, or --env_address of a running server"
         )
     config = ServerConfig(data_dir=env.data, prompt=env.prompt, max_sessions=sessions, env=env.env)
-    with LocalServer(config, log) as server:
+    with LocalServer(config, _own(log)) as server:
         yield EnvClient(server.address, wait_s=env.env_wait_s)
 
 
@@ -317,24 +332,21 @@ def play_jobs(
     policy: Policy | None,
     make_engine: Callable[[], Engine],
     title: str,
-) -> list[Trajectory]:
+) -> None:
     """Plays the jobs that `folder` does not hold yet; each episode is on disk when it ends.
 
     Args:
       client: the environments.
-      jobs: all episodes of the stage.
-      folder: gets trajectories.jsonl and failures.jsonl.
+      jobs: this process's episodes of the stage.
+      folder: gets trajectories.jsonl and failures.jsonl, of several processes one each.
       env: the environment's settings.
       policy: the policy; None for the expert.
       make_engine: makes the policy's engine, if there is anything left to play.
       title: of the progress bar.
-
-    Returns:
-      All episodes of the jobs, sorted by key.
     """
-    path, failures = folder / "trajectories.jsonl", folder / "failures.jsonl"
-    store.repair(path)
-    done = store.keys(path)
+    distributed.first_alone(f"{title}: earlier episodes", lambda: store.merge(_episodes(folder)))
+    done = store.keys(_episodes(folder))
+    path, failures = _own(_episodes(folder)), _own(folder / "failures.jsonl")
     todo = [job for job in jobs if job.key not in done]
     bar = tqdm.tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=title, unit="episode")
     wins, played = 0, 0
@@ -359,26 +371,69 @@ def play_jobs(
             rollout.play_expert(client, todo, player, on_done)
         elif todo:
             rollout.play(make_engine(), policy.chat, client, todo, player, on_done)
+
+
+def read_played(folder: pathlib.Path, jobs: Sequence[rollout.Job], title: str) -> list[Trajectory]:
+    """The episodes of all processes' jobs, sorted by key, once every process has played its own.
+
+    Args:
+      folder: of `play_jobs`.
+      jobs: all episodes of the stage.
+      title: of the stage.
+    """
+    path = _episodes(folder)
+    distributed.meet(f"{title}: the episodes")
+    distributed.first_alone(f"{title}: all episodes", lambda: store.merge(path))
     wanted = {job.key for job in jobs}
     return [t for t in (store.read(path) if path.exists() else []) if t.key in wanted]
+
+
+def _episodes(folder: pathlib.Path) -> pathlib.Path:
+    return folder / "trajectories.jsonl"
+
+
+def _own(path: pathlib.Path) -> pathlib.Path:
+    """The file that this process writes in place of one that a single process would."""
+    return store.shard(path, distributed.index()) if distributed.count() > 1 else path
+
+
+def agree_on(trajectories: Sequence[Trajectory], source: object) -> None:
+    """Makes sure that all processes read the same episodes, and so make the same updates.
+
+    Raises:
+      UserError: if they do not.
+    """
+    if distributed.count() == 1:
+        return
+    digest = hashlib.sha256()
+    for t in trajectories:
+        digest.update(repr((t.key, t.token_ids, [step.reward for step in t.steps])).encode())
+    distributed.agree(f"episodes in {source}", digest.hexdigest())
 
 
 def is_done(folder: pathlib.Path, title: str) -> bool:
     """Whether the stage of this folder has ended; says so."""
     marker = folder / "done.json"
-    if marker.exists():
+    done = distributed.told(f"{title}: done", marker.exists)
+    if done:
         print(f"{title}: already done ({marker})", flush=True)
-    return marker.exists()
+    return done
 
 
 def mark_done(folder: pathlib.Path, started: float, **results: Any) -> None:
-    """Marks the stage of this folder as ended."""
+    """Marks the stage of this folder as ended; every process ends it here."""
     seconds = round(time.time() - started, 1)
     write_json(folder / "done.json", {"seconds": seconds, **results})
+    distributed.meet(f"{folder}: done")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a file under a temporary name, then renames it."""
+    """Writes a file under a temporary name, then renames it.
+
+    Of several processes the first does.
+    """
+    if not distributed.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
@@ -420,3 +475,16 @@ def prepare_jax() -> None:
         cache = pathlib.Path.home() / ".cache" / "spa_jax" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def stage(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
+    """A stage's `main`, with JAX prepared, the other processes joined, and SIGTERM heeded."""
+
+    def run(argv: Sequence[str]) -> None:
+        prepare_jax()
+        distributed.initialize(flags_lib.read(DistributedConfig))
+        with distributed.ending_together(), preemption.handled():
+            distributed.check_devices()
+            main(argv)
+
+    return run

@@ -18,7 +18,13 @@ from experiments import common, explore
 from experiments import flags as flags_lib
 from spa_jax import evaluation
 from spa_jax.chat import TEMPLATE
-from spa_jax.config import ChatConfig, EnvConfig, ExploreConfig, SamplingConfig
+from spa_jax.config import (
+    ChatConfig,
+    DistributedConfig,
+    EnvConfig,
+    ExploreConfig,
+    SamplingConfig,
+)
 
 
 def run(
@@ -41,7 +47,6 @@ def run(
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.prepare_jax()
     started = time.time()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     policy = _POLICY.value or str(workdir / "sft" / "policy")
@@ -68,5 +73,5 @@ if __name__ == "__main__":
         "policy", "", "Folder of the policy, or 'expert'; W/sft/policy by default."
     )
     _NAME = flags.DEFINE_string("name", "policy", "Folder below W/eval to write.")
-    flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig, ChatConfig)
-    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)
+    flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig, ChatConfig, DistributedConfig)
+    flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

@@ -4,7 +4,8 @@
     python -m experiments.explore --workdir=W --policy=expert --out=W/demos/train ...
 
 Appends to OUT/trajectories.jsonl as episodes end (OUT is W/iteration_0/explore by default).
-Killed and run again, it plays what is missing.
+Killed and run again, it plays what is missing.  Of several processes each plays its own tasks, in
+its own environments, and appends to OUT/trajectories.process_I.jsonl; in the end all are in one.
 """
 
 import pathlib
@@ -18,11 +19,18 @@ from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import evaluation, rollout
 from spa_jax.chat import TEMPLATE
-from spa_jax.config import ChatConfig, EnvConfig, ExploreConfig, SamplingConfig
+from spa_jax.config import (
+    ChatConfig,
+    DistributedConfig,
+    EnvConfig,
+    ExploreConfig,
+    SamplingConfig,
+)
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.sampling.engine import Engine
+from spa_jax.training import distributed
 from spa_jax.trajectory import Trajectory
 
 
@@ -57,7 +65,7 @@ def run(
     title: str = "explore",
     chat_format: str = TEMPLATE,
 ) -> list[Trajectory]:
-    """Plays `explore.rollouts` episodes of every chosen game; returns them all."""
+    """Plays `explore.rollouts` episodes of every chosen game; returns those of all processes."""
     started = time.time()
     expert = policy_folder == common.EXPERT
     policy = None if expert else common.load_policy(policy_folder, chat_format)
@@ -65,25 +73,26 @@ def run(
         common.record_chat_format(out, policy)
     slots = 2 if expert else sampling.slots
     with common.open_env(env, slots, out / "server.log") as client:
-        jobs = [
-            rollout.Job(task, seed, attempt)
-            for task in choose_games(client, explore)
-            for attempt in range(explore.rollouts)
-        ]
-        used = min(slots, len(jobs))
+        games = choose_games(client, explore)
+        jobs, own = (
+            [rollout.Job(task, seed, i) for task in tasks for i in range(explore.rollouts)]
+            for tasks in (games, distributed.share(games))
+        )
+        used = min(slots, len(own))
 
         def make_engine() -> Engine:
             assert policy is not None  # the expert needs none
             return common.make_engine(policy, sampling, used, seed)
 
-        played = common.play_jobs(client, jobs, out, env, policy, make_engine, title)
+        distributed.agree("number of episodes", len(jobs))
+        common.play_jobs(client, own, out, env, policy, make_engine, title)
+    played = common.read_played(out, jobs, title)
     common.mark_done(out, started, episodes=len(played), failures=len(jobs) - len(played))
     return played
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.prepare_jax()
     started = time.time()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     played = run(
@@ -107,5 +116,5 @@ if __name__ == "__main__":
         "policy", "", "Folder of the policy, or 'expert'; W/sft/policy by default."
     )
     _OUT = flags.DEFINE_string("out", "", "Folder to write; W/iteration_0/explore by default.")
-    flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig, ChatConfig)
-    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)
+    flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig, ChatConfig, DistributedConfig)
+    flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

@@ -34,6 +34,7 @@ from spa_jax import evaluation, store
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.report.page import BASE, SPA, shown, write_report
+from spa_jax.training import distributed
 from spa_jax.trajectory import Trajectory
 
 # The settings of a `Run`, by its field.
@@ -86,10 +87,15 @@ def generate_games(r: Run) -> Run:
     if r.env.data or r.env.env_address:
         return r
     root = r.workdir / "games"
-    for command in generated.commands(r.env.env, r.run, root):
-        # A process of its own: the generator loads the environment, the trainer never does.
-        if subprocess.run(command).returncode:
-            raise UserError(f"the generator of {root} failed, see its message above")
+    commands = generated.commands(r.env.env, r.run, root)
+
+    def generate() -> None:
+        for command in commands:
+            # A process of its own: the generator loads the environment, the trainer never does.
+            if subprocess.run(command).returncode:
+                raise UserError(f"the generator of {root} failed, see its message above")
+
+    distributed.first_alone("games", generate)
     data: dict[str, Any] = {f"{r.env.env}_data": str(root)}
     return dataclasses.replace(r, env=dataclasses.replace(r.env, **data))
 
@@ -140,9 +146,12 @@ def train_base(r: Run) -> None:
     if r.run.base:
         return
     if r.run.demonstrations:
-        demos = import_demos.run(
-            r.workdir / "demos", r.run.demonstrations, r.env.env, import_demos.VALID_SHARE, r.seed
+        folder, log = r.workdir / "demos", r.run.demonstrations
+        distributed.first_alone(
+            "demonstrations",
+            lambda: import_demos.run(folder, log, r.env.env, import_demos.VALID_SHARE, r.seed),
         )
+        demos = {s: store.read(folder / s / "trajectories.jsonl") for s in ("train", "valid")}
     else:
         demos = play_demos(r)
     sft.run(
@@ -226,7 +235,7 @@ def execute(r: Run) -> None:
     validity = judge_estimator(r)
     common.write_json(r.workdir / "estimator.json", validity)
     report = r.workdir / "report.html"
-    write_report(r.workdir, report)
+    distributed.first_alone("report", lambda: write_report(r.workdir, report))
     print("\nHeld-out games\n")
     print(evaluation.table({"base (SFT)": base, "SPA": spa}))
     print(
@@ -261,10 +270,10 @@ def from_flags() -> Run:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.prepare_jax()
     execute(from_flags())
 
 
 if __name__ == "__main__":
     define_flags()
-    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)
+    flags_lib.define(config_lib.DistributedConfig)
+    flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
+import optax
 import tqdm
 from absl import flags
 
@@ -20,11 +20,18 @@ from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, chat, store
 from spa_jax import config as config_lib
-from spa_jax.config import ChatConfig, LoraConfig, RowsConfig, SftConfig
+from spa_jax.config import ChatConfig, DistributedConfig, LoraConfig, RowsConfig, SftConfig
 from spa_jax.errors import UserError
 from spa_jax.models import transformer
+from spa_jax.training import (
+    distributed,
+    partition,
+    preemption,
+    schedule,
+    scoring,
+    sft_update,
+)
 from spa_jax.training import metrics as metrics_lib
-from spa_jax.training import partition, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.trajectory import Trajectory
@@ -54,7 +61,7 @@ def run(
     train = [chat.encode_trajectory(policy.chat, t) for t in train]
     valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
     common.check_lengths(policy, [*train, *valid], "demonstrations")
-    lengths = [len(t.token_ids) for t in train]
+    common.agree_on([*train, *valid], "demonstrations")
     per_epoch = -(-len(train) // sft.batch_size)
     total = sft.updates or max(1, round(sft.epochs * per_epoch))
     rate = schedule.warmup_cosine(sft.learning_rate, total, sft.warmup_share)
@@ -71,55 +78,82 @@ def run(
     valid_data = Demonstrations(
         valid, rows, policy.config, layers, trainer.devices, "frozen layers, held-out"
     )
-    checkpoints = Checkpoints(out / "checkpoints", every=sft.checkpoint_every)
-    writer = metrics_lib.MetricsWriter(out)
-
-    state = state_lib.create(parts.trained, optimizer)
-    restored = checkpoints.restore(state)
-    state = restored or state
-    start = int(state.update)
-    writer.truncate_after(start)
-    best, bad = _held_out_so_far(writer.path)
-    state = trainer.replicate(state)
-    eval_every = sft.eval_every or per_epoch
-    # Killed after it stopped early and before it said so: nothing is left to train.
-    end = start if sft.patience and bad >= sft.patience else total
-    bar = tqdm.tqdm(range(start, end), initial=start, total=total, desc="sft", unit="update")
-    for update in bar:
-        tick = time.time()
-        chosen = schedule.batch_of(update, lengths, sft.batch_size, seed)
-        packed, batches = train_data.batches(chosen)
-        tokens = float(packed.token_mask.sum())
-        state, sums = trainer.update(state, batches, {"tokens": tokens})
-        computed = float(batching.token_count(packed))
-        metrics = {
-            "loss": sums["nll"] / tokens,
-            "grad_norm": sums["grad_norm"],
-            "learning_rate": float(rate(update)),
-            "tokens": computed,
-            "tokens_per_second": computed / (time.time() - tick),
-            "padding_share": batching.padding_share(packed),
-        }
-        last = update + 1 == total
-        if valid and ((update + 1) % eval_every == 0 or last):
-            metrics["valid_loss"] = held_out_loss(evaluate, state.params, valid_data)
-            improved = metrics["valid_loss"] < best
-            best, bad = (metrics["valid_loss"], 0) if improved else (best, bad + 1)
-            if improved or not sft.patience:
-                _save(out, trainable, trainer.unreplicate(state.params), update + 1)
-        writer.write(update + 1, metrics)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", valid=f"{best:.3f}")
-        stop = bool(sft.patience) and bad >= sft.patience
-        checkpoints.maybe_save(update + 1, trainer.unreplicate(state), force=last or stop)
-        if stop:
-            break
-    bar.close()
-    if not valid:
-        _save(out, trainable, trainer.unreplicate(state.params), total)
-    writer.close()
-    checkpoints.close()
-    done = int(trainer.unreplicate(state).update)
+    best, done = _train(
+        out, trainable, trainer, optimizer, rate, train_data, valid_data, evaluate, sft, total, seed
+    )
     common.mark_done(out, started, updates=done, best_valid_loss=best)
+
+
+def _train(
+    out: pathlib.Path,
+    trainable: common.Trainable,
+    trainer: partition.Trainer,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    train: "Demonstrations",
+    valid: "Demonstrations",
+    evaluate: Callable,
+    sft: SftConfig,
+    total: int,
+    seed: int,
+) -> tuple[float, int]:
+    """All updates, and out/policy; the best held-out loss, and how many updates there were."""
+    lengths = [len(t.token_ids) for t in train.trajectories]
+    eval_every = sft.eval_every or -(-len(lengths) // sft.batch_size)
+    checkpoints = Checkpoints(out / "checkpoints", every=sft.checkpoint_every)
+    writer = metrics_lib.MetricsWriter(out, enabled=distributed.is_first())
+    state = state_lib.create(trainable.parts.trained, optimizer)
+    state = checkpoints.restore(state) or state
+    done = int(state.update)
+    writer.truncate_after(done)
+    best, bad = distributed.told("held-out losses", lambda: _held_out_so_far(writer.path))
+    state = trainer.replicate(state)
+    # Killed after it stopped early and before it said so: nothing is left to train.
+    end = done if sft.patience and bad >= sft.patience else total
+    bar = tqdm.tqdm(range(done, end), initial=done, total=total, desc="sft", unit="update")
+    with writer, bar, preemption.deferred():
+        for update in bar:
+            chosen = schedule.batch_of(update, lengths, sft.batch_size, seed)
+            state, metrics = _update(trainer, state, train, chosen)
+            metrics["learning_rate"] = float(rate(update))
+            done = update + 1
+            if valid.trajectories and (done % eval_every == 0 or done == total):
+                metrics["valid_loss"] = held_out_loss(evaluate, state.params, valid)
+                improved = metrics["valid_loss"] < best
+                best, bad = (metrics["valid_loss"], 0) if improved else (best, bad + 1)
+                if improved or not sft.patience:
+                    trainable.save(out / "policy", trainer.fetch(state.params), {}, done)
+            writer.write(done, metrics)
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", valid=f"{best:.3f}")
+            stop, asked = bool(sft.patience) and bad >= sft.patience, preemption.asked()
+            last = done == total or stop or asked
+            checkpoints.maybe_save(done, trainer.unreplicate(state), force=last)
+            if asked:
+                preemption.stop(done, total)
+            if stop:
+                break
+    if not valid.trajectories:
+        trainable.save(out / "policy", trainer.fetch(state.params), {}, total)
+    checkpoints.close()
+    return best, done
+
+
+def _update(
+    trainer: partition.Trainer, state: Any, train: "Demonstrations", chosen: np.ndarray
+) -> tuple[Any, dict[str, float]]:
+    """One update, and its metrics."""
+    tick = time.time()
+    packed, batches = train.batches(chosen)
+    tokens = float(packed.token_mask.sum())
+    state, sums = trainer.update(state, batches, {"tokens": tokens})
+    computed = float(batching.token_count(packed))
+    return state, {
+        "loss": sums["nll"] / tokens,
+        "grad_norm": sums["grad_norm"],
+        "tokens": computed,
+        "tokens_per_second": computed / (time.time() - tick),
+        "padding_share": batching.padding_share(packed),
+    }
 
 
 class Demonstrations:
@@ -170,15 +204,8 @@ def _held_out_so_far(path: pathlib.Path) -> tuple[float, int]:
     return min(losses), len(losses) - 1 - int(np.argmin(losses))
 
 
-def _save(
-    out: pathlib.Path, trainable: common.Trainable, trained: transformer.Params, version: int
-) -> None:
-    trainable.save(out / "policy", jax.device_get(trained), {}, version)
-
-
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.prepare_jax()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     run(
         workdir / "sft",
@@ -195,5 +222,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "models/smollm2-135m-instruct", common.POLICY_HELP)
-    flags_lib.define(SftConfig, RowsConfig, LoraConfig, ChatConfig)
-    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)
+    flags_lib.define(SftConfig, RowsConfig, LoraConfig, ChatConfig, DistributedConfig)
+    flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

@@ -25,13 +25,22 @@ from experiments import flags as flags_lib
 from experiments.train_progress import playable
 from spa_jax import batching, store
 from spa_jax import config as config_lib
-from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
+from spa_jax.config import DistributedConfig, LoraConfig, PpoConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.rl import objectives
+from spa_jax.training import (
+    distributed,
+    partition,
+    ppo_data,
+    ppo_update,
+    preemption,
+    schedule,
+    scoring,
+    sft_update,
+)
 from spa_jax.training import metrics as metrics_lib
-from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.parts import Parts
@@ -59,6 +68,7 @@ def run(
     config_lib.check_trained(lora, ppo.train_layers, "--ppo_train_layers")
     started = time.time()
     trajectories = playable(store.read(data))
+    common.agree_on(trajectories, data)
     temperature = behaviour_temperature(data, trajectories, ppo)
     if ppo.objective == RFT:
         trajectories = ppo_data.won(trajectories, data)
@@ -178,7 +188,8 @@ def train(
     state = checkpoints.restore(state) or state
     start = int(state.update)
     state = trainer.replicate(state)
-    with metrics_lib.MetricsWriter(out) as writer:
+    writer = metrics_lib.MetricsWriter(out, enabled=distributed.is_first())
+    with writer, preemption.deferred():
         writer.truncate_after(start)
         for update in tqdm.tqdm(range(start, total), initial=start, total=total, desc="ppo"):
             tick = time.time()
@@ -193,11 +204,13 @@ def train(
                 "padding_share": batching.padding_share(made.packed),
             }
             writer.write(update + 1, metrics)
-            checkpoints.maybe_save(
-                update + 1, trainer.unreplicate(state), force=update + 1 == total
-            )
+            asked = preemption.asked()
+            last = asked or update + 1 == total
+            checkpoints.maybe_save(update + 1, trainer.unreplicate(state), force=last)
+            if asked:
+                preemption.stop(update + 1, total)
     checkpoints.close()
-    return jax.device_get(trainer.unreplicate(state))
+    return trainer.fetch(state)
 
 
 def behaviour_temperature(
@@ -249,7 +262,6 @@ def policy_before(workdir: pathlib.Path, iteration: int) -> pathlib.Path:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.prepare_jax()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     folder = workdir / f"iteration_{_ITERATION.value}"
     run(
@@ -267,5 +279,5 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the policy that played the episodes.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(PpoConfig, RowsConfig, LoraConfig)
-    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)
+    flags_lib.define(PpoConfig, RowsConfig, LoraConfig, DistributedConfig)
+    flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

@@ -24,11 +24,18 @@ from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, evaluation, store
 from spa_jax.attribution import estimator
-from spa_jax.config import LoraConfig, ProgressConfig, RowsConfig
+from spa_jax.config import DistributedConfig, LoraConfig, ProgressConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
 from spa_jax.models.transformer import Params
-from spa_jax.training import estimator_update, partition, schedule, scoring
+from spa_jax.training import (
+    distributed,
+    estimator_update,
+    partition,
+    preemption,
+    schedule,
+    scoring,
+)
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
@@ -67,27 +74,35 @@ def run(
     trainer = trunk.trainer(optimizer)
     checkpoints = Checkpoints(out / "checkpoints", every=max(1, progress.epochs // 2) * per_epoch)
     state = state_lib.create({"progress": params} | trunk.trained, optimizer)
-    state = checkpoints.restore(state) or state
+    epoch = np.zeros(2)  # squared error and episodes of the epoch so far
+    saved = checkpoints.restore({"state": state, "epoch": epoch})
+    state, epoch = (saved["state"], saved["epoch"]) if saved else (state, epoch)
     start = int(state.update)
-    writer = metrics_lib.MetricsWriter(out)
+    writer = metrics_lib.MetricsWriter(out, enabled=distributed.is_first())
     writer.truncate_after(start)
     state = trainer.replicate(state)
-    error, count, equal = 0.0, 0, [1] * len(train)
-    for update in tqdm.tqdm(range(start, total), initial=start, total=total, desc="progress"):
-        chosen = train[schedule.batch_of(update, equal, progress.batch_size, seed)]
-        batches = trunk.batches(chosen, progress.batch_size, trainer.devices)
-        state, sums = trainer.update(state, batches, {"trajectories": len(chosen)})
-        error, count = error + sums["squared_error"], count + len(chosen)
-        if (update + 1) % per_epoch == 0:
-            judged = judge(partition.unreplicate(state.params), trunk, valid)
-            writer.write(update + 1, {"loss": error / count, **judged})
-            error, count = 0.0, 0
-        checkpoints.maybe_save(update + 1, partition.unreplicate(state))
-    params = jax.device_get(partition.unreplicate(state.params))
-    weights.save_heads(out, {"progress": params["progress"]})
-    if lora.rank:
-        common.save_adapter(out / common.ADAPTER, lora, params["adapter"], policy.folder)
-    writer.close()
+    equal = [1] * len(train)
+    bar = tqdm.tqdm(range(start, total), initial=start, total=total, desc="progress")
+    with writer, bar, preemption.deferred():
+        for update in bar:
+            chosen = train[schedule.batch_of(update, equal, progress.batch_size, seed)]
+            batches = trunk.batches(chosen, progress.batch_size, trainer.devices)
+            state, sums = trainer.update(state, batches, {"trajectories": len(chosen)})
+            epoch = epoch + [sums["squared_error"], len(chosen)]
+            if (update + 1) % per_epoch == 0:
+                judged = judge(partition.unreplicate(state.params), trunk, valid)
+                writer.write(update + 1, {"loss": epoch[0] / epoch[1], **judged})
+                epoch = np.zeros(2)
+            asked = preemption.asked()
+            now = {"state": partition.unreplicate(state), "epoch": epoch}
+            checkpoints.maybe_save(update + 1, now, force=asked)
+            if asked:
+                preemption.stop(update + 1, total)
+    params = trainer.fetch(state.params)
+    if distributed.is_first():
+        weights.save_heads(out, {"progress": params["progress"]})
+        if lora.rank:
+            common.save_adapter(out / common.ADAPTER, lora, params["adapter"], policy.folder)
     checkpoints.close()
     # Relative, so that a run's folder can be moved.
     folder = os.path.relpath(policy.folder.resolve(), out.resolve())
@@ -181,6 +196,7 @@ def load_features(
     parts, every = [], []
     for path in data:
         trajectories = playable(store.read(path))
+        common.agree_on(trajectories, path)
         if trajectories:
             parts.append(_features(policy, path, trajectories, rows))
             every += trajectories
@@ -285,7 +301,6 @@ def data_files(workdir: pathlib.Path, iteration: int) -> list[pathlib.Path]:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.prepare_jax()
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     run(
         workdir / f"iteration_{_ITERATION.value}" / "progress",
@@ -301,5 +316,5 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the trunk; W/sft/policy by default.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(ProgressConfig, RowsConfig, LoraConfig)
-    flags_lib.run(main, flags_lib.WORKDIR, flags_lib.SEED)
+    flags_lib.define(ProgressConfig, RowsConfig, LoraConfig, DistributedConfig)
+    flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

@@ -166,8 +166,8 @@ class RowsConfig:
         choices=("pmap", "mesh"),
     )  # fmt: skip
     mesh: str = _setting(
-        "", "data:A,fsdp:B: A x B devices share a batch, B of them each parameter; empty: all of "
-        "the machine's devices, parameters whole."
+        "", "data:A,fsdp:B: A x B devices share a batch, B of them each parameter; empty: all "
+        "devices, parameters whole."
     )  # fmt: skip
 
     @property
@@ -179,6 +179,31 @@ class RowsConfig:
             "step_slots": self.step_slots,
             "share_prefix": self.share_prefix,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """The processes that share a run (`training/distributed.py`, docs/pod.md)."""
+
+    distributed: bool = _setting(
+        False, "This is one of several processes, which find each other on a Cloud TPU slice, "
+        "under Slurm or Open MPI; elsewhere give the three flags below, which imply this one."
+    )  # fmt: skip
+    coordinator_address: str = _setting("", "HOST:PORT of process 0, the same in all processes.")
+    num_processes: int = _setting(0, "How many processes share the run.")
+    process_id: int = _setting(-1, "Which of them this is, from 0.")
+    connect_timeout_s: int = _setting(
+        300, "Seconds that the processes wait for each other at the start."
+    )
+    meet_timeout_s: int = _setting(
+        7200, "Seconds that a process waits for the others at the end of a stage: longer than one "
+        "may play behind another."
+    )  # fmt: skip
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether the three flags say who the processes are."""
+        return bool(self.coordinator_address)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,8 +407,35 @@ def check(config: Any) -> None:
                 f"--lora_rank={config.rank} must be >= 0, --lora_alpha={config.alpha:g} above 0"
             )
         _check_list("--lora_targets", config.targets, LORA_TARGETS)
+    if isinstance(config, DistributedConfig):
+        _check_processes(config)
     if isinstance(config, RunConfig):
         _check_list("--lora_stages", config.lora_stages, ("sft", "progress", "ppo"))
+
+
+def _check_processes(config: DistributedConfig) -> None:
+    """Refuses processes that could not find each other.
+
+    Raises:
+      UserError: names the flags.
+    """
+    host, _, port = config.coordinator_address.rpartition(":")
+    count, index = config.num_processes, config.process_id
+    given = (bool(config.coordinator_address), count != 0, index != -1)
+    if any(given) and not all(given):
+        raise UserError(
+            "--coordinator_address, --num_processes and --process_id belong together: give all "
+            "three, or --distributed alone where the processes find each other"
+        )
+    if config.by_hand and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise UserError(f"--coordinator_address={config.coordinator_address}: write HOST:PORT")
+    if config.by_hand and not (count > 0 and 0 <= index < count):
+        raise UserError(
+            f"--process_id={index} --num_processes={count}: processes are numbered from 0 to "
+            "--num_processes - 1"
+        )
+    if config.connect_timeout_s < 1 or config.meet_timeout_s < 1:
+        raise UserError("--connect_timeout_s and --meet_timeout_s must be at least 1")
 
 
 def _check_objective(ppo: PpoConfig) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from spa_jax.chat import ChatFormat
 from spa_jax.envs.client import EnvClient, Session
-from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation, Task
+from spa_jax.envs.protocol import NO_SERVER, USER_ERROR, EnvError, Observation, Task
 from spa_jax.envs.text import parse_action
 from spa_jax.errors import UserError
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
@@ -239,9 +239,10 @@ class _Rollout:
         """An environment error is nobody's outcome: recorded, and tried again.
 
         Raises:
-          UserError: if the environment says that the user's data or request is wrong.
+          UserError: if the environment says that the user's data or request is wrong, or its
+            server is gone.
         """
-        if error.code == USER_ERROR:
+        if error.code in (USER_ERROR, NO_SERVER):
             raise UserError(str(error)) from error
         episode = self.episodes[slot]
         self._end(slot, Status.ENV_ERROR, str(error))
@@ -344,7 +345,7 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
                 episode.observation = now
                 return episode.result(player, status, now.text, reward=_final_reward(episode))
         except EnvError as error:
-            if error.code == USER_ERROR:
+            if error.code in (USER_ERROR, NO_SERVER):
                 raise UserError(str(error)) from error
             if not error.retryable or job.retry >= player.max_retries:
                 return episode.result(player, Status.ENV_ERROR, str(error))

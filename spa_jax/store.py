@@ -5,6 +5,9 @@ line, *with its newline*, is.  An append is one `write` under a lock followed
 by `fsync`, so whatever kills the process, at most the last line is torn, and
 `repair` cuts it off at the next start.  Readers sort by key, so that nothing
 depends on the order in which episodes happened to finish.
+
+Several processes of a run append to a file of their own each, beside the one that all read
+(`shard`); `merge` brings what they wrote into it.
 """
 
 import fcntl
@@ -113,6 +116,39 @@ def write(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> N
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def shard(path: str | os.PathLike[str], process: int) -> pathlib.Path:
+    """The file that one process of several appends to: trajectories.process_3.jsonl, say."""
+    path = pathlib.Path(path)
+    return path.with_name(f"{path.stem}.process_{process}{path.suffix}")
+
+
+def merge(path: str | os.PathLike[str]) -> None:
+    """Repairs `path` and its shards and brings all into `path`; the shards are gone then.
+
+    To be called while nobody appends.  Killed at any moment and called again, it loses nothing.
+
+    Raises:
+      UserError: as `read`, or if two files have different episodes of the same key.
+    """
+    path = pathlib.Path(path)
+    repair(path)
+    shards = sorted(path.parent.glob(f"{path.stem}.process_*{path.suffix}"))
+    if not shards:
+        return
+    found = {t.key: t for t in read(path)} if path.exists() else {}
+    for file in shards:
+        repair(file)
+        for trajectory in read(file):
+            if found.setdefault(trajectory.key, trajectory) != trajectory:
+                raise UserError(
+                    f"{file}: its episode {trajectory.key} is another one than an earlier file's; "
+                    "delete one of the two lines"
+                )
+    write(path, [found[key] for key in sorted(found)])
+    for file in shards:
+        file.unlink()
 
 
 def _line(trajectory: Trajectory) -> bytes:

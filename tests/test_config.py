@@ -5,7 +5,15 @@ import itertools
 
 import pytest
 
-from spa_jax.config import CreditConfig, ExploreConfig, PpoConfig, RowsConfig, check, check_together
+from spa_jax.config import (
+    CreditConfig,
+    DistributedConfig,
+    ExploreConfig,
+    PpoConfig,
+    RowsConfig,
+    check,
+    check_together,
+)
 from spa_jax.errors import UserError
 from spa_jax.rl.objectives import OBJECTIVES
 
@@ -65,3 +73,23 @@ def test_a_mesh_needs_its_partition():
     check(RowsConfig(partition="mesh", mesh="data:2"))
     with pytest.raises(UserError, match="--mesh=data:2 needs --partition=mesh"):
         check(dataclasses.replace(RowsConfig(), mesh="data:2"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"coordinator_address": "a:1"}, "belong together"),
+        ({"process_id": 0, "distributed": True}, "belong together"),
+        ({"num_processes": 2, "process_id": 0}, "belong together"),
+        ({"coordinator_address": "a", "num_processes": 2, "process_id": 0}, "=a: write HOST:PORT"),
+        ({"coordinator_address": "a:99999", "num_processes": 2, "process_id": 0}, "HOST:PORT"),
+        ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "numbered from 0"),
+        ({"coordinator_address": "a:1", "num_processes": -2, "process_id": -3}, "numbered from 0"),
+        ({"meet_timeout_s": 0}, "--meet_timeout_s must be at least 1"),
+    ],
+)
+def test_processes_that_could_not_find_each_other_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        check(DistributedConfig(**settings))
+    check(DistributedConfig(coordinator_address="[::1]:1", num_processes=2, process_id=1))
+    check(DistributedConfig(distributed=True))

@@ -182,3 +182,30 @@ def test_the_file_is_plain_json_lines(tmp_path):
     record = json.loads(line)
     assert record["status"] == "success"
     assert record["log_probs"][2] == -1 / 3
+
+
+def test_the_files_of_several_processes_become_one(tmp_path):
+    path = tmp_path / "t.jsonl"
+    store.append(path, episode(attempt=0))
+    for process in (0, 1, 10):
+        store.append(store.shard(path, process), episode(attempt=11 - process))
+    with store.shard(path, 1).open("ab") as torn:
+        torn.write(b'{"env": "alf')
+    store.merge(path)
+    assert [one.attempt for one in store.read(path)] == [0, 1, 10, 11]
+    assert [file.name for file in tmp_path.iterdir()] == ["t.jsonl"]
+    before = path.stat().st_mtime_ns
+    store.merge(path)  # nothing to do
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_merge_that_was_killed_is_made_again(tmp_path):
+    path = tmp_path / "t.jsonl"
+    for file in (path, store.shard(path, 1)):  # written, and the shard not yet gone
+        store.append(file, episode(attempt=4))
+    store.merge(path)
+    assert [one.attempt for one in store.read(path)] == [4]
+    store.append(store.shard(path, 1), episode(attempt=4, instruction="another"))
+    with pytest.raises(UserError, match=r"t.process_1.jsonl: its episode \('game', 0, 4\)"):
+        store.merge(path)
+    assert store.shard(path, 1).exists()

@@ -188,7 +188,11 @@ class Session:
                 if isinstance(error, InvalidStatus) and error.response.status_code in (401, 403):
                     raise _wants_token(address) from error
                 failure = error
-        raise EnvError(f"no environment server answers at {address} ({failure})") from failure
+        raise EnvError(
+            f"no environment server answers at {address} for {self._client.wait_s:g} s "
+            f"({failure}); start it, and this program again: it goes on where it was",
+            protocol.NO_SERVER,
+        ) from failure
 
     def _ask(self, kind: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
         connection = self._connection or self._connect()

@@ -24,6 +24,7 @@ CAPACITY_REACHED = "CAPACITY_REACHED"  # every session is taken: try again later
 USER_ERROR = "FACTORY_ERROR"  # no environment can be made of the user's data or request
 ENV_ERROR = "EXECUTION_ERROR"  # the environment failed: reset the session and try again
 SESSION_ERROR = "SESSION_ERROR"  # the session is over, for being idle: open another one
+NO_SERVER = "NO_SERVER"  # ours, never on the wire: nobody answers, for as long as a client waits
 
 
 class EnvError(Exception):

@@ -1,4 +1,8 @@
-"""Orbax checkpoints of a training stage: the newest is kept, and a resume is bit-equal."""
+"""Orbax checkpoints of a training stage: the newest is kept, and a resume is bit-equal.
+
+Of several processes every one calls `restore`, `maybe_save` and `close`: arrays that one process
+holds whole are written by the first, and each writes its parts of those cut over processes.
+"""
 
 import pathlib
 from typing import Any
@@ -8,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from spa_jax.errors import UserError
+from spa_jax.training import distributed
 
 
 class Checkpoints:
@@ -21,7 +26,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def restore(self, template: Any) -> Any | None:
-        """The newest checkpoint, in the shape of `template`; None if there is none.
+        """The newest checkpoint, in the shape of `template`, on the host; None if there is none.
 
         Args:
           template: a pytree of (host or device) arrays without a device axis.
@@ -29,10 +34,11 @@ class Checkpoints:
         Raises:
           UserError: if the checkpoint is of another shape.
         """
-        step = self._manager.latest_step()
+        step = distributed.told("the newest checkpoint", self._manager.latest_step)
         if step is None:
             return None
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.device_get(template))
+        # Of numpy arrays: those of shapes alone would come back where they lay when saved.
+        shapes = jax.tree.map(np.asarray, jax.device_get(template))
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
         except (ValueError, KeyError, TypeError) as error:
@@ -43,11 +49,16 @@ class Checkpoints:
         return jax.device_get(restored)
 
     def maybe_save(self, update: int, tree: Any, *, force: bool = False) -> None:
-        """Saves after every `every` updates, or now; returns when it is on the disk."""
+        """Saves after every `every` updates, or now; returns when it is on the disk.
+
+        Args:
+          update: how many there have been.
+          tree: as a trainer's `unreplicate` gives it.
+          force: now.
+        """
         if not force and (update == 0 or update % self._every):
             return
-        host = jax.tree.map(np.asarray, jax.device_get(tree))
-        self._manager.save(update, args=ocp.args.StandardSave(host))
+        self._manager.save(update, args=ocp.args.StandardSave(jax.tree.map(_host, tree)))
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -60,3 +71,9 @@ class Checkpoints:
             f"optimiser ({str(error).splitlines()[0]}); continue with the flags it was made "
             "with, or choose another --workdir"
         )
+
+
+def _host(x: Any) -> Any:
+    """An array on the host; one that lies on several processes' devices stays there."""
+    cut = isinstance(x, jax.Array) and not x.is_fully_addressable
+    return x if cut else np.asarray(jax.device_get(x))

@@ -22,15 +22,21 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsWriter:
-    """Appends the metrics of a stage; one process of a run may hold one.
+    """Appends the metrics of a stage; one process of a run may hold an enabled one.
 
     An unterminated last line, which a killed process leaves, is cut off when
     the file is opened.  The files are made at the first `write`.
     """
 
-    def __init__(self, folder: Path | str):
-        """Args: folder: the stage's folder, such as `W/sft`; made when it is needed."""
+    def __init__(self, folder: Path | str, enabled: bool = True):
+        """Opens nothing yet.
+
+        Args:
+          folder: the stage's folder, such as `W/sft`; made when it is needed.
+          enabled: otherwise nothing is written.
+        """
         self._folder = Path(folder)
+        self._enabled = enabled
         self._file: IO[str] | None = None
         self._tensorboard: Any = None
         self._purge_step: int | None = None
@@ -53,6 +59,8 @@ class MetricsWriter:
         """
         if taken := {"update", "time"} & metrics.keys():
             raise ValueError(f"a metric cannot be called {', '.join(sorted(taken))}")
+        if not self._enabled:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         now = time.time()
         record: dict[str, Any] = {"update": int(update), "time": round(now, 3)}
@@ -74,7 +82,7 @@ class MetricsWriter:
         """
         self.close()
         self._purge_step = int(update) + 1
-        if not self.path.exists():
+        if not self._enabled or not self.path.exists():
             return
         lines = [line for line, record in _records(self.path) if record["update"] <= update]
         _rewrite(self.path, "".join(line + "\n" for line in lines))

@@ -13,6 +13,10 @@ share each parameter with its gradient and its moments, for what one device cann
 Both take the same microbatches, [devices, rows, ...], and compile the same functions of
 `training.state`; a test asserts that they agree.  Nothing crosses between host and devices inside
 an update but by name: the rows in, the sums out.
+
+The devices are those of all processes.  Every process makes the whole microbatch from the same
+files and puts its own devices' part on them; what a pass without gradients says of the data comes
+back whole to every process.
 """
 
 import functools
@@ -24,10 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
+from spa_jax.training import distributed
 from spa_jax.training import state as state_lib
 from spa_jax.training.state import LossFn, Params, TrainState
 
@@ -39,7 +45,7 @@ class Pmap:
     """The data-parallel trainer of one loss function.
 
     Attributes:
-      devices: how many local devices share an update.
+      devices: how many devices share an update, of all processes.
       frozen: what is not trained, replicated.
     """
 
@@ -55,14 +61,15 @@ class Pmap:
         Args:
           loss_fn: the loss.
           optimizer: of the trained parameters.
-          devices: how many local devices; None: all.
+          devices: how many devices of a single process; None: all, of all processes.
           frozen: the parameters that the loss needs and that are not trained, not replicated.
         """
-        self._devices = jax.local_devices()[:devices]
-        self.devices = len(self._devices)
-        mesh = jax.sharding.Mesh(np.array(self._devices), (AXIS,))
+        chosen = _devices(devices)
+        self.devices = len(chosen)
+        self._own = _of_this_process(chosen)
+        mesh = jax.sharding.Mesh(np.array(self._own), (AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(AXIS))
-        compiled = functools.partial(jax.pmap, axis_name=AXIS, devices=self._devices)
+        compiled = functools.partial(jax.pmap, axis_name=AXIS, devices=chosen)
         self._accumulate = compiled(
             functools.partial(state_lib.accumulate, loss_fn), donate_argnums=(2, 3)
         )
@@ -76,26 +83,26 @@ class Pmap:
         self.frozen = self.replicate(frozen or {})
 
     def replicate(self, tree: Any) -> Any:
-        """A copy of the tree on every device."""
+        """A copy of the tree on every device of this process."""
         # Placed as pmap places its outputs: otherwise the second update compiles once more.
-        return flax.jax_utils.replicate(tree, self._devices, AXIS)
+        return flax.jax_utils.replicate(tree, self._own, AXIS)
 
     def unreplicate(self, tree: Any) -> Any:
         """The tree without the device axis."""
         return unreplicate(tree)
 
+    def fetch(self, tree: Any) -> Any:
+        """The tree without the device axis, on the host."""
+        return jax.device_get(unreplicate(tree))
+
     def forward(self, function: Callable) -> Callable[..., Any]:
         """`function(params, frozen, *data)` on every device's own data.
 
         Returns:
-          (params, *data) -> the result on the host; both with a leading device axis.
+          (params, *data) -> the result on the host; data and result with an axis of all devices.
         """
-        run = jax.pmap(function, axis_name=AXIS, devices=self._devices)
-
-        def call(params: Params, *data: Any) -> Any:
-            return jax.device_get(run(params, self.frozen, *jax.device_put(data, self._split)))
-
-        return call
+        run = pmap_forward(function, self.devices)
+        return lambda params, *data: run(params, self.frozen, *data)
 
     def update(
         self, state: TrainState, batches: Iterable[Any], counts: Mapping[str, float]
@@ -104,7 +111,7 @@ class Pmap:
 
         Args:
           state: replicated; donated.
-          batches: pytrees of numpy arrays with a leading device axis.
+          batches: pytrees of numpy arrays with a leading axis of all devices.
           counts: the update's global counts, which normalise the loss.
 
         Returns:
@@ -114,6 +121,7 @@ class Pmap:
         shared = self.replicate(totals)
         grads, sums = self._zeros(state.params), None
         for batch in batches:
+            batch = _part(batch, len(self._own))
             if sums is None:
                 sums = self._zero_sums(state.params, batch, totals)
             batch = jax.device_put(batch, self._split)
@@ -137,7 +145,7 @@ class Mesh:
     """The trainer of one loss function on a mesh of data x fsdp devices; as `Pmap` to call.
 
     Attributes:
-      devices: how many local devices share an update.
+      devices: how many devices share an update, of all processes.
       frozen: what is not trained, in parts as the trained parameters are.
     """
 
@@ -153,11 +161,12 @@ class Mesh:
         Args:
           loss_fn: the loss.
           optimizer: of the trained parameters.
-          shape: (data, fsdp); their product is at most the number of local devices.
+          shape: (data, fsdp); their product is at most the number of devices, and that of all
+            with several processes.
           frozen: the parameters that the loss needs and that are not trained.
         """
         self.devices = shape[0] * shape[1]
-        devices = np.array(jax.local_devices()[: self.devices]).reshape(shape)
+        devices = np.array(_devices(self.devices)).reshape(shape)
         self._mesh = jax.sharding.Mesh(devices, (_DATA, _FSDP))
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
         self._split = NamedSharding(self._mesh, PartitionSpec((_DATA, _FSDP)))
@@ -172,11 +181,17 @@ class Mesh:
         # From a copy: updates donate what they are given, and a part that lies where the caller's
         # own array does would be that array (may_alias=False does not help in JAX 0.10).
         host = jax.tree.map(np.array, jax.device_get(tree))
-        return jax.device_put(host, self._shardings(tree))
+        return _place(host, self._shardings(tree))
 
     def unreplicate(self, tree: Any) -> Any:
-        """The tree itself: `jax.device_get` puts an array's parts together."""
+        """The tree itself: `fetch` and a checkpoint put an array's parts together."""
         return tree
+
+    def fetch(self, tree: Any) -> Any:
+        """The tree on the host, whole; a collective of all processes."""
+        if distributed.count() > 1:
+            return multihost_utils.process_allgather(tree, tiled=True)
+        return jax.device_get(tree)
 
     def forward(self, function: Callable) -> Callable[..., Any]:
         """As `Pmap.forward`; a number, which has no device axis, is that of all data."""
@@ -186,8 +201,7 @@ class Mesh:
             return x.reshape(self.devices, -1, *x.shape[1:]) if x.ndim else x
 
         def call(params: Params, *data: Any) -> Any:
-            out = jax.device_get(run(params, self.frozen, *self._joined(data)))
-            return jax.tree.map(dealt, out)
+            return jax.tree.map(dealt, self.fetch(run(params, self.frozen, *self._joined(data))))
 
         return call
 
@@ -199,7 +213,7 @@ class Mesh:
             self._compiled = self._compile(state)
         zeros, accumulate, apply = self._compiled
         totals = {name: np.float32(max(value, 1.0)) for name, value in counts.items()}
-        shared = jax.device_put(totals, self._everywhere)
+        shared = _place(totals, self._everywhere)
         grads, sums = zeros(state.params), None
         for batch in batches:
             batch = self._joined(batch)
@@ -230,14 +244,14 @@ class Mesh:
     def _joined(self, data: Any) -> Any:
         """[devices, rows, ...] numpy arrays as [devices * rows, ...] on the mesh."""
         joined = jax.tree.map(lambda x: np.reshape(x, (-1, *np.shape(x)[2:])), data)
-        return jax.device_put(joined, self._split)
+        return _place(joined, self._split)
 
     def _zero_sums(self, params: Params, batch: Any, counts: Any) -> Any:
         if self._sum_shapes is None:
             shapes = jax.eval_shape(self._loss_fn, params, self.frozen, batch, counts)[1]
             self._sum_shapes = dict(shapes)
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._sum_shapes)
-        return jax.device_put(zeros, self._everywhere)
+        return _place(zeros, self._everywhere)
 
     def _shardings(self, tree: Any) -> Any:
         """Where each array of a tree lies: its longest axis that fsdp divides is cut.
@@ -267,14 +281,22 @@ def make(
     optimizer: optax.GradientTransformation,
     frozen: Params | None = None,
 ) -> Trainer:
-    """The trainer that `--partition` and `--mesh` ask for, on the local devices.
+    """The trainer that `--partition` and `--mesh` ask for, on the devices of all processes.
 
     Raises:
-      UserError: if the mesh is no mesh, or has more devices than there are.
+      UserError: if the mesh is no mesh, has more devices than there are, or leaves some of
+        several processes' out.
     """
     if rows.partition == "pmap":
         return Pmap(loss_fn, optimizer, frozen=frozen)
-    return Mesh(loss_fn, optimizer, mesh_shape(rows.mesh, jax.local_device_count()), frozen)
+    devices = jax.device_count()
+    shape = mesh_shape(rows.mesh, devices)
+    if distributed.count() > 1 and shape[0] * shape[1] < devices:
+        raise UserError(
+            f"--mesh={rows.mesh}: with several processes all {devices} devices must be in it, not "
+            f"{shape[0]} x {shape[1]}"
+        )
+    return Mesh(loss_fn, optimizer, shape, frozen)
 
 
 def mesh_shape(mesh: str, devices: int) -> tuple[int, int]:
@@ -293,9 +315,7 @@ def mesh_shape(mesh: str, devices: int) -> tuple[int, int]:
         found[name] = int(size)
     shape = found.get(_DATA, 1), found.get(_FSDP, 1)
     if shape[0] * shape[1] > devices:
-        raise UserError(
-            f"--mesh={mesh}: {shape[0]} x {shape[1]} devices, and this machine has {devices}"
-        )
+        raise UserError(f"--mesh={mesh}: {shape[0]} x {shape[1]} devices, and there are {devices}")
     return shape
 
 
@@ -312,17 +332,68 @@ def whole_layers(trainer: Trainer, frozen: Params) -> Params:
     return replicate(layers, trainer.devices)
 
 
-def pmap_forward(function: Callable, devices: int | None = None) -> Callable:
-    """`function(params, ..., batch)` on every device's own batch, parameters replicated."""
-    return jax.pmap(function, axis_name=AXIS, devices=jax.local_devices()[:devices])
+def pmap_forward(function: Callable, devices: int | None = None) -> Callable[..., Any]:
+    """`function(params, *more, batch)` on every device's own batch.
+
+    Args:
+      function: of parameters, which are replicated, and data.
+      devices: how many devices of a single process; None: all, of all processes.
+
+    Returns:
+      (parameters and data...) -> the result on the host; numpy data and the result have a
+      leading axis of all devices.
+    """
+    chosen = _devices(devices)
+    own = _of_this_process(chosen)
+    mesh = jax.sharding.Mesh(np.array(own), (AXIS,))
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    run = jax.pmap(function, axis_name=AXIS, devices=chosen)
+
+    def placed(x: Any) -> Any:
+        return x if isinstance(x, jax.Array) else jax.device_put(_part(x, len(own)), split)
+
+    def call(*args: Any) -> Any:
+        return distributed.gather(jax.device_get(run(*jax.tree.map(placed, args))))
+
+    return call
 
 
 def replicate(tree: Any, devices: int | None = None) -> Any:
-    """A copy of the tree on every local device, or on the first `devices`."""
-    return flax.jax_utils.replicate(tree, jax.local_devices()[:devices], AXIS)
+    """A copy of the tree on every device of this process, or on the first `devices`."""
+    return flax.jax_utils.replicate(tree, _of_this_process(_devices(devices)), AXIS)
 
 
 def unreplicate(tree: Any) -> Any:
     """The first device's copy."""
     # Flax's own keeps the device axis of length 1 where one of several devices is in use.
     return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+
+
+def _devices(count: int | None) -> list[jax.Device]:
+    """The devices of all processes, one process after the other; or the first `count`."""
+    processes = range(jax.process_count())
+    return [d for p in processes for d in jax.local_devices(process_index=p)][:count]
+
+
+def _of_this_process(devices: list[jax.Device]) -> list[jax.Device]:
+    return [d for d in devices if d.process_index == jax.process_index()]
+
+
+def _part(batch: Any, devices: int) -> Any:
+    """This process's part of a microbatch of all: `devices` of its leading axis."""
+    start = devices * distributed.index()
+    return jax.tree.map(lambda x: x[start : start + devices], batch)
+
+
+def _place(host: Any, shardings: Any) -> Any:
+    """Host arrays, the same in every process, where the shardings say."""
+    if distributed.count() == 1:
+        return jax.device_put(host, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, host)
+    # device_put would compare them among the processes each time.
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda at: np.asarray(x)[at]),
+        host,
+        shardings,
+    )

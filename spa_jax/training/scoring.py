@@ -14,9 +14,10 @@ from flax import struct
 
 from spa_jax import batching
 from spa_jax.config import RowsConfig
+from spa_jax.errors import UserError
 from spa_jax.models import weights
 from spa_jax.models.transformer import ModelConfig, Params
-from spa_jax.training import forward, partition
+from spa_jax.training import distributed, forward, partition
 from spa_jax.trajectory import Trajectory
 
 
@@ -67,7 +68,7 @@ def score(
       The scores, on the host.
     """
     packed = batching.pack(trajectories, **rows.packing)
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     run = partition.pmap_forward(functools.partial(forward.score, config, temperature=temperature))
     replicated = partition.replicate(params)
     names = ("log_probs", "end_hidden", "value_hidden", "values")
@@ -75,7 +76,7 @@ def score(
     kept = []
     batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
     for batch in tqdm.tqdm(batches, desc=title, unit="batch"):
-        out = jax.device_get(run(replicated, batch))
+        out = run(replicated, batch)
         flat = jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), batch)
         kept.append(flat)
         for name in names:
@@ -118,7 +119,7 @@ def below(
       frozen: {"policy": the frozen part} if layers are frozen, replicated over `devices`.
       trajectories: N encoded trajectories.
       rows: the static shape.
-      devices: how many local devices share the work.
+      devices: how many devices share the work, of all processes.
       title: of the progress bar.
 
     Returns:
@@ -129,9 +130,7 @@ def below(
     packed = batching.pack(trajectories, **rows.packing)
     run = partition.pmap_forward(functools.partial(forward.rows_below, config), devices)
     batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
-    parts = [
-        jax.device_get(run(frozen, batch)) for batch in tqdm.tqdm(batches, desc=title, unit="batch")
-    ]
+    parts = [run(frozen, batch) for batch in tqdm.tqdm(batches, desc=title, unit="batch")]
     values = np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
     lengths = [len(t.token_ids) for t in trajectories]
     return batching.gather_tokens(values[: len(packed.tokens)], packed, lengths)
@@ -167,29 +166,42 @@ def cached_score(
     digest = hashlib.sha256(repr(made_of).encode())
     for t in trajectories:
         digest.update(repr((t.key, t.token_ids)).encode())
-    names = ("end_hidden", "value_hidden", "values", "step_mask")
+    saved = _saved(cache, digest.hexdigest(), trajectories)
+    if distributed.told("whether scores are saved", lambda: saved is not None):
+        if saved is None:
+            raise UserError(f"{cache}: process 0 can read it and this one cannot; is it shared?")
+        return saved
+    scores = score(config, params, trajectories, rows, temperature=temperature, title=title)
+    if keep and distributed.is_first():
+        _save(cache, digest.hexdigest(), scores)
+    return scores
+
+
+_SAVED = ("end_hidden", "value_hidden", "values", "step_mask")
+
+
+def _saved(cache: pathlib.Path, digest: str, trajectories: Sequence[Trajectory]) -> Scores | None:
+    """The scores in the file; None if it holds others, is torn or not there."""
     try:
         with np.load(cache) as saved:
-            if str(saved["digest"]) == digest.hexdigest():
-                offsets = np.cumsum([len(t.token_ids) for t in trajectories])[:-1]
-                return Scores(
-                    log_probs=np.split(saved["log_probs"], offsets),
-                    **{name: saved[name] for name in names},
-                )
+            if str(saved["digest"]) != digest:
+                return None
+            offsets = np.cumsum([len(t.token_ids) for t in trajectories])[:-1]
+            arrays = {name: saved[name] for name in _SAVED}
+            return Scores(log_probs=np.split(saved["log_probs"], offsets), **arrays)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        pass  # absent or torn: it is made again
-    scores = score(config, params, trajectories, rows, temperature=temperature, title=title)
-    if not keep:
-        return scores
+        return None
+
+
+def _save(cache: pathlib.Path, digest: str, scores: Scores) -> None:
     temporary = cache.with_name(f".{cache.stem}.{os.getpid()}.tmp.npz")
     np.savez(
         temporary,
-        digest=np.array(digest.hexdigest()),
+        digest=np.array(digest),
         log_probs=np.concatenate(scores.log_probs),
-        **{name: getattr(scores, name) for name in names},
+        **{name: getattr(scores, name) for name in _SAVED},
     )
     temporary.replace(cache)
-    return scores
 
 
 def _stamp(folder: pathlib.Path) -> list[tuple[str, int, int]]:

@@ -55,3 +55,24 @@ class Doomed(Odd):
         if self._task != "train_13":
             os._exit(1)
         return super().step("win")
+
+
+class Counting(Odd):
+    """Ends after three actions and pays the share of them with an even number of letters."""
+
+    def reset(self, task: str, seed: int) -> str:
+        self._even: list[bool] = []
+        return super().reset(task, seed)
+
+    def step(self, action: str) -> Observation:
+        self._even.append(len(action) % 2 == 0)
+        done = len(self._even) == 3
+        share = sum(self._even) / 3 if done else 0.0
+        text = f"{len(action)} letters"
+        return Observation(text, share, done, share == 1, self._even[-1])
+
+
+class Split(Counting):
+    """The same with a split to hold out."""
+
+    splits = ("train", "other")

@@ -423,5 +423,5 @@ def test_the_mesh_flag():
     for bad in ("data", "data:0", "data:two", "model:2", "data:2,data:2", "data:-1"):
         with pytest.raises(UserError, match="data:A,fsdp:B"):
             shape(bad, 8)
-    with pytest.raises(UserError, match="this machine has 8"):
+    with pytest.raises(UserError, match="there are 8"):
         shape("data:3,fsdp:3", 8)
