@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -61,20 +61,20 @@ def score(
       trajectories: N encoded trajectories.
       rows: the static shape.
       temperature: the policy is softmax(logits / temperature).
-      title: of the progress bar.
+      title: of the progress bar; "" for none.
 
     Returns:
       The scores, on the host.
     """
     packed = batching.pack(trajectories, **rows.packing)
     devices = jax.local_device_count()
-    run = partition.pmap_forward(functools.partial(forward.score, config, temperature=temperature))
+    run = _compiled(config, temperature)
     replicated = partition.replicate(params)
     names = ("log_probs", "end_hidden", "value_hidden", "values")
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     kept = []
     batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
-    for batch in tqdm.tqdm(batches, desc=title, unit="batch"):
+    for batch in tqdm.tqdm(batches, desc=title, unit="batch", disable=not title):
         out = jax.device_get(run(replicated, batch))
         flat = jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), batch)
         kept.append(flat)
@@ -83,6 +83,11 @@ def score(
     packed = jax.tree.map(lambda *xs: np.concatenate(xs), *kept)
     joined = {name: np.concatenate(parts[name]) for name in names}
     return _by_trajectory(packed, joined, trajectories)
+
+
+@functools.lru_cache(maxsize=4)  # one function a model: what is compiled is kept
+def _compiled(config: ModelConfig, temperature: float) -> Callable:
+    return partition.pmap_forward(functools.partial(forward.score, config, temperature=temperature))
 
 
 def _by_trajectory(
