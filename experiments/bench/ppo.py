@@ -18,7 +18,7 @@ The model is the one that these inputs were timed with: hidden 256, 4 layers, vo
 Calls take turns, so that what slows the machine slows all of them; a time is the median of the
 rounds, a ratio the median of their ratios.  "plain" PyTorch has the logits of every token, as a
 transformers model gives them; "policy tokens only" projects the vocabulary where it is read.  The
-first gradient's norm must be the same on both sides, or the subject stops.  --small is a
+first gradient's norm must be the same on both sides, or the subject stops.  --rehearsal is a
 rehearsal: its figures mean nothing.
 """
 
@@ -89,7 +89,7 @@ def run() -> None:
 
 def _model() -> tuple[ModelConfig, Params]:
     """The timed model, or the rehearsal's."""
-    config = _SMALL if flags.FLAGS.small else TIMED
+    config = _SMALL if flags.FLAGS.rehearsal else TIMED
     return config, jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
 
 
@@ -305,7 +305,7 @@ def _step(rate: float) -> dict[str, float]:
         raise UserError("--timing_inputs is not set: give the file timing_inputs.npz")
     config, params = _model()
     episodes = timing_inputs(pathlib.Path(flags.FLAGS.timing_inputs), config.vocab_size)
-    if flags.FLAGS.small:
+    if flags.FLAGS.rehearsal:
         episodes = episodes[:_MINIBATCH]
     found = {}
     for name, lora in (("full", False), ("lora", True)):
@@ -374,7 +374,7 @@ def _added(times: Mapping[str, list[float]], *what: tuple[str, int]) -> list[flo
 def _ragged(rate: float) -> dict[str, float]:
     """One update of episodes of very different lengths."""
     config, params = _model()
-    path, small = flags.FLAGS.trajectories, flags.FLAGS.small
+    path, small = flags.FLAGS.trajectories, flags.FLAGS.rehearsal
     lengths = [n // 4 for n in _RAGGED[1::2]] if small else list(_RAGGED)
     episodes = (
         _recorded(pathlib.Path(path), config.vocab_size)
@@ -410,7 +410,7 @@ def _ragged(rate: float) -> dict[str, float]:
 def _scoring(rate: float) -> dict[str, float]:
     """Contributions of trajectories, with the reference's log-probabilities on our side."""
     config, params = _model()
-    lengths = _SCORED[::4] if flags.FLAGS.small else _SCORED
+    lengths = _SCORED[::4] if flags.FLAGS.rehearsal else _SCORED
     episodes = [of_length(f"t{i}", n, config.vocab_size) for i, n in enumerate(lengths)]
     head = _head(heads.ProgressHead, config.hidden_size)
     rows = _rows_for(episodes, 768, 1)

@@ -168,7 +168,7 @@ def cached_score(
     The file is used again only for the same trajectories and the same weights; `keep` says
     whether scores that had to be computed are written to it.
     """
-    made_of = (temperature, sorted(params), _stamp(policy_folder))
+    made_of = (temperature, config, sorted(params), _stamp(policy_folder))
     digest = hashlib.sha256(repr(made_of).encode())
     for t in trajectories:
         digest.update(repr((t.key, t.token_ids)).encode())
@@ -195,6 +195,16 @@ def cached_score(
     )
     temporary.replace(cache)
     return scores
+
+
+def policy_key(folder: pathlib.Path) -> str:
+    """Names a policy by its weights, wherever they lie; heads beside them do not count."""
+    digest = hashlib.sha256()
+    for file in weights.weight_files(folder):
+        if file.name != weights.HEADS:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _stamp(folder: pathlib.Path) -> list[tuple[str, int, int]]:

@@ -39,6 +39,7 @@ OBJECTIVES = {
     "gae=token": PpoConfig(**TERMS, gae="token"),
     "kl=reward": PpoConfig(**TERMS, kl="reward"),
     "both": PpoConfig(**TERMS, kl="reward", gae="token"),
+    "step baseline": PpoConfig(**TERMS, step_baseline=True),
     "grpo": PpoConfig(**TERMS, objective="grpo"),
     "rloo": PpoConfig(**TERMS, objective="rloo", kl="reward"),
     "reinforce++": PpoConfig(**TERMS, objective="reinforce++", truncate_ratio=2.0),
