@@ -120,9 +120,9 @@ def timing_inputs(path: pathlib.Path, vocab_size: int) -> list[Trajectory]:
 
 
 def of_length(name: str, length: int, vocab_size: int) -> Trajectory:
-    """An episode of random tokens: context, then steps as long as those of the timing inputs."""
+    """An episode of 64 random tokens or more: context, then steps as the timing inputs have them."""
     rng = np.random.default_rng(length)
-    steps = max(1, length // (_OBSERVATION + _RESPONSE))
+    steps = length // (_OBSERVATION + _RESPONSE)
     step_id = [k for k in range(steps) for k in [-1] * _OBSERVATION + [k] * _RESPONSE]
     step_id = [-1] * (length - len(step_id)) + step_id
     return updates.episode(

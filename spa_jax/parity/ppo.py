@@ -253,7 +253,7 @@ def _ppo_config(path: pathlib.Path, text: Mapping[str, Any], result: Comparison)
 
 def _check_types(path: pathlib.Path, stated: Mapping[str, Any]) -> None:
     """Refuses settings of another type than TRL's."""
-    kinds = {
+    kinds: dict[Any, Callable[[Any], bool]] = {
         int: lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0,
         float: lambda x: isinstance(x, (int, float)) and not isinstance(x, bool),
         bool: lambda x: isinstance(x, bool),
