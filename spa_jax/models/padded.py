@@ -74,7 +74,11 @@ attend.defvjp(_attend, _attend_backward)
 
 
 def hidden_states(
-    config: ModelConfig, params: Params, tokens: chex.Array, attention_mask: chex.Array
+    config: ModelConfig,
+    params: Params,
+    tokens: chex.Array,
+    attention_mask: chex.Array,
+    pad_id: int | None = None,
 ) -> jax.Array:
     """Last hidden states, after the final norm, at every column, padding included.
 
@@ -88,6 +92,7 @@ def hidden_states(
       params: the tree of `models.transformer`.
       tokens: [B, T] int.
       attention_mask: [B, T] 1 where a token is.
+      pad_id: the token whose embedding is not trained (PyTorch's `padding_idx`), if there is one.
 
     Returns:
       [B, T, D].
@@ -107,12 +112,20 @@ def hidden_states(
         return x, None
 
     embedded = jnp.take(jnp.asarray(params["embed"]["embedding"]), tokens, axis=0)
+    if pad_id is not None:
+        fixed = (jnp.asarray(tokens) == pad_id)[..., None]
+        embedded = jnp.where(fixed, jax.lax.stop_gradient(embedded), embedded)
     x, _ = jax.lax.scan(layer, embedded, params["layers"])
     return cast(jax.Array, RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x))
 
 
 def logits(
-    config: ModelConfig, params: Params, tokens: chex.Array, attention_mask: chex.Array
+    config: ModelConfig,
+    params: Params,
+    tokens: chex.Array,
+    attention_mask: chex.Array,
+    pad_id: int | None = None,
 ) -> jax.Array:
     """[B, T, V] float32 logits of padded rows; arguments as `hidden_states`."""
-    return transformer.logits(params, hidden_states(config, params, tokens, attention_mask))
+    hidden = hidden_states(config, params, tokens, attention_mask, pad_id)
+    return transformer.logits(params, hidden)

@@ -241,11 +241,12 @@ def _progress(
     """What is compared of one side: its name, our value, its tolerance."""
     need = functools.partial(files.need, path, arrays)
     tokens, attention = need("input_ids"), need("attention_mask")
+    pad_id = files.read_pad_id(path.parent)
     ends, labels = released.turn_ends(need("gpt_unmask") != _IGNORED), jnp.asarray(need("labels"))
 
     @jax.jit
     def run(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        logits = padded.logits(config, params["policy"], tokens, attention)
+        logits = padded.logits(config, params["policy"], tokens, attention, pad_id)
         values = released.turn_values(logits, params["head"]["weight"], params["head"]["bias"])
         predictions = released.progress_predictions(values, ends)
         return released.progress_loss(predictions, labels), (values, predictions)

@@ -69,6 +69,12 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     return weights.read_config(folder / CONFIG)
 
 
+def read_pad_id(folder: pathlib.Path) -> int | None:
+    """The cases' padding token, whose embedding transformers does not train."""
+    value = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("pad_token_id")
+    return value if isinstance(value, int) else None
+
+
 def need(path: pathlib.Path, arrays: Arrays, name: str, prefix: str = "") -> np.ndarray:
     """An array that a case cannot do without; `prefix` is only for the message.
 

@@ -270,7 +270,7 @@ def _check_types(path: pathlib.Path, stated: Mapping[str, Any]) -> None:
 
 def _full_model(path: pathlib.Path, text: Mapping[str, Any]) -> Model:
     """All parameters are trained; the reference is a model of its own."""
-    config = files.read_config(path.parent)
+    config, pad_id = files.read_config(path.parent), files.read_pad_id(path.parent)
     file = path.parent / str(text.get("weights", files.FULL))
     arrays = files.read_arrays(file)
 
@@ -285,12 +285,12 @@ def _full_model(path: pathlib.Path, text: Mapping[str, Any]) -> Model:
         named = weights.to_named(config, params["policy"])
         return _with_value_head({files.BASE + key: array for key, array in named.items()}, params)
 
-    return Model(_forward(config, None), parts("policy"), {}, parts("ref"), name)
+    return Model(_forward(config, None, pad_id), parts("policy"), {}, parts("ref"), name)
 
 
 def _lora_model(path: pathlib.Path, text: Mapping[str, Any], result: Comparison) -> Model:
     """An adapter and the value head are trained; the reference is the base, without an adapter."""
-    config = files.read_config(path.parent)
+    config, pad_id = files.read_config(path.parent), files.read_pad_id(path.parent)
     file = path.parent / str(text.get("weights", files.LORA))
     named = {
         name.removeprefix("policy/").replace(".base_layer.", "."): array
@@ -322,11 +322,11 @@ def _lora_model(path: pathlib.Path, text: Mapping[str, Any], result: Comparison)
         return _with_value_head({files.PEFT_BASE + key: a for key, a in adapter.items()}, params)
 
     trained = {"adapter": adapter} | value
-    return Model(_forward(config, settings), trained, base, base | value, name)
+    return Model(_forward(config, settings, pad_id), trained, base, base | value, name)
 
 
 @functools.lru_cache(maxsize=8)  # one function a shape of model: what is compiled is kept
-def _forward(config: ModelConfig, adapter: LoraConfig | None) -> Forward:
+def _forward(config: ModelConfig, adapter: LoraConfig | None, pad_id: int | None) -> Forward:
     """Logits and values of {"policy", "value"}, and of an adapter where there is one."""
 
     def forward(
@@ -335,7 +335,7 @@ def _forward(config: ModelConfig, adapter: LoraConfig | None) -> Forward:
         policy = params["policy"]
         if adapter is not None and "adapter" in params:
             policy = lora.merge(adapter, policy, params["adapter"])
-        hidden = padded.hidden_states(config, policy, tokens, attention_mask)
+        hidden = padded.hidden_states(config, policy, tokens, attention_mask, pad_id)
         values = hidden @ params["value"]["weight"][0] + params["value"]["bias"][0]
         return transformer.logits(policy, hidden), values
 

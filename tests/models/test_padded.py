@@ -46,6 +46,19 @@ def test_logits_are_finite_where_nothing_is_seen():
     assert np.all(np.isfinite(logits))
 
 
+def test_the_padding_token_is_not_trained():
+    attention = np.ones_like(ROWS)
+    rows = np.where(np.arange(9) % 4 == 1, 7, ROWS)
+
+    def total(params, pad_id):
+        return padded.hidden_states(CONFIG, params, rows, attention, pad_id).sum()
+
+    plain, padding = (jax.grad(total)(PARAMS, pad_id)["embed"]["embedding"] for pad_id in (None, 7))
+    assert np.any(plain[7] != 0) and np.all(np.asarray(padding[7]) == 0)
+    others = np.arange(CONFIG.vocab_size) != 7
+    np.testing.assert_allclose(padding[others], plain[others], atol=1e-5)
+
+
 def _attention(seen):
     rng = np.random.default_rng(1)
     q = rng.normal(size=(1, 2, 2, 3, 4)).astype(np.float32)
