@@ -120,7 +120,7 @@ def timing_inputs(path: pathlib.Path, vocab_size: int) -> list[Trajectory]:
 
 
 def of_length(name: str, length: int, vocab_size: int) -> Trajectory:
-    """An episode of 64 random tokens or more: context, then steps as the timing inputs have them."""
+    """An episode of 64 random tokens or more: context, then steps as in the timing inputs."""
     rng = np.random.default_rng(length)
     steps = length // (_OBSERVATION + _RESPONSE)
     step_id = [k for k in range(steps) for k in [-1] * _OBSERVATION + [k] * _RESPONSE]
