@@ -535,7 +535,8 @@ def _covers(segments: np.ndarray, mask: np.ndarray) -> bool:
     row = np.zeros(2 * width, mask.dtype)
     for begin, end in zip(begins, ends, strict=True):
         row[max(begin, 0) : max(end, 0)] = 1
-    return any(np.array_equal(row[cut : cut + mask.size], mask) for cut in range(width))
+    whole = np.pad(mask, (0, 2 * width - mask.size))
+    return any(np.array_equal(row[cut:], whole[: row.size - cut]) for cut in range(width))
 
 
 def _value_head(file: pathlib.Path, named: Arrays) -> Params:

@@ -33,6 +33,7 @@ def run(tmp_path):
     store.write(folder / "explore" / "trajectories.jsonl", played)
     config, _ = weights.load_pretrained(base)
     head = heads.ProgressHead(width=8).init(jax.random.key(0), np.zeros((1, config.hidden_size)))
+    (folder / "progress").mkdir()
     weights.save_heads(folder / "progress", {"progress": head["params"]})
     _annotate(tmp_path)
     return tmp_path
