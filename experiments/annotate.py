@@ -68,8 +68,9 @@ def run(
         credits, grounded, mask,
         alpha=settings.alpha, beta=settings.beta, grounding=settings.grounding,
     )  # fmt: skip
+    key = scoring.policy_key(policy.folder)
     annotated = [
-        _with(t, c, r, ref)
+        dataclasses.replace(_with(t, c, r, ref), ref_policy=key)
         for t, c, r, ref in zip(
             trajectories, contributions.tolist(), np.asarray(rewards).tolist(), scores.log_probs,
             strict=True,

@@ -23,7 +23,7 @@ from absl import flags
 from experiments import common
 from experiments import flags as flags_lib
 from experiments.train_progress import playable
-from spa_jax import batching, store
+from spa_jax import batching, pretrained, store
 from spa_jax import config as config_lib
 from spa_jax.config import DistributedConfig, LoraConfig, PpoConfig, RowsConfig
 from spa_jax.errors import UserError
@@ -72,6 +72,8 @@ def run(
     temperature = behaviour_temperature(data, trajectories, ppo)
     if ppo.objective == RFT:
         trajectories = ppo_data.won(trajectories, data)
+    else:
+        check_reference(data, trajectories, reference, ppo)
     policy = common.load_policy(policy_folder, common.recorded_chat_format(data.parent / "explore"))
     common.check_lengths(policy, trajectories, data)
     head: dict[str, Params] = {}
@@ -243,6 +245,29 @@ def behaviour_temperature(
             "--top_p=1, or give --allow_truncated_behaviour"
         )
     return temperatures.pop() or 1.0
+
+
+def check_reference(
+    data: pathlib.Path, trajectories: Sequence[Trajectory], reference: pathlib.Path, ppo: PpoConfig
+) -> None:
+    """Refuses log-probabilities of a reference policy that has been replaced since.
+
+    Episodes that were annotated before their reference was noted are taken as they are.
+
+    Raises:
+      UserError: they are of another policy than the one in the folder `reference`, or the KL to it
+        is wanted and they are missing.
+    """
+    if ppo.kl_coef and any(t.ref_log_probs is None for t in trajectories):
+        raise UserError(f"{data}: holds no reference log-probabilities: run annotate first")
+    noted = {t.ref_policy for t in trajectories} - {""}
+    if noted and reference.exists():
+        folder = pretrained.resolve(reference)
+        if noted != {scoring.policy_key(folder)}:
+            raise UserError(
+                f"{data}: its reference log-probabilities are not of {reference} as it is now: "
+                "run annotate again"
+            )
 
 
 def sampler_mismatch(trajectories: Sequence[Trajectory], scores: scoring.Scores) -> float:

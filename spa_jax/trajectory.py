@@ -103,6 +103,7 @@ class Trajectory:
       log_probs: log softmax(logits / temperature)[token] of each policy token
         when it was drawn, 0 for context; same length.
       ref_log_probs: the same under the reference policy; None until annotated.
+      ref_policy: which policy that was (`scoring.policy_key`); empty until annotated.
       schema: SCHEMA_VERSION.
     """
 
@@ -124,6 +125,7 @@ class Trajectory:
     step_id: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
     ref_log_probs: tuple[float, ...] | None = None
+    ref_policy: str = ""
     schema: int = SCHEMA_VERSION
 
     @property

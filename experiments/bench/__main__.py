@@ -3,12 +3,13 @@
     python -m experiments.bench env          environment steps a second of a worker
     python -m experiments.bench generation   tokens a second of the generation engine
     python -m experiments.bench sft          training tokens a second of the SFT update
-    python -m experiments.bench ppo          the same of the PPO update
+    python -m experiments.bench ppo          a PPO update beside transformers and PyTorch
 
 Sizes are those of the quickstart, and the model is SmolLM2-135M in float32: its real weights if
---policy holds them, random ones of the same shape otherwise.  Each subject prints its figures,
-the floor that this machine allows (measured in the same process), the share of the floor that
-is reached, and a last RESULT line.
+--policy holds them, random ones of the same shape otherwise; `ppo` has sizes of its own (its
+file says which).  Each subject prints its figures, the floor that this machine allows (measured
+in the same process), the share of the floor that is reached, and a last RESULT line.  A subject
+that compares with PyTorch stops where PyTorch is not installed.
 """
 
 import importlib
@@ -16,6 +17,8 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags
+
+from spa_jax.errors import UserError
 
 SUBJECTS = ("env", "generation", "sft", "ppo")
 
@@ -30,7 +33,11 @@ def main(argv: Sequence[str]) -> None:
         from experiments import common
 
         common.prepare_jax()
-    importlib.import_module(f"experiments.bench.{argv[1]}").run()
+    try:
+        importlib.import_module(f"experiments.bench.{argv[1]}").run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
@@ -39,4 +46,10 @@ if __name__ == "__main__":
         "models/smollm2-135m-instruct",
         "Folder of the model to time; random weights of its shape if it does not exist.",
     )
+    flags.DEFINE_string("timing_inputs", "", "ppo: the file timing_inputs.npz.")
+    flags.DEFINE_list("parts", ["step", "ragged", "scoring"], "ppo: what is timed, of these and "
+                      "quickstart.")  # fmt: skip
+    flags.DEFINE_string("trajectories", "", "ppo: recorded episodes for the ragged mix.")
+    flags.DEFINE_integer("rounds", 5, "ppo: how often each call is timed.", lower_bound=1)
+    flags.DEFINE_bool("small", False, "ppo: a rehearsal on a tiny model; no figure of it counts.")
     app.run(main)

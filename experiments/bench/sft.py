@@ -23,4 +23,4 @@ def run() -> None:
         ],
         {"tokens": float(packed.token_mask.sum())},
     )
-    updates.report(config, params, name, packed, seconds)
+    updates.show_result(updates.report(config, params, name, packed, seconds))

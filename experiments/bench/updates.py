@@ -1,4 +1,4 @@
-"""What the two training subjects share: episodes of the quickstart's size, and a timed update."""
+"""What the training subjects share: their work, timing in turns, and the floor of an update."""
 
 import statistics
 import time
@@ -23,28 +23,97 @@ _FIRST, _OBSERVATION, _RESPONSE, _STEPS = 120, 22, 8, 8  # tokens, tokens, token
 _REPEATS = 3
 
 
+def episode(
+    name: str, token_ids: np.ndarray, step_id: Sequence[int], rewards: Sequence[float]
+) -> Trajectory:
+    """An episode of these tokens; its recorded log-probabilities are -1 each.
+
+    Args:
+      name: its task's.
+      token_ids: [T].
+      step_id: [T] as in `Trajectory`.
+      rewards: one a step.
+    """
+    return Trajectory(
+        env="bench", task=name, split="bench", seed=0, attempt=0, policy="bench",
+        status=Status.SUCCESS, final_reward=1.0, instruction="", sampling=Sampling(),
+        steps=tuple(Step("", "", "look", True, 0, 0.1, float(r)) for r in rewards),
+        step_id=tuple(int(k) for k in step_id),
+        token_ids=tuple(int(i) for i in token_ids),
+        log_probs=(-1.0,) * len(step_id), ref_log_probs=(-1.0,) * len(step_id),
+    )  # fmt: skip
+
+
 def episodes(count: int, vocab_size: int) -> list[Trajectory]:
     """Episodes of random ids, as long as the quickstart's mostly are: 338 tokens, 8 steps."""
     step_id = [-1] * _FIRST
     for k in range(_STEPS):
         step_id += [-1] * (_OBSERVATION if k else 0) + [k] * _RESPONSE
-    steps = tuple(Step("", "", "look", True, 0, 0.1, 0.1) for _ in range(_STEPS))
     random = np.random.default_rng(0)
     return [
-        Trajectory(
-            env="bench", task=str(i), split="bench", seed=0, attempt=0, policy="bench",
-            status=Status.SUCCESS, final_reward=1.0, instruction="", steps=steps,
-            sampling=Sampling(), step_id=tuple(step_id),
-            token_ids=tuple(random.integers(0, vocab_size, len(step_id)).tolist()),
-            log_probs=(-1.0,) * len(step_id), ref_log_probs=(-1.0,) * len(step_id),
-        )
+        episode(str(i), random.integers(0, vocab_size, len(step_id)), step_id, [0.1] * _STEPS)
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def adamw() -> optax.GradientTransformation:
     """The optimiser of both stages."""
     return state_lib.adamw(optax.constant_schedule(1e-5), clip_norm=1.0, weight_decay=0.0)
+
+
+def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Wall-clock seconds of each call, round by round; what slows the machine slows them all.
+
+    Args:
+      calls: by name; each returns when its work is done.
+      rounds: how many; a round before them, in which programs are compiled, does not count.
+    """
+    names = list(calls)
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds):
+        turn = round_ % len(names)
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How many times faster ours is: the median over the rounds."""
+    return statistics.median(t / o for o, t in zip(ours, theirs, strict=True))
+
+
+def forward_flops(
+    config: ModelConfig, params: Params, lengths: Sequence[int], projected: float
+) -> float:
+    """FLOP of a forward pass over trajectories, each by itself.
+
+    2 a parameter and token of the layers, 2 a parameter of the vocabulary and token whose logits
+    are wanted, and attention's two products with the tokens up to each one.
+
+    Args:
+      config: the model's shape.
+      params: its parameters.
+      lengths: tokens of each trajectory.
+      projected: tokens whose logits are wanted, of all trajectories.
+    """
+    tokens, pairs = sum(lengths), sum(n * (n + 1) / 2 for n in lengths)
+    products = floor.layer_parameters(params) * tokens
+    products += floor.vocabulary_parameters(config) * projected
+    products += 2 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return 2.0 * products
+
+
+def update_flops(forward: float, *, lora: bool) -> float:
+    """FLOP of a forward and a backward pass: three times the forward one's.
+
+    With LoRA no derivative of a frozen weight is made, so it is twice (the adapters' own products
+    are left out, a hundredth).
+    """
+    return (2.0 if lora else 3.0) * forward
 
 
 def time_update(
@@ -76,8 +145,8 @@ def time_update(
 
 def report(
     config: ModelConfig, params: Params, name: str, packed: PackedRows, seconds: float
-) -> None:
-    """Prints figures, floor and the RESULT line of an update over `packed` rows.
+) -> dict[str, float]:
+    """Prints figures and floor of an update over `packed` rows; returns those of its RESULT line.
 
     The floor counts 6 FLOP a parameter and token (2 forward, 4 backward): the layers' for
     every token, the vocabulary's for those that the policy wrote.  Attention scores, padding,
@@ -96,5 +165,13 @@ def report(
     print(f"update {seconds:.2f} s, {tokens / seconds:.0f} tokens/s; floor {least:.2f} s, "
           f"{tokens / least:.0f} tokens/s ({flops / 1e12:.2f} TFLOP); share {least / seconds:.0%}"
           )  # fmt: skip
-    print(f"RESULT tokens_per_second={tokens / seconds:.1f} floor={tokens / least:.1f} "
-          f"share_of_floor={least / seconds:.3f}")  # fmt: skip
+    return {
+        "tokens_per_second": tokens / seconds,
+        "floor": tokens / least,
+        "share_of_floor": least / seconds,
+    }
+
+
+def show_result(figures: Mapping[str, float]) -> None:
+    """Prints the last line of a subject."""
+    print("RESULT " + " ".join(f"{name}={value:.3f}" for name, value in figures.items()))

@@ -15,21 +15,84 @@ from spa_jax.models import transformer
 from spa_jax.models.transformer import Block, ModelConfig, Params, RMSNorm
 
 
+@jax.custom_vjp
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`transformer.attend` as PyTorch's CPU kernel computes it, its gradient included.
+
+    Masked scores have the lowest float added to them, s + m = m, and the backward pass makes the
+    weights anew from the sum that the forward pass kept:
+
+        lse = max_c s_c + log sum_c exp(s_c - max s),    p_c = exp(s_c - lse)
+
+    They are the softmax, but for a query that sees nothing: all its scores are m, the log of their
+    number is lost in m, and p_c is 1 for each of T columns, not 1/T.  The released code has
+    such queries where it pads on the left, and puts losses on them.
+
+    Source: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp of PyTorch 2.3 and later.
+
+    Args:
+      q: [B, G, R, T, K].
+      k: [B, G, K, C], transposed.
+      v: [B, G, C, K].
+      mask: [B, T, C] bool.
+
+    Returns:
+      [B, G, R, T, K].
+    """
+    return _attend(q, k, v, mask)[0]
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    masked = jnp.where(mask[:, None, None], 0.0, jnp.finfo(q.dtype).min)
+    return jnp.einsum("bgrtk,bgkc->bgrtc", q, k) * q.shape[-1] ** -0.5 + masked
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = _scores(q, k, mask)
+    largest = jnp.max(scores, -1, keepdims=True)
+    shares = jnp.exp(scores - largest)
+    total = jnp.sum(shares, -1, keepdims=True)
+    out = jnp.einsum("bgrtc,bgck->bgrtk", shares / total, v)
+    return out, (q, k, v, mask, out, largest + jnp.log(total))
+
+
+def _attend_backward(
+    saved: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, mask, out, lse = saved
+    p = jnp.exp(_scores(q, k, mask) - lse)
+    dp = jnp.einsum("bgrtk,bgck->bgrtc", g, v)
+    ds = p * (dp - jnp.sum(g * out, -1, keepdims=True)) * q.shape[-1] ** -0.5
+    dq = jnp.einsum("bgrtc,bgkc->bgrtk", ds, k)
+    dk = jnp.einsum("bgrtc,bgrtk->bgkc", ds, q)
+    return dq, dk, jnp.einsum("bgrtc,bgrtk->bgck", p, g), None
+
+
+attend.defvjp(_attend, _attend_backward)
+
+
 def hidden_states(
-    config: ModelConfig, params: Params, tokens: chex.Array, attention_mask: chex.Array
+    config: ModelConfig,
+    params: Params,
+    tokens: chex.Array,
+    attention_mask: chex.Array,
+    pad_id: int | None = None,
 ) -> jax.Array:
     """Last hidden states, after the final norm, at every column, padding included.
 
         attention_mask   1 1 1 0 0       column 4 sees columns 0, 1, 2: no padding, not itself
 
     Columns are positions, wherever the padding lies.  A column that sees nothing (padding on the
-    left) attends to all columns alike, as a softmax over equal scores does.
+    left) attends to all columns alike, as a softmax over equal scores does; see `attend`.
 
     Args:
       config: the model's shape.
       params: the tree of `models.transformer`.
       tokens: [B, T] int.
       attention_mask: [B, T] 1 where a token is.
+      pad_id: the token whose embedding is not trained (PyTorch's `padding_idx`), if there is one.
 
     Returns:
       [B, T, D].
@@ -42,19 +105,27 @@ def hidden_states(
     mask = causal & (jnp.asarray(attention_mask)[:, None, :] != 0)
     # With a cache, that starts empty, a block takes any mask; without one, causal ones only.
     cache = transformer.empty_cache(config, rows, length)[0]
-    block = Block(config)
+    block = Block(config, cached_attention=attend)
 
     def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         x, _ = block.apply({"params": weights}, x, positions, mask, cache)
         return x, None
 
     embedded = jnp.take(jnp.asarray(params["embed"]["embedding"]), tokens, axis=0)
+    if pad_id is not None:
+        fixed = (jnp.asarray(tokens) == pad_id)[..., None]
+        embedded = jnp.where(fixed, jax.lax.stop_gradient(embedded), embedded)
     x, _ = jax.lax.scan(layer, embedded, params["layers"])
     return cast(jax.Array, RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x))
 
 
 def logits(
-    config: ModelConfig, params: Params, tokens: chex.Array, attention_mask: chex.Array
+    config: ModelConfig,
+    params: Params,
+    tokens: chex.Array,
+    attention_mask: chex.Array,
+    pad_id: int | None = None,
 ) -> jax.Array:
     """[B, T, V] float32 logits of padded rows; arguments as `hidden_states`."""
-    return transformer.logits(params, hidden_states(config, params, tokens, attention_mask))
+    hidden = hidden_states(config, params, tokens, attention_mask, pad_id)
+    return transformer.logits(params, hidden)

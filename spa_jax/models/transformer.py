@@ -23,6 +23,7 @@ run the same `Block`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, cast
 
 import chex
@@ -237,9 +238,15 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
 
 
 class Block(nn.Module):
-    """One decoder layer.  With a cache, new keys and values go to slot = position."""
+    """One decoder layer.  With a cache, new keys and values go to slot = position.
+
+    Attributes:
+      config: the model's shape.
+      cached_attention: in place of `attend` where there is a cache.
+    """
 
     config: ModelConfig
+    cached_attention: Callable[..., jax.Array] = attend
 
     @nn.compact
     def __call__(
@@ -283,7 +290,7 @@ class Block(nn.Module):
                 k, v = k.at[rows].get(mode="clip"), v.at[rows].get(mode="clip")
         batch, length = x.shape[:2]
         q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-        attention = attend_causally if cache is None else attend
+        attention = attend_causally if cache is None else self.cached_attention
         out = attention(q, k, v, mask).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
         x = x + Linear(c.hidden_size, name="o")(out)
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)

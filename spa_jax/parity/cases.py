@@ -15,6 +15,7 @@ Everything in a case that is not an input is compared; what is not known here is
 import dataclasses
 import functools
 import pathlib
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ from spa_jax.rl import released
 from spa_jax.rl.released import Params
 
 _BACKBONE = "backbone.lm."
+_SAID_TWICE = {"fp32/per_sample_prediction", "fp32/per_sample_loss", "turn_end"}  # may be left out
 _IGNORED = -100  # the label of a token that is not trained
 
 
@@ -64,7 +66,7 @@ def find(folder: pathlib.Path) -> list[Case]:
     """The cases of a folder.
 
     Raises:
-      UserError: no such folder, or none in it.
+      UserError: no such folder, none in it, or a .json file without its .npz.
     """
     if not folder.is_dir():
         raise UserError(f"--golden={folder}: no such folder")
@@ -74,11 +76,14 @@ def find(folder: pathlib.Path) -> list[Case]:
         "progress": check_progress,
         "ppo": ppo.check,
     }
-    cases = [
-        Case(path, check)
-        for kind, check in kinds.items()
-        for path in sorted({*folder.glob(f"{kind}.npz"), *folder.glob(f"{kind}_*.npz")})
-    ]
+    cases = []
+    for kind, check in kinds.items():
+        found = {*folder.glob(f"{kind}.*"), *folder.glob(f"{kind}_*.*")}
+        paths = {path.with_suffix(".npz") for path in found if path.suffix in (".npz", ".json")}
+        for path in sorted(paths):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file, but its .json is there; fetch it again")
+            cases.append(Case(path, check))
     if not cases:
         raise UserError(
             f"--golden={folder}: holds no case (ppo_*.npz, gae.npz, rewards.npz or progress.npz)"
@@ -92,27 +97,46 @@ def find(folder: pathlib.Path) -> list[Case]:
 def check_gae(path: pathlib.Path) -> Comparison:
     """Compares a file of GAE and whitening cases."""
     result = Comparison()
-    settings = {one["case"]: one for one in _listed(files.read_json(path))}
+    settings = {
+        files.setting(path, one, "case"): one for one in _listed(path, files.read_json(path))
+    }
     cases = _groups(path)
     for name in sorted(set(settings) - set(cases)):
         raise UserError(f"{path}: has no arrays of case {name}, which its .json describes")
     for name, arrays in cases.items():
-        if "x" in arrays:
+        slack = {}
+        if name in settings:
+            ours = _gae(path, name, arrays, settings[name])
+            slack = {"advantages": _rounding(ours["advantages_raw"], arrays["mask"])}
+        elif "x" in arrays:
             files.check_shapes(path, arrays, ("x", "mask"), f"{name}/")
             ours = _whitening(arrays)
-        elif name in settings:
-            ours = _gae(path, name, arrays, settings[name])
+            rounding = _rounding(arrays["x"], arrays["mask"])
+            slack = {"whiten": rounding, "whiten_noshift": rounding}
         else:
             result.failures.append(f"{name}: the .json file does not give its settings")
             continue
         inputs = {"x", "mask", "values", "rewards"}
-        _compare_all(result, f"{name}/", ours, arrays, inputs)
+        _compare_all(result, f"{name}/", ours, arrays, inputs, slack)
     return result
 
 
-def _listed(text: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rounding(x: Any, mask: np.ndarray) -> float:
+    """What whitening makes of two units in the last digit of x: much, where all of x is equal.
+
+    Numbers without variance are divided by sqrt(1e-8), and what is left of them is rounding.
+    """
+    largest = float(np.max(np.abs(np.asarray(x, np.float32)), initial=0.0, where=mask > 0))
+    variance = float(np.nan_to_num(released.masked_var(x, mask)))
+    return 2 * float(np.spacing(np.float32(largest))) / np.sqrt(max(variance, 0.0) + 1e-8)
+
+
+def _listed(path: pathlib.Path, text: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The cases that a .json file lists."""
-    return text.get("gae", text.get("cases", []))
+    listed = text.get("gae", text.get("cases", []))
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise UserError(f"{path.with_suffix('.json')}: lists no cases; fetch it again")
+    return listed
 
 
 def _whitening(arrays: Arrays) -> dict[str, jax.Array]:
@@ -149,7 +173,7 @@ def _gae(
 def check_rewards(path: pathlib.Path) -> Comparison:
     """Compares a file of reward cases."""
     result, text = Comparison(), files.read_json(path)
-    settings = {one["name"]: text | one for one in _listed(text)}
+    settings = {files.setting(path, one, "name"): text | one for one in _listed(path, text)}
     cases = _groups(path)
     for name in sorted(set(settings) - set(cases)):
         raise UserError(f"{path}: has no arrays of case {name}, which its .json describes")
@@ -201,6 +225,8 @@ def check_progress(path: pathlib.Path) -> Comparison:
         for name, ours, tolerance in _progress(path, config, policy, head, part):
             if name in part:
                 result.add(f"{side}/{name}", ours, part[name], tolerance)
+            elif name not in _SAID_TWICE:
+                result.failures.append(f"{side}/{name} is missing; fetch the file again")
         inputs = {f"{side}/{n}" for n in ("input_ids", "attention_mask", "gpt_unmask", "labels")}
         of_side = {name for name in arrays if name.startswith(f"{side}/")}
         result.unchecked += sorted(of_side - result.compared - inputs)
@@ -215,11 +241,12 @@ def _progress(
     """What is compared of one side: its name, our value, its tolerance."""
     need = functools.partial(files.need, path, arrays)
     tokens, attention = need("input_ids"), need("attention_mask")
+    pad_id = files.read_pad_id(path.parent)
     ends, labels = released.turn_ends(need("gpt_unmask") != _IGNORED), jnp.asarray(need("labels"))
 
     @jax.jit
     def run(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        logits = padded.logits(config, params["policy"], tokens, attention)
+        logits = padded.logits(config, params["policy"], tokens, attention, pad_id)
         values = released.turn_values(logits, params["head"]["weight"], params["head"]["bias"])
         predictions = released.progress_predictions(values, ends)
         return released.progress_loss(predictions, labels), (values, predictions)
@@ -266,9 +293,11 @@ def _compare_all(
     ours: Mapping[str, Any],
     arrays: Arrays,
     inputs: set[str],
+    slack: Mapping[str, float] = types.MappingProxyType({}),
 ) -> None:
-    """Compares what is recorded of `ours`; names what is neither computed nor an input."""
+    """Compares all of `ours`; names what is neither computed nor an input."""
     for name, array in ours.items():
         if name in arrays:
-            result.add(prefix + name, array, arrays[name], FORWARD)
+            result.add(prefix + name, array, arrays[name], FORWARD, slack.get(name, 0.0))
+    result.need(ours, prefix)
     result.unchecked += [prefix + name for name in sorted(set(arrays) - set(ours) - inputs)]

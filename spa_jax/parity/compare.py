@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,12 @@ class Comparison:
     ) -> None:
         """Compares one array, or one number; arguments as `largest_error`."""
         self.errors.append(largest_error(name, ours, recorded, tolerance, slack))
+
+    def need(self, names: Iterable[str], prefix: str = "") -> None:
+        """Fails the case for each array or number of these that was to be compared and was not."""
+        for name in sorted(set(names)):
+            if prefix + name not in self.compared:
+                self.failures.append(f"{prefix}{name} is missing; fetch the file again")
 
     def copy(self) -> "Comparison":
         """One to go on with, that leaves this one as it is."""

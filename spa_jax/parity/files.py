@@ -3,6 +3,7 @@
 import json
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,11 @@ Arrays = dict[str, np.ndarray]
 
 CONFIG = "weights_tiny_config.json"
 FULL, LORA = "weights_tiny.npz", "weights_lora.npz"
+# What numpy and zipfile raise of a file that is cut, changed, or something else.
+_DAMAGED = (
+    OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, MemoryError,
+    NotImplementedError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 BASE, PEFT_BASE = "pretrained_model.", "pretrained_model.base_model.model."
 
 
@@ -30,7 +36,7 @@ def read_arrays(path: pathlib.Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path}: not a readable .npz file ({error}); fetch it again") from error
 
 
@@ -61,6 +67,12 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder / CONFIG}: no such file")
     return weights.read_config(folder / CONFIG)
+
+
+def read_pad_id(folder: pathlib.Path) -> int | None:
+    """The cases' padding token, whose embedding transformers does not train."""
+    value = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("pad_token_id")
+    return value if isinstance(value, int) else None
 
 
 def need(path: pathlib.Path, arrays: Arrays, name: str, prefix: str = "") -> np.ndarray:

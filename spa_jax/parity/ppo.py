@@ -47,7 +47,6 @@ _INPUTS = {
 _RESULTS = {
     "masks", "logprobs", "ref_logprobs", "values_raw", "values_masked", "rewards",
     "non_score_rewards", "kls", "advantages", "returns", "mb_indices", "mb_logprobs", "mb_vpreds",
-    "mb_stats/loss/total", "grad_first/v_head.summary.weight", "after/v_head.summary.weight",
 }  # fmt: skip
 _KEYS = {
     "case", "padding_side", "pad_token_id", "ppo_config", "per_epoch_minibatches",
@@ -183,8 +182,10 @@ def compare(case: Recomputed, arrays: Arrays, text: Mapping[str, Any]) -> Compar
     _compare_text(result, text, ours, config, slack)
     _check_rows(result, arrays)
     result.unchecked += sorted(set(arrays) - result.compared - _INPUTS)
-    if missing := sorted(_RESULTS - set(arrays)):
-        result.notes.append(f"recorded without {', '.join(missing)}")
+    trained = ours.model.name(ours.model.trained)
+    result.need(_RESULTS | {f"mb_stats/{name}" for name in ours.trace.stats[0]})
+    result.need(trained, "grad_first/")
+    result.need(trained, "after/")
     return result
 
 
@@ -231,6 +232,7 @@ def _ppo_config(path: pathlib.Path, text: Mapping[str, Any], result: Comparison)
     fields = {field.name for field in dataclasses.fields(released.Config)}
     for name in sorted(set(stated) - fields - _NO_EFFECT):
         result.failures.append(f"ppo_config: {name} is not a setting that is known here")
+    _check_types(path, stated)
     try:
         config = released.Config(**{name: stated[name] for name in stated if name in fields})
     except TypeError as error:
@@ -249,9 +251,26 @@ def _ppo_config(path: pathlib.Path, text: Mapping[str, Any], result: Comparison)
     return config
 
 
+def _check_types(path: pathlib.Path, stated: Mapping[str, Any]) -> None:
+    """Refuses settings of another type than TRL's."""
+    kinds: dict[Any, Callable[[Any], bool]] = {
+        int: lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0,
+        float: lambda x: isinstance(x, (int, float)) and not isinstance(x, bool),
+        bool: lambda x: isinstance(x, bool),
+        str: lambda x: isinstance(x, str),
+        float | None: lambda x: x is None or isinstance(x, (int, float)),
+    }
+    for field in dataclasses.fields(released.Config):
+        if field.name in stated and not kinds[field.type](stated[field.name]):
+            raise UserError(
+                f"{path.with_suffix('.json')}: ppo_config: {field.name} is "
+                f"{stated[field.name]!r}; fetch it again"
+            )
+
+
 def _full_model(path: pathlib.Path, text: Mapping[str, Any]) -> Model:
     """All parameters are trained; the reference is a model of its own."""
-    config = files.read_config(path.parent)
+    config, pad_id = files.read_config(path.parent), files.read_pad_id(path.parent)
     file = path.parent / str(text.get("weights", files.FULL))
     arrays = files.read_arrays(file)
 
@@ -266,32 +285,35 @@ def _full_model(path: pathlib.Path, text: Mapping[str, Any]) -> Model:
         named = weights.to_named(config, params["policy"])
         return _with_value_head({files.BASE + key: array for key, array in named.items()}, params)
 
-    return Model(_forward(config, None), parts("policy"), {}, parts("ref"), name)
+    return Model(_forward(config, None, pad_id), parts("policy"), {}, parts("ref"), name)
 
 
 def _lora_model(path: pathlib.Path, text: Mapping[str, Any], result: Comparison) -> Model:
     """An adapter and the value head are trained; the reference is the base, without an adapter."""
-    config = files.read_config(path.parent)
+    config, pad_id = files.read_config(path.parent), files.read_pad_id(path.parent)
     file = path.parent / str(text.get("weights", files.LORA))
     named = {
         name.removeprefix("policy/").replace(".base_layer.", "."): array
         for name, array in files.read_arrays(file).items()
     }
     peft = text["peft"]
+    modules, alpha, rank = (
+        files.setting(path, peft, name) for name in ("target_modules", "lora_alpha", "r")
+    )
     try:
         adapter = lora.from_peft(named)
-        targets = lora.targets_of(peft["target_modules"])
+        targets = lora.targets_of(modules)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
-    scale = float(peft.get("scaling", peft["lora_alpha"] / peft["r"]))
+    scale = float(peft.get("scaling", alpha / rank))
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
         if peft.get(key):
             result.failures.append(f"peft: {key} is not supported")
-    result.add("peft/lora_alpha", scale * peft["r"], peft["lora_alpha"], FORWARD)
+    result.add("peft/lora_alpha", scale * rank, alpha, FORWARD)
     ranks = {leaves["a"].shape[-1] for leaves in adapter["layers"].values()}
-    result.add("peft/r", sorted(ranks), [peft["r"]], EXACT)
+    result.add("peft/r", sorted(ranks), [rank], EXACT)
     result.add("peft/target_modules", sorted(targets), sorted(adapter["layers"]), EXACT)
-    settings = LoraConfig(peft["r"], scale * peft["r"], targets)
+    settings = LoraConfig(rank, scale * rank, targets)
     base = {"policy": files.read_decoder(config, file, named, files.PEFT_BASE)}
     value = {"value": _value_head(file, named)}
 
@@ -300,11 +322,11 @@ def _lora_model(path: pathlib.Path, text: Mapping[str, Any], result: Comparison)
         return _with_value_head({files.PEFT_BASE + key: a for key, a in adapter.items()}, params)
 
     trained = {"adapter": adapter} | value
-    return Model(_forward(config, settings), trained, base, base | value, name)
+    return Model(_forward(config, settings, pad_id), trained, base, base | value, name)
 
 
 @functools.lru_cache(maxsize=8)  # one function a shape of model: what is compiled is kept
-def _forward(config: ModelConfig, adapter: LoraConfig | None) -> Forward:
+def _forward(config: ModelConfig, adapter: LoraConfig | None, pad_id: int | None) -> Forward:
     """Logits and values of {"policy", "value"}, and of an adapter where there is one."""
 
     def forward(
@@ -313,7 +335,7 @@ def _forward(config: ModelConfig, adapter: LoraConfig | None) -> Forward:
         policy = params["policy"]
         if adapter is not None and "adapter" in params:
             policy = lora.merge(adapter, policy, params["adapter"])
-        hidden = padded.hidden_states(config, policy, tokens, attention_mask)
+        hidden = padded.hidden_states(config, policy, tokens, attention_mask, pad_id)
         values = hidden @ params["value"]["weight"][0] + params["value"]["bias"][0]
         return transformer.logits(policy, hidden), values
 
@@ -432,6 +454,11 @@ def _compare_text(
             result.add(key, ours.stats[name], recorded, STATISTIC)
         elif not name.startswith("time/"):
             result.unchecked.append(key)
+    result.failures += [
+        f"{name} is missing in the .json file; fetch it again"
+        for name in ("stats", "kl_coef_after")
+        if name not in text
+    ]
     if "kl_coef_after" in text:
         result.add("kl_coef_after", ours.after.kl_coef, text["kl_coef_after"], COEFFICIENT)
     if "per_epoch_minibatches" in text:
@@ -470,7 +497,7 @@ def _orders(path: pathlib.Path, perm: np.ndarray, config: released.Config) -> li
     rows = list(range(config.batch_size))
     if perm.ndim != 2 or any(sorted(order) != rows for order in orders):
         raise UserError(f"{path}: perm is not orders of {config.batch_size} rows")
-    if len(orders) < config.ppo_epochs and not config.early_stopping:
+    if not orders or (len(orders) < config.ppo_epochs and not config.early_stopping):
         raise UserError(f"{path}: perm has {len(orders)} orders for {config.ppo_epochs} epochs")
     return orders
 
@@ -481,13 +508,35 @@ def _check_rows(result: Comparison, arrays: Arrays) -> None:
     lengths = arrays["attention_mask"].sum(1)
     if "response_len" in arrays:
         result.add("lengths", arrays["query_len"] + arrays["response_len"], lengths, EXACT)
+    if "frag_len" in arrays:
+        result.add("frag_len", arrays["frag_len"], lengths, EXACT)
     if "segments" in arrays:
-        covered = np.zeros_like(arrays["frag_mask"])
-        for row, segments in zip(covered, arrays["segments"], strict=True):
-            for begin, end in segments:
-                row[max(begin, 0) : max(end, 0)] = 1
-        if not np.array_equal(covered, arrays["frag_mask"]):
-            result.unchecked.append("segments (they are not the tokens of frag_mask)")
+        segments, masks = arrays["segments"], arrays["frag_mask"]
+        if segments.ndim != 3 or segments.shape[::2] != (len(masks), 2):
+            result.failures.append(f"segments has shape {segments.shape}")
+            return
+        wrong = [i for i, row in enumerate(segments) if not _covers(row, masks[i])]
+        result.failures += [f"segments[{i}] are not the tokens of frag_mask[{i}]" for i in wrong]
+        if "n_segments" in arrays:
+            count = np.any(segments != -1, -1).sum(1)
+            result.add("n_segments", arrays["n_segments"], count, EXACT)
+
+
+def _covers(segments: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether segments [S, 2], apart from those of -1, are the tokens of a mask [T].
+
+    They may be those of the row as it was before it was cut on the left.
+    """
+    used = segments[np.any(segments != -1, -1)]
+    if not np.array_equal(used, np.round(used)) or np.any(used[1:, 0] < used[:-1, 1]):
+        return False
+    begins, ends = used[:, 0].astype(int), used[:, 1].astype(int)
+    width = max(mask.size, int(ends.max(initial=0)))
+    row = np.zeros(2 * width, mask.dtype)
+    for begin, end in zip(begins, ends, strict=True):
+        row[max(begin, 0) : max(end, 0)] = 1
+    whole = np.pad(mask, (0, 2 * width - mask.size))
+    return any(np.array_equal(row[cut:], whole[: row.size - cut]) for cut in range(width))
 
 
 def _value_head(file: pathlib.Path, named: Arrays) -> Params:

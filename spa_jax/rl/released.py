@@ -527,7 +527,8 @@ def step(
       frozen: the policy's parameters that are not trained.
       reference: the reference policy's parameters.
       batch: the batch.
-      permutations: an order of the rows for every epoch that is run.
+      permutations: an order of the rows for every epoch that is run; with early stopping there
+        may be fewer than `ppo_epochs`, and no more are run.
       config: the settings.
 
     Returns:
@@ -542,8 +543,8 @@ def step(
         batch.tokens, batch.attention_mask, batch.mask, experience.log_probs,
         advantages.values, advantages.whitened, advantages.returns,
     )  # fmt: skip
-    for epoch in range(config.ppo_epochs):
-        state, trace = _epoch(forward, state, frozen, whole, permutations[epoch], config, trace)
+    for order in permutations[: config.ppo_epochs]:
+        state, trace = _epoch(forward, state, frozen, whole, order, config, trace)
         kl = float(trace.stats[-1]["policy/policykl"])
         if config.early_stopping and kl > _STOP_ABOVE * config.target_kl:
             break

@@ -252,7 +252,7 @@ def make_update(
             for part, b in zip(cut, under, strict=True)
         )
         table = less_kl(table, np.asarray(kl), ppo)
-    given = _given(table, ppo)
+    given = by_place(table, ppo)
     put = _scatter_tokens if ppo.gae == "token" else batching.scatter_steps
     batches = [
         PpoBatch(rows=part, below=b, **{name: put(values, part) for name, values in given.items()})
@@ -299,8 +299,8 @@ def make_rft_update(
     return Update(packed, batches, {"tokens": float(packed.token_mask.sum())}, None)
 
 
-def _given(table: Table, ppo: PpoConfig) -> dict[str, np.ndarray]:
-    """[n, K] what a `PpoBatch` holds beside its rows."""
+def by_place(table: Table, ppo: PpoConfig) -> dict[str, np.ndarray]:
+    """What a `PpoBatch` holds beside its rows, [n, K] each; advantages whitened where they are."""
     advantage = table.advantages
     if objectives.OBJECTIVES[ppo.objective].whiten:
         advantage = np.asarray(advantages.whiten(advantage, table.mask))

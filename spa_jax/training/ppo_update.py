@@ -78,6 +78,8 @@ def ppo_loss(
     )  # fmt: skip
     kl = losses.k3_kl(log_probs, rows.ref_log_probs, rows.token_mask)
     entropy = losses.entropy(logits, rows.token_mask)
+    if not ppo.entropy_coef:  # else its derivative over the vocabulary is made, times 0
+        entropy = jax.lax.stop_gradient(entropy)
     sums = {"policy_loss": policy, "kl": kl, "entropy": entropy, **stats._asdict()}
     loss = policy / counts["tokens"]
     if objectives.OBJECTIVES[ppo.objective].critic and ppo.critic == "head":

@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -62,20 +62,20 @@ def score(
       trajectories: N encoded trajectories.
       rows: the static shape.
       temperature: the policy is softmax(logits / temperature).
-      title: of the progress bar.
+      title: of the progress bar; "" for none.
 
     Returns:
       The scores, on the host.
     """
     packed = batching.pack(trajectories, **rows.packing)
     devices = jax.device_count()
-    run = partition.pmap_forward(functools.partial(forward.score, config, temperature=temperature))
+    run = _compiled(config, temperature)
     replicated = partition.replicate(params)
     names = ("log_probs", "end_hidden", "value_hidden", "values")
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     kept = []
     batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
-    for batch in tqdm.tqdm(batches, desc=title, unit="batch"):
+    for batch in tqdm.tqdm(batches, desc=title, unit="batch", disable=not title):
         out = run(replicated, batch)
         flat = jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), batch)
         kept.append(flat)
@@ -84,6 +84,11 @@ def score(
     packed = jax.tree.map(lambda *xs: np.concatenate(xs), *kept)
     joined = {name: np.concatenate(parts[name]) for name in names}
     return _by_trajectory(packed, joined, trajectories)
+
+
+@functools.lru_cache(maxsize=4)  # one function a model: what is compiled is kept
+def _compiled(config: ModelConfig, temperature: float) -> Callable:
+    return partition.pmap_forward(functools.partial(forward.score, config, temperature=temperature))
 
 
 def _by_trajectory(
@@ -162,7 +167,7 @@ def cached_score(
     The file is used again only for the same trajectories and the same weights; `keep` says
     whether scores that had to be computed are written to it.
     """
-    made_of = (temperature, sorted(params), _stamp(policy_folder))
+    made_of = (temperature, config, sorted(params), _stamp(policy_folder))
     digest = hashlib.sha256(repr(made_of).encode())
     for t in trajectories:
         digest.update(repr((t.key, t.token_ids)).encode())
@@ -202,6 +207,16 @@ def _save(cache: pathlib.Path, digest: str, scores: Scores) -> None:
         **{name: getattr(scores, name) for name in _SAVED},
     )
     temporary.replace(cache)
+
+
+def policy_key(folder: pathlib.Path) -> str:
+    """Names a policy by its weights, wherever they lie; heads beside them do not count."""
+    digest = hashlib.sha256()
+    for file in weights.weight_files(folder):
+        if file.name != weights.HEADS:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _stamp(folder: pathlib.Path) -> list[tuple[str, int, int]]:

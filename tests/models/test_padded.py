@@ -44,3 +44,47 @@ def test_logits_are_finite_where_nothing_is_seen():
     logits = padded.logits(CONFIG, PARAMS, ROWS, attention)
     assert logits.shape == (2, 9, CONFIG.vocab_size)
     assert np.all(np.isfinite(logits))
+
+
+def test_the_padding_token_is_not_trained():
+    attention = np.ones_like(ROWS)
+    rows = np.where(np.arange(9) % 4 == 1, 7, ROWS)
+
+    def total(params, pad_id):
+        return padded.hidden_states(CONFIG, params, rows, attention, pad_id).sum()
+
+    plain, padding = (jax.grad(total)(PARAMS, pad_id)["embed"]["embedding"] for pad_id in (None, 7))
+    assert np.any(plain[7] != 0) and np.all(np.asarray(padding[7]) == 0)
+    others = np.arange(CONFIG.vocab_size) != 7
+    np.testing.assert_allclose(padding[others], plain[others], atol=1e-5)
+
+
+def _attention(seen):
+    rng = np.random.default_rng(1)
+    q = rng.normal(size=(1, 2, 2, 3, 4)).astype(np.float32)
+    k = rng.normal(size=(1, 2, 4, 3)).astype(np.float32)
+    v = rng.normal(size=(1, 2, 3, 4)).astype(np.float32)
+    g = rng.normal(size=q.shape).astype(np.float32)
+
+    def gradient(attend):
+        out, back = jax.vjp(lambda *x: attend(*x, np.array(seen)[None]), q, k, v)
+        return out, back(g)
+
+    return gradient(padded.attend), gradient(transformer.attend), (q, k, v, g)
+
+
+def test_queries_that_see_something_attend_as_everywhere():
+    ours, theirs, _ = _attention(np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1]], bool))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_weighs_every_column_by_one_on_the_way_back():
+    """By hand: forward it is the mean, backward each of the three weights is 1, not 1/3."""
+    (out, (dq, dk, dv)), _, (q, k, v, g) = _attention(np.zeros((3, 3), bool))
+    mean = np.broadcast_to(v.mean(2)[:, :, None, None], out.shape)
+    np.testing.assert_allclose(out, mean, atol=1e-6)
+    np.testing.assert_allclose(dv, np.broadcast_to(g.sum((2, 3))[:, :, None], v.shape), atol=1e-5)
+    dp = np.einsum("bgrtk,bgck->bgrtc", g, v - v.mean(2, keepdims=True))
+    np.testing.assert_allclose(dq, np.einsum("bgrtc,bgkc->bgrtk", dp, k) / 2, atol=1e-5)
+    np.testing.assert_allclose(dk, np.einsum("bgrtc,bgrtk->bgkc", dp, q) / 2, atol=1e-5)

@@ -4,6 +4,7 @@
 with TRL for the settings that those leave out.
 """
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -16,7 +17,9 @@ from spa_jax.parity import cases, files, ppo
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 RELEASED, EXTRA = GOLDEN / "released", GOLDEN / "released_extra"
-QUICK = {"gae", "rewards", "ppo_lora", "ppo_accumulate_clip", "ppo_edge_full_accumulate"}
+QUICK = {
+    "gae", "rewards", "ppo_lora", "ppo_accumulate_clip", "ppo_edge_full_accumulate", "ppo_left",
+}  # fmt: skip
 
 
 def _every_case():
@@ -87,10 +90,17 @@ def test_no_recorded_array_of_a_step_may_be_another(recomputed):
             assert found.misses, (name, at, by)
             tried += 1
     assert tried > 50
-    for name in ("masks", "masks_aligned_derived", "mb_indices", "query_len"):
+    for name in (
+        "masks", "masks_aligned_derived", "mb_indices", "query_len", "frag_len", "n_segments",
+    ):  # fmt: skip
         changed = arrays[name].copy()
         changed.flat[-1] += 1
         assert ppo.compare(case, {**arrays, name: changed}, text).misses, name
+    used = np.flatnonzero(arrays["segments"] >= 0)
+    for at, by in itertools.product(used, (-1, 1, 1e-3)):
+        changed = arrays["segments"].astype(float)
+        changed.flat[at] += by
+        assert ppo.compare(case, {**arrays, "segments": changed}, text).misses, (at, by)
     padded = arrays["scores"].copy()
     padded[0, -1] += 1e-3  # behind the row's last score
     assert ppo.compare(case, {**arrays, "scores": padded}, text).misses
@@ -103,6 +113,35 @@ def test_no_recorded_statistic_of_a_step_may_be_another(recomputed):
         assert ppo.compare(case, arrays, changed).misses, name
     for name in ("kl_coef_after", "per_epoch_minibatches"):
         assert ppo.compare(case, arrays, {**text, name: text[name] + 1e-3}).misses, name
+
+
+def test_no_array_of_a_step_may_be_missing(recomputed):
+    case, arrays, text = recomputed
+    told_otherwise = {"grad_first_names", "grad_first_norms", "grad_first_total_norm"}
+    for name in set(arrays) - ppo._INPUTS - {"masks_aligned_derived"} - told_otherwise:
+        rest = {key: array for key, array in arrays.items() if key != name}
+        assert f"{name} is missing; fetch the file again" in ppo.compare(case, rest, text).misses
+    for name in ("stats", "kl_coef_after"):
+        rest = {key: value for key, value in text.items() if key != name}
+        assert [m for m in ppo.compare(case, arrays, rest).misses if m.startswith(name)], name
+
+
+@pytest.mark.parametrize(
+    ("segments", "mask", "covered"),
+    [
+        ([[2, 4], [5, 6]], [0, 0, 1, 1, 0, 1, 0], True),
+        ([[2, 4], [4, 6], [-1, -1]], [0, 0, 1, 1, 1, 1], True),  # steps that touch
+        ([[2, 4], [8, 9]], [1, 0, 0, 0, 0, 1], True),  # cut on the left
+        ([[-1, -1]], [0, 0, 0], True),
+        ([[2, 4], [5, 6]], [0, 0, 1, 1, 1, 1, 0], False),
+        ([[2, 5], [4, 6]], [0, 0, 1, 1, 1, 1], False),  # they overlap
+        ([[2, 4.5], [5, 6]], [0, 0, 1, 1, 0, 1, 0], False),
+        ([[2, 9]], [0, 0, 1, 1], False),
+        ([[-1, -1]], [0, 1, 0], False),
+    ],
+)
+def test_segments_are_the_trained_tokens(segments, mask, covered):
+    assert ppo._covers(np.array(segments), np.array(mask)) == covered
 
 
 def test_what_is_not_known_is_told(recomputed):
@@ -140,6 +179,41 @@ def test_no_other_recorded_number_may_be_another(tmp_path, file, name, at):
     assert case.check(case.path).misses
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("gae", "c04/advantages"), ("gae", "w01/mean"), ("rewards", "normal3/kls"),
+        ("progress", "right/fp32/loss"), ("progress", "right/fp32/grad/LN.bias"),
+    ],
+)  # fmt: skip
+def test_no_other_array_may_be_missing(tmp_path, file, name):
+    folder = _copy(RELEASED, tmp_path, file, "weights_tiny")
+    _without(folder / f"{file}.npz", name)
+    (case,) = cases.find(folder)
+    assert case.check(case.path).misses == [f"{name} is missing; fetch the file again"]
+
+
+def test_whitening_equal_numbers_leaves_their_rounding(tmp_path):
+    """Divided by sqrt(1e-8): an honest number may be off by that, a changed one may not."""
+    folder = _copy(RELEASED, tmp_path, "gae")
+    x, mask = np.full((2, 5), 0.3, np.float32), np.ones((2, 5), np.int64)
+    arrays = files.read_arrays(folder / "gae.npz")
+    equal = cases._whitening({"x": x, "mask": mask})
+    arrays |= {f"w99/{n}": np.asarray(a) for n, a in equal.items()} | {"w99/x": x, "w99/mask": mask}
+    arrays["w99/whiten"] = arrays["w99/whiten"] + np.spacing(np.float32(0.3)) * 1e4
+    np.savez(folder / "gae.npz", **arrays)
+    assert not cases.check_gae(folder / "gae.npz").misses
+    _change(folder / "gae.npz", "w99/whiten", 1e-3)
+    assert cases.check_gae(folder / "gae.npz").misses
+
+
+def test_a_case_without_its_arrays_is_refused(tmp_path):
+    _copy(RELEASED, tmp_path, "gae", "rewards")
+    (tmp_path / "gae.npz").unlink()
+    with pytest.raises(UserError, match=r"gae.npz: no such file, but its .json is there"):
+        cases.find(tmp_path)
+
+
 def test_files_may_have_longer_names(tmp_path):
     _copy(RELEASED, tmp_path, "gae", "rewards")
     for path in list(tmp_path.iterdir()):
@@ -166,7 +240,12 @@ def test_a_case_without_settings_fails(tmp_path):
         (lambda d: (d / "ppo_lora.json").write_text("{}"), "ppo_config is missing"),
         (lambda d: (d / "ppo_lora.npz").write_bytes(b"PK\3\4"), "not a readable .npz"),
         (lambda d: _cut(d / "ppo_lora.npz"), "not a readable .npz"),
+        (lambda d: _flip(d / "ppo_lora.npz"), "not a readable .npz"),
+        (lambda d: np.save((d / "ppo_lora.npz").open("wb"), np.ones(3)), "not a readable .npz"),
         (lambda d: _without(d / "ppo_lora.npz", "frag_mask"), "array frag_mask is missing"),
+        (lambda d: _set(d / "ppo_lora.json", mini_batch_size=2.5), "mini_batch_size is 2.5"),
+        (lambda d: _set(d / "ppo_lora.json", gamma="0.9"), "gamma is '0.9'"),
+        (lambda d: _set(d / "ppo_lora.json", max_grad_norm=[1]), "max_grad_norm is "),
         (lambda d: _without(d / "weights_lora.npz", "v_head.summary.bias"), "summary.bias"),
         (lambda d: _change(d / "ppo_lora.npz", "perm", 1), "not orders of 4 rows"),
         (lambda d: _reshape(d / "ppo_lora.npz", "n_scores"), "n_scores has shape"),
@@ -179,6 +258,13 @@ def test_files_that_are_missing_or_damaged(tmp_path, break_it, message):
     break_it(folder)
     with pytest.raises(UserError, match=message):
         ppo.check(folder / "ppo_lora.npz")
+
+
+def _flip(path):
+    """Changes bytes in the middle of the first array."""
+    data = bytearray(path.read_bytes())
+    data[300:340] = bytes(40)
+    path.write_bytes(bytes(data))
 
 
 def _cut(path):

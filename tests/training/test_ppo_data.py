@@ -39,6 +39,7 @@ OBJECTIVES = {
     "gae=token": PpoConfig(**TERMS, gae="token"),
     "kl=reward": PpoConfig(**TERMS, kl="reward"),
     "both": PpoConfig(**TERMS, kl="reward", gae="token"),
+    "step baseline": PpoConfig(**TERMS, step_baseline=True),
     "grpo": PpoConfig(**TERMS, objective="grpo"),
     "rloo": PpoConfig(**TERMS, objective="rloo", kl="reward"),
     "reinforce++": PpoConfig(**TERMS, objective="reinforce++", truncate_ratio=2.0),
@@ -112,7 +113,7 @@ def _terms(episodes, ppo, layout):
     )  # fmt: skip
     parts = [loss_fn(_params(), {}, batch, update.counts) for batch in update.batches]
     loss, sums = jax.tree.map(lambda *x: float(sum(map(jnp.sum, x))), *parts)
-    white = ppo_data._given(update.table, ppo)["advantages"]
+    white = ppo_data.by_place(update.table, ppo)["advantages"]
     found = {}
     for i, t in enumerate(episodes):
         numbers = white[i][update.table.mask[i] > 0]
@@ -308,7 +309,7 @@ def test_whitened_only_where_the_objective_says_so():
     episodes = _four()
     for name, ppo in OBJECTIVES.items():
         table = ppo_data.make_table(episodes, _values(episodes, ppo, 5), ppo)
-        given = ppo_data._given(table, ppo)["advantages"]
+        given = ppo_data.by_place(table, ppo)["advantages"]
         if ppo.objective in ("grpo", "rloo"):
             np.testing.assert_array_equal(given, table.advantages)
         else:

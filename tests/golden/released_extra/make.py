@@ -64,6 +64,7 @@ CASES = {
     "lora_all": {"lora": ALL_MODULES, "max_grad_norm": 0.2},
     "lora_edge": {"lora": ["q_proj", "v_proj"], "rows": "edge", "kl_penalty": "mse",
                   "gradient_accumulation_steps": 2},
+    "left": {"padding_side": "left"},
 }  # fmt: skip
 
 
@@ -455,12 +456,18 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--check", type=pathlib.Path)
+    parser.add_argument("--only", help="make this case alone, of the weights that are there")
     parser.add_argument("--weights", type=pathlib.Path, help="a folder with weights_tiny.npz")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.check:
         check(args.check)
     if not args.out:
+        return
+    if args.only:
+        config = json.loads((args.out / "weights_tiny_config.json").read_text())
+        tensors = dict(np.load(args.out / "weights_tiny.npz"))
+        make(args.only, CASES[args.only], args.out, config, tensors)
         return
     if args.weights:
         config = json.loads((args.weights / "weights_tiny_config.json").read_text())
