@@ -2,6 +2,8 @@
 
     python -m experiments.bench env          environment steps a second of a worker
     python -m experiments.bench generation   tokens a second of the generation engine
+    python -m experiments.bench rollout      the same over many turns, against transformers and
+                                             PyTorch in the same run (make setup-peers)
     python -m experiments.bench sft          training tokens a second of the SFT update
     python -m experiments.bench ppo          the same of the PPO update
 
@@ -17,7 +19,9 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-SUBJECTS = ("env", "generation", "sft", "ppo")
+from spa_jax.errors import UserError
+
+SUBJECTS = ("env", "generation", "rollout", "sft", "ppo")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +34,11 @@ def main(argv: Sequence[str]) -> None:
         from experiments import common
 
         common.prepare_jax()
-    importlib.import_module(f"experiments.bench.{argv[1]}").run()
+    try:
+        importlib.import_module(f"experiments.bench.{argv[1]}").run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
@@ -39,4 +47,13 @@ if __name__ == "__main__":
         "models/smollm2-135m-instruct",
         "Folder of the model to time; random weights of its shape if it does not exist.",
     )
+    flags.DEFINE_integer("layers", 0, "rollout: only this many layers of the model; 0: all.")
+    flags.DEFINE_integer("episodes", 16, "rollout: episodes played at once.")
+    flags.DEFINE_integer("turns", 8, "rollout: turns of an episode.")
+    flags.DEFINE_integer("prompt", 200, "rollout: tokens that open an episode.")
+    flags.DEFINE_integer("shared", 200, "rollout: of these, those that all episodes share.")
+    flags.DEFINE_integer("observation", 44, "rollout: tokens before each turn.")
+    flags.DEFINE_integer("response", 20, "rollout: tokens that the policy writes in a turn.")
+    flags.DEFINE_integer("decode", 64, "rollout: tokens of the plain decoding.")
+    flags.DEFINE_integer("rounds", 1, "rollout: how often theirs is timed, between two of ours.")
     app.run(main)

@@ -55,3 +55,11 @@ class Doomed(Odd):
         if self._task != "train_13":
             os._exit(1)
         return super().step("win")
+
+
+class Slow(Odd):
+    """Takes 30 ms for a step."""
+
+    def step(self, action: str) -> Observation:
+        time.sleep(0.03)
+        return super().step(action)
