@@ -314,7 +314,12 @@ def decode_chunk(
         )
         return index + 1, state, *draw_next(state, chunk, tokens, feeds)
 
-    first = draw_next(state, chunk, tokens, (budget > 0) & (tokens < 0))
+    begins = (budget > 0) & (tokens < 0)
+    first = jax.lax.cond(
+        begins.any(),
+        lambda: draw_next(state, chunk, tokens, begins),
+        lambda: (chunk, tokens),  # nobody begins: no pass over the vocabulary
+    )
     _, state, chunk, _ = jax.lax.while_loop(
         lambda carry: (carry[0] < steps) & carry[2].writing.any(),
         step,

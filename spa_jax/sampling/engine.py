@@ -233,53 +233,70 @@ class Engine:
         if not self._unread:
             return
         started = time.perf_counter()
-        self._reuse()
         while self._unread:
-            chunks = sum(-(-len(ids) // _CHUNKS[-1]) for ids in self._unread.values())
-            if chunks < min(self._rows, len(self._writing)):
+            later = self._reuse()
+            ready = {slot: ids for slot, ids in self._unread.items() if slot not in later}
+            chunks = sum(-(-len(ids) // _CHUNKS[-1]) for ids in ready.values())
+            if not later and chunks < min(self._rows, len(self._writing)):
                 break  # they wait for company: a call costs the same for fewer chunks
-            order = sorted(self._unread, key=lambda slot: -len(self._unread[slot]))
+            order = sorted(ready, key=lambda slot: -len(ready[slot]))
             self._prefill_call(order[: self._rows])
             for slot in [slot for slot, rest in self._unread.items() if not rest]:
                 del self._unread[slot]
         jax.block_until_ready(self._state.length)  # to know what is reading and what is writing
         self.usage.prefill_s += time.perf_counter() - started
 
-    def _reuse(self) -> None:
-        """Takes what empty slots open with from the cache of a slot that has it."""
-        fresh = [slot for slot in self._unread if self._length[slot] == 0]
-        for place, slot in enumerate(fresh):
+    def _reuse(self) -> set[int]:
+        """Takes what empty slots open with from the cache of a slot that has it.
+
+            slot     0        1        2        3        opens with
+            unread   i i a a  i i a a  i i b b  i i b b  instruction and its task's observation
+            1st      reads    later    later    later
+            2nd      writes   copies   copies   later    1 copies i i a, 2 copies i i
+            3rd      writes   writes   writes   copies   3 copies i i b from 2
+
+        Returns:
+          The slots that had better wait until another one has read what they share with it.
+        """
+        later: set[int] = set()
+        for slot in sorted(slot for slot in self._unread if self._length[slot] == 0):
             ids = self._unread[slot]
             donor = max(range(self.slots), key=lambda s: (_common(ids, self._cached[s]), s == slot))
             shared = _common(ids, self._cached[donor])
-            if shared >= _SHARED_LEAST:
+            coming = max((_common(ids, others) for others in self._coming(slot, later)), default=0)
+            if coming - shared >= _SHARED_LEAST:
+                later.add(slot)
+            elif shared >= _SHARED_LEAST:
                 if donor != slot:
                     self._state = self._programs.copy(self._state, donor, slot)
                 self._cached[slot] = ids[:shared]
                 self._length[slot] = shared
                 self._unread[slot] = ids[shared:]
                 self.usage.reused += shared
-                continue
-            # Nobody has it yet: this slot is the first, if others are to follow.
-            others = (self._unread[other] for other in fresh[place + 1 :])
-            wanted = max((_common(ids, other) for other in others), default=0)
-            while wanted - self._length[slot] >= _SHARED_LEAST:
-                self._prefill_call([slot], wanted - int(self._length[slot]))
+        return later
 
-    def _prefill_call(self, slots: list[int], at_most: int | None = None) -> None:
+    def _coming(self, slot: int, later: set[int]) -> list[list[int]]:
+        """What the caches of other slots will hold when these have read.
+
+        Of the empty slots, only those before this one count: else each would wait for the other.
+        """
+        return [
+            self._cached[other][: self._length[other]] + ids
+            for other, ids in self._unread.items()
+            if other != slot and other not in later and (self._length[other] > 0 or other < slot)
+        ]
+
+    def _prefill_call(self, slots: list[int]) -> None:
         """One call of fixed shape: slots read, in this order, as much as goes into its rows.
 
-        Args:
-          slots: what they have not read is cut into chunks, a row each.
-          at_most: tokens that a slot reads; None: all that it has.
+        What a slot has not read is cut into chunks, a row each.
         """
-        ahead = [self._unread[slot][:at_most] for slot in slots]
-        longest = max(map(len, ahead))
+        longest = max(len(self._unread[slot]) for slot in slots)
         chunk = next((size for size in _CHUNKS if size >= longest), _CHUNKS[-1])
         cut = [
-            (slot, ids[start : start + chunk])
-            for slot, ids in zip(slots, ahead, strict=True)
-            for start in range(0, len(ids), chunk)
+            (slot, self._unread[slot][start : start + chunk])
+            for slot in slots
+            for start in range(0, len(self._unread[slot]), chunk)
         ][: self._rows]
         tokens = np.zeros((self._rows, chunk), np.int32)
         index = np.full(self._rows, self.slots, np.int32)  # out of range: padding

@@ -235,6 +235,25 @@ def test_what_episodes_open_with_is_encoded_once(sampling):
         assert engine.usage.reused >= 34 * 6  # all but the first episode's
 
 
+def test_rollouts_of_a_task_share_its_first_observation():
+    """All come at once: tasks of 3, 2 and 2 rollouts after the same instruction."""
+    rng = np.random.default_rng(3)
+    instruction = rng.integers(3, 384, 60).tolist()
+    tasks = [rng.integers(3, 384, n).tolist() for n in (40, 30, 50)]
+    order = [0, 1, 0, 2, 1, 2, 0]
+    engine = _engine(7, DRAWN)
+    for slot in range(7):
+        engine.open(slot, 100 + slot)
+    turns = _turn(engine, {slot: instruction + tasks[task] for slot, task in enumerate(order)})
+    whole = sum(60 + len(tasks[task]) for task in order)
+    assert engine.usage.prefilled + engine.usage.reused == whole
+    # The instruction and each observation once, and fewer than 16 tokens of each other rollout.
+    assert engine.usage.prefilled < 60 + 40 + 30 + 50 + 4 * 16
+    for slot, task in enumerate(order):
+        alone = _plain(Episode(100 + slot, [instruction + tasks[task]]), DRAWN)
+        assert turns[slot].ids == alone.ids[60 + len(tasks[task]) :]
+
+
 def test_nothing_is_compiled_after_the_warm_up():
     programs.of.cache_clear()
     engine = _engine(4, DRAWN)
@@ -287,19 +306,20 @@ def test_a_slots_device_changes_no_token():
 
 
 def test_any_of_several_ids_ends_a_turn():
-    engine, plain = _engine(1, DRAWN, end_of_turn=(EOT, 5, 7)), _engine(1, DRAWN)
-    endings = set()
-    for number in range(40):
-        ids = []
+    ends = (EOT, *range(3, 60))
+    engine, plain = _engine(1, DRAWN, end_of_turn=ends), _shared_engine(1, DRAWN)
+    last = set()
+    for number in range(20):
+        turns = []
         for one in (engine, plain):
             one.open(0, number)
-            ids.append(_turn(one, {0: [5] * 10})[0])
-        ours, theirs = ids
+            turns.append(_turn(one, {0: [5] * 10})[0])
+        ours, theirs = turns
         assert ours.ids == theirs.ids[: len(ours.ids)]
-        assert not {EOT, 5, 7}.intersection(ours.ids[:-1])
-        assert ours.ended == (ours.ids[-1] in (EOT, 5, 7))
-        endings.add(ours.ids[-1])
-    assert EOT in endings and endings & {5, 7}
+        assert not set(ends).intersection(ours.ids[:-1])
+        assert ours.ended == (ours.ids[-1] in ends)
+        last.add(ours.ids[-1])
+    assert EOT in last and last.intersection(ends[1:])
 
 
 def test_the_cache_is_updated_in_place():
