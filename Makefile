@@ -2,6 +2,7 @@
 # make setup        installs into .venv (PYTHON=/path/to/python3.12 chooses the Python)
 # make test         installs, runs the fast tests
 # make test-slow    installs, fetches the policy, runs the slow tests
+# make setup-peers  installs PyTorch and peft too, which some benchmarks and tests compare with
 # make lint         ruff and mypy
 # make clean        removes .venv and caches; keeps models/ and runs/
 #
@@ -9,7 +10,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart setup policy test test-slow lint clean
+.PHONY: help quickstart setup setup-peers policy test test-slow lint clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -60,6 +61,12 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps virtualhome==2.3.0
 	@$(PY) -c 'import sys; print("installed for Python %d.%d" % sys.version_info[:2])'
 	@touch $@
+
+# The version that the figures in docs/results are of. Its CUDA build takes several GiB; a machine
+# without a GPU can have the small one: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+setup-peers: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[peers]"
 
 policy: setup
 	$(PY) -m experiments.fetch_policy --out $(POLICY)

@@ -36,8 +36,10 @@ from spa_jax.models import lora as lora_lib
 from spa_jax.models import transformer, weights
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.sampling.engine import Engine
+from spa_jax.sampling.parallel import ParallelEngine
 from spa_jax.training import distributed, preemption
 from spa_jax.training import parts as parts_lib
+from spa_jax.training.metrics import MetricsWriter
 from spa_jax.training.parts import Parts
 from spa_jax.trajectory import Sampling, Status, Trajectory
 
@@ -275,20 +277,34 @@ def save_adapter(
     weights.save_adapter(folder, lora, adapter, relative)
 
 
-def make_engine(policy: Policy, sampling: SamplingConfig, slots: int, seed: int) -> Engine:
-    """The generation engine of a policy."""
+def make_engine(
+    policy: Policy, sampling: SamplingConfig, slots: int, seed: int
+) -> Engine | ParallelEngine:
+    """The generation engine of a policy: one on each local device, as far as there are slots."""
     transformer.check_length(policy.config, sampling.context_length, "--context_length")
-    return Engine(
-        policy.config,
-        policy.params,
-        slots=slots,
-        context_length=sampling.context_length,
-        sampling=Sampling(
-            sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_new_tokens
-        ),
-        end_of_turn=policy.chat.end_of_turn,
-        seed=seed,
-    )
+    drawn = Sampling(
+        sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_new_tokens,
+        tuple(stop.replace("\\n", "\n") for stop in sampling.stop),
+    )  # fmt: skip
+    ends = (policy.chat.end_of_turn, *_other_ends(policy))
+
+    def make(slots: int, device: jax.Device) -> Engine:
+        return Engine(
+            policy.config, policy.params, slots=slots, context_length=sampling.context_length,
+            sampling=drawn, end_of_turn=ends, seed=seed, text=policy.chat.decode,
+            turn_deadline_s=sampling.turn_deadline_s, device=device,
+        )  # fmt: skip
+
+    devices = jax.local_devices()[:slots]
+    return make(slots, devices[0]) if len(devices) == 1 else ParallelEngine(make, slots, devices)
+
+
+def _other_ends(policy: Policy) -> list[int]:
+    """The ids that end a turn beside the chat format's, by the model's generation_config.json."""
+    path = policy.model / "generation_config.json"
+    given = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    ids = given if isinstance(given, list) else [given]
+    return [i for i in ids if isinstance(i, int) and i != policy.chat.end_of_turn]
 
 
 @contextlib.contextmanager
@@ -330,7 +346,7 @@ def play_jobs(
     folder: pathlib.Path,
     env: EnvConfig,
     policy: Policy | None,
-    make_engine: Callable[[], Engine],
+    make_engine: Callable[[], Engine | ParallelEngine],
     title: str,
 ) -> None:
     """Plays the jobs that `folder` does not hold yet; each episode is on disk when it ends.
@@ -338,7 +354,8 @@ def play_jobs(
     Args:
       client: the environments.
       jobs: this process's episodes of the stage.
-      folder: gets trajectories.jsonl and failures.jsonl, of several processes one each.
+      folder: gets trajectories.jsonl and failures.jsonl, of several processes one each, and
+        metrics.jsonl of where the time of the first went, by the number of its episodes.
       env: the environment's settings.
       policy: the policy; None for the expert.
       make_engine: makes the policy's engine, if there is anything left to play.
@@ -350,6 +367,10 @@ def play_jobs(
     todo = [job for job in jobs if job.key not in done]
     bar = tqdm.tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=title, unit="episode")
     wins, played = 0, 0
+    engine = None if policy is None or not todo else make_engine()
+    if engine is not None:
+        engine.warm_up()
+    started = time.time()
 
     def on_done(trajectory: Trajectory) -> None:
         nonlocal wins, played
@@ -358,7 +379,11 @@ def play_jobs(
             return
         store.append(path, trajectory)
         wins, played = wins + trajectory.success, played + 1
-        bar.set_postfix(success=f"{wins / played:.2f}", refresh=False)
+        shown = {"success": f"{wins / played:.2f}"}
+        if engine is not None:
+            rate = engine.usage.generated / (time.time() - started)
+            shown |= {"tokens/s": f"{rate:.0f}", "occupancy": f"{engine.usage.occupancy:.0%}"}
+        bar.set_postfix(shown, refresh=False)
         bar.update()
 
     name = EXPERT if policy is None else str(policy.folder)
@@ -369,8 +394,12 @@ def play_jobs(
     with bar:
         if policy is None:
             rollout.play_expert(client, todo, player, on_done)
-        elif todo:
-            rollout.play(make_engine(), policy.chat, client, todo, player, on_done)
+        elif engine is not None:
+            timing = rollout.play(engine, policy.chat, client, todo, player, on_done)
+            with MetricsWriter(folder, enabled=distributed.is_first()) as writer:
+                writer.write(len(done) + played, timing.metrics() | {"compiled": engine.compiled})
+            if said := timing.bottleneck():
+                bar.write(said)
 
 
 def read_played(folder: pathlib.Path, jobs: Sequence[rollout.Job], title: str) -> list[Trajectory]:

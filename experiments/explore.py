@@ -30,6 +30,7 @@ from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.sampling.engine import Engine
+from spa_jax.sampling.parallel import ParallelEngine
 from spa_jax.training import distributed
 from spa_jax.trajectory import Trajectory
 
@@ -80,7 +81,7 @@ def run(
         )
         used = min(slots, len(own))
 
-        def make_engine() -> Engine:
+        def make_engine() -> Engine | ParallelEngine:
             assert policy is not None  # the expert needs none
             return common.make_engine(policy, sampling, used, seed)
 

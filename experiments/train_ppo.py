@@ -11,7 +11,7 @@ value head if there is one, metrics.jsonl and checkpoints.  Run again, it contin
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,8 @@ from spa_jax.training.parts import Parts
 from spa_jax.trajectory import Trajectory
 
 RFT = "rft"
+_MISMATCH = 0.01  # nats between sampler and trainer that are worth a word; float32 has 1e-5
+_MISMATCH_EPISODES = 16  # scored for that where the objective needs no scores
 
 
 def run(
@@ -82,6 +84,7 @@ def run(
         scores = start_scores(policy, data, trajectories, rows, temperature)
         if ppo.critic == "head":
             head["value"] = value_head(policy, scores, seed)
+    mismatch = sampler_mismatch(policy, trajectories, scores, rows)
 
     optimizer = state_lib.adamw(
         optax.constant_schedule(ppo.learning_rate),
@@ -99,11 +102,16 @@ def run(
     make = updates(
         trainer, parts, policy.config, trajectories, scores, ppo, rows, temperature, head
     )
-    state = train(out, trainer, optimizer, parts.trained | head, make, trajectories, ppo, seed)
+    state = train(
+        out, trainer, optimizer, parts.trained | head, make, trajectories, ppo, seed,
+        {"sampler_mismatch": mismatch},
+    )  # fmt: skip
     final, version = state.params, policy.version + int(state.update)
     trainable.save(out / "policy", final, {name: final[name] for name in head}, version)
-    found = {} if scores is None else {"sampler_mismatch": sampler_mismatch(trajectories, scores)}
-    common.mark_done(out, started, updates=int(state.update), skipped=int(state.skipped), **found)
+    common.mark_done(
+        out, started, updates=int(state.update), skipped=int(state.skipped),
+        sampler_mismatch=mismatch,
+    )  # fmt: skip
 
 
 def start_scores(
@@ -181,8 +189,21 @@ def train(
     trajectories: Sequence[Trajectory],
     ppo: PpoConfig,
     seed: int,
+    constants: Mapping[str, float],
 ) -> state_lib.TrainState:
-    """All updates, from the newest checkpoint if there is one; the last state, on the host."""
+    """All updates, from the newest checkpoint if there is one; the last state, on the host.
+
+    Args:
+      out: gets metrics.jsonl and checkpoints.
+      trainer: of the objective's loss.
+      optimizer: the trainer's.
+      params: what is trained.
+      make: makes an update's data, see `updates`.
+      trajectories: all.
+      ppo: the objective.
+      seed: of the order of the trajectories.
+      constants: metrics that are the same for every update.
+    """
     lengths = [len(t.token_ids) for t in trajectories]
     total = ppo.epochs * -(-len(trajectories) // ppo.batch_size)
     checkpoints = Checkpoints(out / "checkpoints", every=ppo.checkpoint_every)
@@ -204,6 +225,7 @@ def train(
                 "tokens": tokens,
                 "tokens_per_second": tokens / (time.time() - tick),
                 "padding_share": batching.padding_share(made.packed),
+                **constants,
             }
             writer.write(update + 1, metrics)
             asked = preemption.asked()
@@ -270,12 +292,39 @@ def check_reference(
             )
 
 
-def sampler_mismatch(trajectories: Sequence[Trajectory], scores: scoring.Scores) -> float:
-    """Largest |log-prob recorded while sampling - log-prob of the forward pass|, in nats."""
-    return max(
+def sampler_mismatch(
+    policy: common.Policy,
+    trajectories: Sequence[Trajectory],
+    scores: scoring.Scores | None,
+    rows: RowsConfig,
+) -> float:
+    """Largest |log-prob recorded while sampling - log-prob of the forward pass|, in nats.
+
+    Args:
+      policy: that sampled.
+      trajectories: the episodes.
+      scores: of them under the policy; None: a few of them are scored for this.
+      rows: the static shape.
+    """
+    if scores is None:
+        assert trajectories[0].sampling is not None  # see behaviour_temperature
+        drawn = trajectories[0].sampling.temperature
+        trajectories = [t for t in trajectories if t.sampling and t.sampling.temperature == drawn]
+        trajectories = trajectories[:_MISMATCH_EPISODES]
+        scores = scoring.score(
+            policy.config, {"policy": policy.params}, trajectories, rows,
+            temperature=drawn or 1.0, title="sampler mismatch",
+        )  # fmt: skip
+    found = max(
         float(np.max(np.abs(np.asarray(t.log_probs, np.float32) - log_probs)))
         for t, log_probs in zip(trajectories, scores.log_probs, strict=True)
     )
+    if found > _MISMATCH:
+        tqdm.tqdm.write(
+            f"the log-probabilities recorded while sampling differ from the trainer's by up to "
+            f"{found:.3f} nats: the first update's ratios are wrong by as much"
+        )
+    return found
 
 
 def policy_before(workdir: pathlib.Path, iteration: int) -> pathlib.Path:

@@ -133,6 +133,13 @@ class SamplingConfig:
     top_k: int = _setting(0, "Sample among the k likeliest tokens only; 0 keeps all.")
     top_p: float = _setting(1.0, "Sample from the smallest set of this probability; 1 keeps all.")
     max_new_tokens: int = _setting(32, "Tokens a turn may have.")
+    stop: tuple[str, ...] = _setting(
+        (), "Texts that end a turn, comma-separated (with quotes around one that has a comma; \\n "
+        "is a line break); the action is read from before them.",
+    )  # fmt: skip
+    turn_deadline_s: float = _setting(
+        0.0, "Seconds that the policy may take for a turn; longer ends the episode. 0: no limit."
+    )
     slots: int = _setting(16, "Episodes played at once.")
     context_length: int = _setting(1024, "Tokens a whole episode may have.")
 
@@ -388,6 +395,8 @@ def check(config: Any) -> None:
             )
         if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
             raise UserError("--temperature and --top_k must be >= 0, --top_p in (0, 1]")
+        if config.turn_deadline_s < 0 or "" in config.stop:
+            raise UserError("--turn_deadline_s must be >= 0, and no text of --stop empty")
         if config.max_new_tokens >= config.context_length:
             raise UserError(
                 f"--max_new_tokens={config.max_new_tokens} leaves no room for a prompt in "

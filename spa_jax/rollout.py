@@ -3,6 +3,10 @@
 Every slot of the engine holds one episode.  A round takes what environments have answered,
 gives it to the engine, lets that read and write a little, and sends the actions of the turns
 that ended off; nobody waits for the slowest.  A finished episode's slot takes the next job at once.
+
+The wall clock of a `play` has four parts, which its `Timing` holds:
+
+    prefill | decode | waiting: no slot has anything to read or write | host: all the rest
 """
 
 import concurrent.futures
@@ -21,8 +25,10 @@ from spa_jax.errors import UserError
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
 if TYPE_CHECKING:
-    from spa_jax.sampling.engine import Engine, Response
+    from spa_jax.sampling.engine import Engine, Response, Usage
+    from spa_jax.sampling.parallel import ParallelEngine
 
+_WAITS = 0.2  # share of the time spent waiting, from which on environments are the bottleneck
 # With nothing else to do: once one environment has answered, how long a round waits for others,
 # in seconds.
 _GRACE = 0.05
@@ -72,12 +78,67 @@ class Player:
     give_up_after: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Where the time of a `play` went.
+
+    Attributes:
+      wall_s: seconds in all.
+      waiting_s: seconds in which the engine had nothing to do but to wait for environments.
+      env_s: seconds that environments took for steps, each counted by itself.
+      env_steps: how many.
+      slots: episodes played at once.
+      usage: what the engine did in that time.
+    """
+
+    wall_s: float
+    waiting_s: float
+    env_s: float
+    env_steps: int
+    slots: int
+    usage: "Usage"
+
+    def metrics(self) -> dict[str, float]:
+        """Name -> number, for the log: shares of the wall clock, tokens a second, occupancy."""
+        wall, usage = max(self.wall_s, 1e-9), self.usage
+        host = wall - usage.prefill_s - usage.decode_s - self.waiting_s
+        return {
+            "seconds": self.wall_s,
+            "prefill_share": usage.prefill_s / wall,
+            "decode_share": usage.decode_s / wall,
+            "waiting_share": self.waiting_s / wall,
+            "host_share": max(0.0, host) / wall,
+            "occupancy": usage.occupancy,
+            "tokens_per_second": usage.generated / wall,
+            "generated_tokens": usage.generated,
+            "prefilled_tokens": usage.prefilled,
+            "reused_tokens": usage.reused,
+            "env_steps": self.env_steps,
+            "env_step_seconds": self.env_s / max(self.env_steps, 1),
+        }
+
+    def bottleneck(self) -> str:
+        """What to say if the environments are too slow for the engine; "" if they are not."""
+        share = self.waiting_s / max(self.wall_s, 1e-9)
+        if share < _WAITS:
+            return ""
+        step = 1e3 * self.env_s / max(self.env_steps, 1)
+        return (
+            f"environments are the bottleneck: the policy waited for them {share:.0%} of the time "
+            f"({step:.0f} ms a step with {self.slots} episodes at once). Raise --slots, so that "
+            "more episodes think while others act; if a step then takes longer, the environments "
+            "have too few processor cores: run python -m experiments.serve_env on a machine with "
+            "more, and give its --env_address"
+        )
+
+
 class _Episode:
     """One episode while it is played."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.observation: Observation  # what the policy reads next; set by the first reset
+        self.forced: list[int] = []  # an end of turn that the policy did not write
         self.instruction = ""
         self.steps: list[Step] = []
         self.ids: list[int] = []
@@ -146,13 +207,13 @@ def _final_reward(episode: _Episode) -> float:
 
 
 def play(
-    engine: "Engine",
+    engine: "Engine | ParallelEngine",
     chat: ChatFormat,
     client: EnvClient,
     jobs: Iterable[Job],
     player: Player,
     on_done: Callable[[Trajectory], None],
-) -> None:
+) -> Timing:
     """Plays every job with the engine's policy.
 
     Args:
@@ -163,8 +224,11 @@ def play(
       player: see `Player`.
       on_done: called with each finished trajectory, in order of arrival; one whose
         status is ENV_ERROR has failed for the last time or will be tried again.
+
+    Returns:
+      Where the time went.
     """
-    _Rollout(engine, chat, client, jobs, player, on_done).run()
+    return _Rollout(engine, chat, client, jobs, player, on_done).run()
 
 
 class _Rollout:
@@ -172,7 +236,7 @@ class _Rollout:
 
     def __init__(
         self,
-        engine: "Engine",
+        engine: "Engine | ParallelEngine",
         chat: ChatFormat,
         client: EnvClient,
         jobs: Iterable[Job],
@@ -188,14 +252,25 @@ class _Rollout:
         self.sessions: list[Session | None] = [None] * engine.slots
         self.episodes: dict[int, _Episode] = {}
         self.waiting: dict[concurrent.futures.Future, int] = {}
+        self.waiting_s = 0.0
+        self.env_seconds: list[float] = []  # of each step; appended to by the pool's threads
 
-    def run(self) -> None:
+    def run(self) -> Timing:
+        before, started = dataclasses.replace(self.engine.usage), time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor(self.engine.slots) as self.pool:
             try:
                 self._loop()
             finally:
                 for session in filter(None, self.sessions):
                     session.close()
+        return Timing(
+            wall_s=time.perf_counter() - started,
+            waiting_s=self.waiting_s,
+            env_s=sum(self.env_seconds),
+            env_steps=len(self.env_seconds),
+            slots=self.engine.slots,
+            usage=self.engine.usage.since(before),
+        )
 
     def _loop(self) -> None:
         self._fill()
@@ -221,10 +296,12 @@ class _Rollout:
 
     def _harvest(self) -> list[int]:
         """Slots whose environment has answered; waits for one only if the engine is idle."""
-        if not self.engine.busy:
+        started, idle = time.perf_counter(), not self.engine.busy
+        if idle:
             concurrent.futures.wait(self.waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-        grace = 0 if self.engine.busy else _GRACE
-        done, _ = concurrent.futures.wait(self.waiting, timeout=grace)
+        done, _ = concurrent.futures.wait(self.waiting, timeout=_GRACE if idle else 0)
+        if idle:
+            self.waiting_s += time.perf_counter() - started
         ready = []
         for future in done:
             slot = self.waiting.pop(future)
@@ -274,7 +351,8 @@ class _Rollout:
                     f"--context_length={self.engine.context_length} is too short: raise it"
                 )
         else:
-            ids = self.chat.next_turn(observation.text)
+            ids = episode.forced + self.chat.next_turn(observation.text)
+            episode.forced = []
             if not self.engine.fits(slot, ids):
                 self._end(slot, Status.CONTEXT_FULL, observation.text)
                 return
@@ -282,24 +360,26 @@ class _Rollout:
         self.engine.submit(slot, ids)
 
     def _act(self, slot: int, response: "Response") -> None:
-        """Records a turn and sends its action to the environment."""
+        """Records a turn and sends its action to the environment, unless a limit cut it."""
         episode = self.episodes[slot]
         text = self.chat.decode(response.ids)
-        action = parse_action(text)
+        action = parse_action(text.split(response.stop)[0] if response.stop else text)
         episode.write(response.ids, response.log_probs)
-        episode.steps.append(
-            Step(episode.observation.text, text, action, False, self.player.version)
-        )
+        step = Step(episode.observation.text, text, action, False, self.player.version)
+        episode.steps.append(dataclasses.replace(step, partial=not response.ended))
         if not response.ended:
-            full = len(response.ids) < self.engine.sampling.max_new_tokens
-            self._end(slot, Status.CONTEXT_FULL if full else Status.MAX_TOKENS, "")
-        else:
-            self.waiting[self.pool.submit(self._step, slot, action)] = slot
+            self._end(slot, Status(response.ending.value), "")
+            return
+        if response.stop:
+            episode.forced = [self.chat.end_of_turn]
+        self.waiting[self.pool.submit(self._step, slot, action)] = slot
 
     def _step(self, slot: int, action: str) -> Observation:
         session = self.sessions[slot]
         assert session is not None  # a step comes after a reset
+        started = time.perf_counter()
         observation = session.step(action)
+        self.env_seconds.append(time.perf_counter() - started)
         steps = self.episodes[slot].steps
         steps[-1] = dataclasses.replace(steps[-1], grounded=observation.grounded)
         return observation

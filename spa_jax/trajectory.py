@@ -44,13 +44,15 @@ class Status(enum.StrEnum):
 class Sampling:
     """How tokens were drawn.  The policy is softmax(logits / temperature).
 
-    `temperature == 0` is greedy decoding; `top_k == 0` and `top_p == 1` cut nothing.
+    `temperature == 0` is greedy decoding; `top_k == 0` and `top_p == 1` cut nothing.  A turn
+    ends with the token that completes one of the texts of `stop`.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 32
+    stop: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Step:
         environment; empty if none could be read.
       grounded: whether the environment could execute the action.
       policy_version: the update count of the weights that wrote the step.
+      partial: whether a limit cut the turn (tokens, context, deadline): its action was not sent
+        to the environment.
       contribution: c_k of the progress estimator; None until annotated.
       reward: the fused reward of the step; None until annotated.
     """
@@ -76,6 +80,7 @@ class Step:
     policy_version: int = 0
     contribution: float | None = None
     reward: float | None = None
+    partial: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +168,7 @@ def from_json(record: Any) -> Trajectory:
         fields = record | {
             "status": Status(record["status"]),
             "steps": tuple(Step(**step) for step in record["steps"]),
-            "sampling": None if sampling is None else Sampling(**sampling),
+            "sampling": None if sampling is None else _sampling(sampling),
         }
         for name in ("token_ids", "step_id", "log_probs", "ref_log_probs"):
             if fields.get(name) is not None:
@@ -173,6 +178,11 @@ def from_json(record: Any) -> Trajectory:
         raise TrajectoryError(f"not a trajectory: {error}") from error
     _check(trajectory)
     return trajectory
+
+
+def _sampling(record: dict[str, Any]) -> Sampling:
+    """Read back with a tuple where JSON has a list; records of before `stop` have none."""
+    return Sampling(**record | {"stop": tuple(record.get("stop", ()))})
 
 
 def _check(trajectory: Trajectory) -> None:

@@ -1,10 +1,21 @@
-"""When an episode ends."""
+"""When an episode ends, what is kept of a turn that a limit cut, and where the time goes."""
 
+import dataclasses
+import os
+
+import numpy as np
 import pytest
 
+from spa_jax import rollout, tokenizer
+from spa_jax.chat import ChatFormat
+from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import Observation, Task
-from spa_jax.rollout import Job, Player, _Episode, _final_reward, _outcome
-from spa_jax.trajectory import Status, Step
+from spa_jax.envs.server import LocalServer, ServerConfig
+from spa_jax.rollout import Job, Player, Timing, _Episode, _final_reward, _outcome
+from spa_jax.sampling.engine import Engine, Usage
+from spa_jax.trajectory import Sampling, Status, Step
+from tests import tiny
+from tests.experiments import stages
 
 
 def _observation(**changes) -> Observation:
@@ -58,3 +69,106 @@ def test_the_final_reward_is_what_the_environment_paid_at_the_end(observation, s
     episode.observation = observation
     record = episode.result(player, status, "", reward=_final_reward(episode))
     assert record.final_reward == reward and record.success == (reward == 1.0)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> ChatFormat:
+    folder = tiny.tiny_tokenizer(tmp_path_factory.mktemp("rollout"))
+    return ChatFormat.from_tokenizer(tokenizer.load(folder))
+
+
+@pytest.fixture(scope="module")
+def client():
+    """A server of an environment that takes 30 ms for each step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{stages.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        config = ServerConfig("tests.envs.odd:Slow", env="custom", max_sessions=4)
+        with LocalServer(config, start_deadline_s=120) as server:
+            yield EnvClient(server.address)
+
+
+def _play(chat, client, sampling: Sampling, ends: float = 2.0, episodes: int = 4, **settings):
+    """Plays with a tiny policy; (trajectories by task, timing)."""
+    config = tiny.tiny_config()
+    params = tiny.tiny_params(config, end_of_turn=chat.end_of_turn, ends=ends)
+    engine = Engine(
+        config, params, slots=4, sampling=sampling, end_of_turn=(chat.end_of_turn,), seed=0,
+        text=chat.decode, **{"context_length": 512} | settings,
+    )  # fmt: skip
+    player = Player("custom", "tiny", version=7, max_steps=5, prompt="short")
+    jobs = [Job(Task(f"train_{i}", "train", "", ""), 0, 0) for i in range(episodes)]
+    played = []
+    timing = rollout.play(engine, chat, client, jobs, player, played.append)
+    assert len({t.key for t in played}) == len(played) == episodes
+    return sorted(played, key=lambda t: t.task), timing
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"),
+    [
+        ({"max_new_tokens": 6}, Status.MAX_TOKENS),
+        ({"max_new_tokens": 100, "context_length": 150}, Status.CONTEXT_FULL),
+        ({"max_new_tokens": 100, "turn_deadline_s": 1e-9}, Status.DEADLINE),
+    ],
+)
+def test_a_turn_that_a_limit_cut_is_kept_and_marked(chat, client, limit, status):
+    sampling = Sampling(max_new_tokens=limit.pop("max_new_tokens"))
+    played, _ = _play(chat, client, sampling, ends=-20.0, **limit)
+    for t in played:
+        assert t.status is status and t.final_reward == 0
+        (step,) = t.steps
+        assert step.partial and not step.grounded and step.policy_version == 7
+        wrote = [i for i, s in zip(t.token_ids, t.step_id, strict=True) if s == 0]
+        assert wrote and chat.decode(wrote) == step.response
+        assert t.step_id[-1] == 0
+
+
+def test_whole_turns_are_not_marked(chat, client):
+    played, _ = _play(chat, client, Sampling(max_new_tokens=40))
+    assert {t.status for t in played} == {Status.MAX_STEPS}
+    for t in played:
+        assert len(t.steps) == 5 and not any(step.partial for step in t.steps)
+
+
+def test_a_stop_string_ends_a_turn_whose_end_is_then_forced(chat, client):
+    stop = ("e", "a", "o")
+    played, _ = _play(chat, client, Sampling(max_new_tokens=60, stop=stop), ends=0.0)
+    stopped = 0
+    for t in played:
+        ids, step_id = np.array(t.token_ids), np.array(t.step_id)
+        for k, step in enumerate(t.steps):
+            own = np.flatnonzero(step_id == k)
+            cut = sorted((s for s in stop if s in step.response), key=step.response.index)
+            assert chat.decode(ids[own].tolist()) == step.response
+            if not cut:
+                continue
+            stopped += 1
+            assert step.action == step.response.split(cut[0])[0].strip()
+            assert ids[own[-1]] != chat.end_of_turn
+            if k + 1 < len(t.steps):  # the next turn opens with an end that nobody drew
+                assert ids[own[-1] + 1] == chat.end_of_turn and step_id[own[-1] + 1] == -1
+                follows = chat.next_turn(t.steps[k + 1].observation)
+                start = own[-1] + 2
+                assert ids[start : start + len(follows)].tolist() == follows
+    assert stopped > 3
+
+
+def test_slow_environments_are_named_as_the_bottleneck(chat, client):
+    _, timing = _play(chat, client, Sampling(max_new_tokens=40), episodes=8)
+    metrics = timing.metrics()
+    parts = [metrics[f"{part}_share"] for part in ("prefill", "decode", "waiting", "host")]
+    assert sum(parts) == pytest.approx(1, abs=0.01) and min(parts) >= 0
+    assert timing.env_steps == 8 * 5 and metrics["env_step_seconds"] >= 0.03
+    assert 0 < metrics["occupancy"] <= 1 and metrics["tokens_per_second"] > 0
+    starved = dataclasses.replace(timing, waiting_s=0.25 * timing.wall_s)
+    assert "the policy waited for them 25% of the time" in starved.bottleneck()
+    assert "--slots" in starved.bottleneck() and "--env_address" in starved.bottleneck()
+    assert timing.waiting_s > 0.03
+
+
+def test_fast_environments_are_not():
+    usage = Usage(prefill_s=2.0, decode_s=5.0, generated=100, places=200)
+    timing = Timing(10.0, waiting_s=1.0, env_s=4.0, env_steps=40, slots=4, usage=usage)
+    assert timing.bottleneck() == ""
+    assert timing.metrics()["host_share"] == pytest.approx(0.2)
+    assert timing.metrics()["occupancy"] == 0.5

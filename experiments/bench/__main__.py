@@ -2,6 +2,8 @@
 
     python -m experiments.bench env          environment steps a second of a worker
     python -m experiments.bench generation   tokens a second of the generation engine
+    python -m experiments.bench rollout      the same over many turns, against transformers and
+                                             PyTorch in the same run (make setup-peers)
     python -m experiments.bench sft          training tokens a second of the SFT update
     python -m experiments.bench ppo          a PPO update beside transformers and PyTorch
 
@@ -20,7 +22,7 @@ from absl import app, flags
 
 from spa_jax.errors import UserError
 
-SUBJECTS = ("env", "generation", "sft", "ppo")
+SUBJECTS = ("env", "generation", "rollout", "sft", "ppo")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,6 +52,16 @@ if __name__ == "__main__":
     flags.DEFINE_list("parts", ["step", "ragged", "scoring"], "ppo: what is timed, of these and "
                       "quickstart.")  # fmt: skip
     flags.DEFINE_string("trajectories", "", "ppo: recorded episodes for the ragged mix.")
-    flags.DEFINE_integer("rounds", 5, "ppo: how often each call is timed.", lower_bound=1)
     flags.DEFINE_bool("small", False, "ppo: a rehearsal on a tiny model; no figure of it counts.")
+    flags.DEFINE_integer("layers", 0, "rollout: only this many layers of the model; 0: all.")
+    flags.DEFINE_integer("episodes", 16, "rollout: episodes played at once.")
+    flags.DEFINE_integer("turns", 8, "rollout: turns of an episode.")
+    flags.DEFINE_integer("prompt", 200, "rollout: tokens that open an episode.")
+    flags.DEFINE_integer("shared", 200, "rollout: of these, those that all episodes share.")
+    flags.DEFINE_integer("observation", 44, "rollout: tokens before each turn.")
+    flags.DEFINE_integer("response", 20, "rollout: tokens that the policy writes in a turn.")
+    flags.DEFINE_integer("decode", 64, "rollout: tokens of the plain decoding.")
+    flags.DEFINE_integer(
+        "rounds", 0, "How often PyTorch's side is timed; 0: ppo 5 times, rollout once."
+    )
     app.run(main)

@@ -29,7 +29,7 @@ def _measure(engine: Engine, prompts: np.ndarray) -> tuple[float, float, int]:
     turns = []
     for _ in range(_TURNS):
         start = time.perf_counter()
-        while engine._turns:
+        while engine.busy:
             engine._write()  # returns tokens on the host: nothing is left running
         turns.append(time.perf_counter() - start)
         for slot in range(_SLOTS):
@@ -53,7 +53,7 @@ def run() -> None:
         slots=_SLOTS,
         context_length=_CONTEXT,
         sampling=Sampling(max_new_tokens=_NEW),
-        end_of_turn=-1,  # no such token: every turn has exactly its 20 tokens
+        end_of_turn=(-1,),  # no such token: every turn has exactly its 20 tokens
         seed=0,
     )
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (_SLOTS, _PROMPT))

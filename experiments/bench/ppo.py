@@ -62,6 +62,7 @@ _PPO = PpoConfig(learning_rate=1e-5, kl_coef=0.05)
 _LORA = LoraConfig(rank=8, alpha=16.0, targets=("q", "v"))
 _OBSERVATION, _RESPONSE = 44, 20  # tokens of a step
 _MINIBATCH = 4
+_ROUNDS = 5  # unless --rounds says otherwise
 # As long as ALFWorld's episodes are: most are short, a few take all of their steps.
 _RAGGED = (300, 345, 390, 440, 490, 545, 605, 670, 740, 820, 910, 1010, 1130, 1290, 1560, 2000)
 _SCORED = tuple(range(254, 735, 32))  # 494 on average
@@ -332,7 +333,7 @@ def _compare_step(name: str, sides: Sides, rate: float) -> dict[str, float]:
             "tokens only forward": lambda: theirs.forward(everywhere=False),
             "tokens only update": lambda: theirs.update(everywhere=False),
         },
-        flags.FLAGS.rounds,
+        flags.FLAGS.rounds or _ROUNDS,
     )
     forward = updates.forward_flops(sides.config, sides.params, lengths, _written(sides.episodes))
     update = updates.update_flops(forward, lora=sides.adapter is not None)
@@ -395,7 +396,7 @@ def _ragged(rate: float) -> dict[str, float]:
             "plain update": lambda: theirs.update(everywhere=True),
             "tokens only update": lambda: theirs.update(everywhere=False),
         },
-        flags.FLAGS.rounds,
+        flags.FLAGS.rounds or _ROUNDS,
     )
     forward = updates.forward_flops(config, params, lengths, _written(episodes))
     _show(times, dict.fromkeys(times, updates.update_flops(forward, lora=False)), rate,
@@ -433,7 +434,7 @@ def _scoring(rate: float) -> dict[str, float]:
             "plain": lambda: one_by_one(True),
             "tokens only": lambda: one_by_one(False),
         },
-        flags.FLAGS.rounds,
+        flags.FLAGS.rounds or _ROUNDS,
     )
     flops = updates.forward_flops(config, params, lengths, 0)
     _show(times, dict.fromkeys(times, flops), rate, sum(lengths))

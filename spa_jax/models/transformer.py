@@ -534,8 +534,9 @@ def cached_hidden_states(
       tokens: [B, T] int.
       positions: [B, T] int.
       cache: the past, from `empty_cache`; every slot below a position must be filled.
-      rows: [B] int, the row of the cache that each row of tokens continues, each at most
-        once; one beyond the cache writes nothing (padding).  None: row i continues row i.
+      rows: [B] int, the row of the cache that each row of tokens continues; several may
+        continue the same one at other positions, and see each other.  One beyond the cache
+        writes nothing (padding).  None: row i continues row i.
 
     Returns:
       [B, T, D] after the final norm (rows of padding hold garbage), and the new cache.

@@ -45,7 +45,7 @@ class Chunk:
       tokens: [B, N + 1] int32; the first `count` are real.
       log_probs: [B, N + 1] float32, log softmax(logits / temperature)[token].
       count: [B] int32.
-      ended: [B] bool, whether the turn closed with the end-of-turn token.
+      ended: [B] bool, whether the turn closed with an end-of-turn token.
       writing: [B] bool, whether the turn goes on in the next chunk.
     """
 
@@ -56,10 +56,12 @@ class Chunk:
     writing: jax.Array
 
 
-def empty_state(config: ModelConfig, slots: int, length: int) -> SlotState:
-    """All slots empty."""
+def empty_state(
+    config: ModelConfig, slots: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> SlotState:
+    """All slots empty; the cache is of that type."""
     return SlotState(
-        cache=transformer.empty_cache(config, slots, length),
+        cache=transformer.empty_cache(config, slots, length, dtype),
         hidden=jnp.zeros((slots, config.hidden_size), jnp.float32),
         length=jnp.zeros((slots,), jnp.int32),
     )
@@ -73,22 +75,32 @@ def prefill(
     tokens: jax.Array,
     starts: jax.Array,
     counts: jax.Array,
+    newest: jax.Array,
 ) -> SlotState:
-    """Appends a chunk of tokens to some slots.
+    """Appends chunks of tokens to some slots.
+
+    A slot may have several rows, with chunks that follow each other: in every layer the keys of
+    all rows are in the cache before any row looks at it.
+
+        T = 4      slots  starts  tokens     newest
+        row 0        5      10    a b c d    no
+        row 1        5      14    e f - -    yes      slot 5 reads a b c d e f
+        row 2        7       0    g h i -    yes
 
     Args:
       config: the model's shape.
       params: the tree of `transformer.unstack`.
       state: the slots.
-      slots: [A] int32, the slots to append to, each at most once; an entry >= B is padding.
-      tokens: [A, T] int32, the chunk, padded on the right.
-      starts: [A] int32, each slot's length before the chunk (0 empties the slot).
+      slots: [A] int32, the slot to append each row to; an entry >= B is padding.
+      tokens: [A, T] int32, the chunks, padded on the right.
+      starts: [A] int32, the slot's length before the chunk (0 empties the slot).
       counts: [A] int32, how many of the T tokens are real.
+      newest: [A] bool, whether the chunk is the last one of its slot; true once a slot.
 
     Returns:
-      The slots with the chunk in their caches; `hidden` is that of the last real token.
+      The slots with the chunks in their caches; `hidden` is that of a slot's last real token.
     """
-    chex.assert_rank([slots, tokens, starts, counts], [1, 2, 1, 1])
+    chex.assert_rank([slots, tokens, starts, counts, newest], [1, 2, 1, 1, 1])
     cache_length = state.cache[0][1].shape[2]
     offset = jnp.arange(tokens.shape[1])
     positions = jnp.where(offset < counts[:, None], starts[:, None] + offset, cache_length)
@@ -97,10 +109,11 @@ def prefill(
     )
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    ends = jnp.where(newest, slots, state.length.shape[0])
     return SlotState(
         cache=cache,
-        hidden=state.hidden.at[slots].set(last_hidden, mode="drop"),
-        length=state.length.at[slots].set(starts + counts, mode="drop"),
+        hidden=state.hidden.at[ends].set(last_hidden, mode="drop"),
+        length=state.length.at[ends].set(starts + counts, mode="drop"),
     )
 
 
@@ -141,7 +154,7 @@ def truncate(scaled: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return scaled
 
 
-def inverse_cdf(uniform: jax.Array, log_probs: jax.Array) -> jax.Array:
+def inverse_cdf(uniform: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws token ids with one uniform number a row: the first v with CDF(v) > u.
 
     One number a row instead of one a vocabulary entry: the Gumbel trick spends more time
@@ -150,25 +163,25 @@ def inverse_cdf(uniform: jax.Array, log_probs: jax.Array) -> jax.Array:
 
     Args:
       uniform: [B] in [0, 1).
-      log_probs: [B, V].
+      weights: [B, V], probabilities up to a factor a row.
 
     Returns:
-      [B] int32.
+      [B] int32 ids and [B] the sums of the rows' weights.
     """
-    rows, size = log_probs.shape
+    rows, size = weights.shape
     blocks = -(-size // _BLOCK)
-    probs = jnp.pad(jnp.exp(log_probs), ((0, 0), (0, blocks * _BLOCK - size)))
-    probs = probs.reshape(rows, blocks, _BLOCK)
-    mass = jnp.cumsum(probs.sum(-1), -1)
+    weights = jnp.pad(weights, ((0, 0), (0, blocks * _BLOCK - size)))
+    weights = weights.reshape(rows, blocks, _BLOCK)
+    mass = jnp.cumsum(weights.sum(-1), -1)
     target = uniform * mass[:, -1]
     block = jnp.minimum((mass <= target[:, None]).sum(-1), blocks - 1)
-    inside = jnp.take_along_axis(probs, block[:, None, None], 1)[:, 0]
+    inside = jnp.take_along_axis(weights, block[:, None, None], 1)[:, 0]
     before = jnp.take_along_axis(mass, block[:, None], 1)[:, 0] - inside.sum(-1)
     within = jnp.cumsum(inside, -1) + before[:, None]
     # Rounding may leave no entry above the target: then the last one with any mass is it.
     last = _BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, -1)
     offset = jnp.minimum((within <= target[:, None]).sum(-1), last)
-    return (block * _BLOCK + offset).astype(jnp.int32)
+    return (block * _BLOCK + offset).astype(jnp.int32), mass[:, -1]
 
 
 def draw(
@@ -193,16 +206,21 @@ def draw(
       [B] int32 tokens and [B] float32 log softmax(logits / temperature)[token].
     """
     scaled = logits / (temperature or 1.0)
-    log_probs = jax.nn.log_softmax(scaled, -1)
+    peak = scaled.max(-1, keepdims=True)
+    # One exponential an entry serves the draw and the log-probability: on a CPU they are most
+    # of what is left to do once the logits are there.
+    weights = jnp.exp(scaled - peak)
     if temperature == 0:
         tokens = jnp.argmax(logits, -1).astype(jnp.int32)
+        total = weights.sum(-1)
     else:
         uniform = jax.vmap(jax.random.uniform)(keys)
-        kept = log_probs
+        tokens, total = inverse_cdf(uniform, weights)
         if top_k > 0 or top_p < 1.0:
-            kept = jax.nn.log_softmax(truncate(scaled, top_k, top_p), -1)
-        tokens = inverse_cdf(uniform, kept)
-    return tokens, jnp.take_along_axis(log_probs, tokens[:, None], 1)[:, 0]
+            kept = jnp.exp(truncate(scaled, top_k, top_p) - peak)
+            tokens, _ = inverse_cdf(uniform, kept)
+    chosen = jnp.take_along_axis(scaled, tokens[:, None], 1)[:, 0]
+    return tokens, chosen - peak[:, 0] - jnp.log(total)
 
 
 def decode_chunk(
@@ -214,7 +232,7 @@ def decode_chunk(
     keys: chex.PRNGKey,
     *,
     steps: int,
-    end_of_turn: int,
+    end_of_turn: tuple[int, ...],
     temperature: float,
     top_k: int,
     top_p: float,
@@ -240,7 +258,7 @@ def decode_chunk(
       budget: [B] int32, how many tokens the turn may still have; 0: the slot does not write.
       keys: [B] keys, one an episode.
       steps: N.
-      end_of_turn: the id that closes a turn.
+      end_of_turn: the ids that close a turn.
       temperature: see `draw`.
       top_k: see `draw`.
       top_p: see `draw`.
@@ -271,7 +289,7 @@ def decode_chunk(
         )
         at = (rows, jnp.where(drawing, chunk.count, steps + 1))
         count = chunk.count + drawing
-        ended = drawing & (drawn == end_of_turn)
+        ended = drawing & (drawn[:, None] == jnp.array(end_of_turn, jnp.int32)).any(-1)
         feeds = ~ended & (count < budget) & (state.length < cache_length)
         chunk = Chunk(
             tokens=chunk.tokens.at[at].set(drawn, mode="drop"),
@@ -296,7 +314,12 @@ def decode_chunk(
         )
         return index + 1, state, *draw_next(state, chunk, tokens, feeds)
 
-    first = draw_next(state, chunk, tokens, (budget > 0) & (tokens < 0))
+    begins = (budget > 0) & (tokens < 0)
+    first = jax.lax.cond(
+        begins.any(),
+        lambda: draw_next(state, chunk, tokens, begins),
+        lambda: (chunk, tokens),  # nobody begins: no pass over the vocabulary
+    )
     _, state, chunk, _ = jax.lax.while_loop(
         lambda carry: (carry[0] < steps) & carry[2].writing.any(),
         step,

@@ -76,3 +76,11 @@ class Split(Counting):
     """The same with a split to hold out."""
 
     splits = ("train", "other")
+
+
+class Slow(Odd):
+    """Takes 30 ms for a step."""
+
+    def step(self, action: str) -> Observation:
+        time.sleep(0.03)
+        return super().step(action)

@@ -10,10 +10,10 @@ from spa_jax.sampling import decode
 
 def _draw(uniform, probs) -> np.ndarray:
     uniform = jnp.asarray(uniform, jnp.float32)
-    log_probs = jnp.log(jnp.asarray(probs, jnp.float32))
-    return np.asarray(
-        decode.inverse_cdf(uniform, jnp.broadcast_to(log_probs, (len(uniform), len(probs))))
-    )
+    weights = jnp.broadcast_to(3 * jnp.asarray(probs, jnp.float32), (len(uniform), len(probs)))
+    tokens, total = decode.inverse_cdf(uniform, weights)
+    np.testing.assert_allclose(total, 3 * np.sum(probs), rtol=1e-5)
+    return np.asarray(tokens)
 
 
 @pytest.mark.parametrize("size", [2, 7, 256, 257, 384, 600])
@@ -59,7 +59,8 @@ def test_rounding_never_leaves_the_vocabulary():
     rng = np.random.default_rng(0)
     for size in (300, 49152):
         log_probs = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(8, size)) * 8, jnp.float32))
-        tokens = np.asarray(decode.inverse_cdf(jnp.full(8, NEARLY_ONE), log_probs))
+        tokens, _ = decode.inverse_cdf(jnp.full(8, NEARLY_ONE), jnp.exp(log_probs))
+        tokens = np.asarray(tokens)
         assert (tokens < size).all()
         assert (np.asarray(log_probs)[np.arange(8), tokens] > -80).all()
 

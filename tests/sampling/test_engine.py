@@ -11,8 +11,9 @@ import pytest
 
 from spa_jax import batching
 from spa_jax.models import transformer
-from spa_jax.sampling import decode
-from spa_jax.sampling.engine import Engine, Response
+from spa_jax.sampling import decode, programs
+from spa_jax.sampling.engine import _CHUNKS, Ending, Engine, Response
+from spa_jax.sampling.parallel import ParallelEngine
 from spa_jax.training import forward
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 from tests import tiny
@@ -22,6 +23,12 @@ PARAMS = tiny.tiny_params(CONFIG)
 EOT, SEED, CONTEXT = 2, 5, 192
 GREEDY = Sampling(temperature=0.0, max_new_tokens=6)
 DRAWN = Sampling(temperature=0.8, max_new_tokens=6)
+STOPPED = dataclasses.replace(DRAWN, stop=("ab", "dd", "bcb"))
+
+
+def _text(ids) -> str:
+    """A letter a token, of four; none for the end of turn."""
+    return "".join("abcd"[i % 4] for i in ids if i != EOT)
 
 
 @dataclasses.dataclass
@@ -65,11 +72,13 @@ def _episodes(seed: int = 0, count: int = 7) -> list[Episode]:
     ]
 
 
-def _engine(slots: int, sampling: Sampling, context_length: int = CONTEXT, params=PARAMS) -> Engine:
+def _engine(
+    slots: int, sampling: Sampling, context_length: int = CONTEXT, params=PARAMS, **settings
+) -> Engine:
+    settings = {"end_of_turn": (EOT,), "seed": SEED, "text": _text} | settings
     return Engine(
-        CONFIG, params, slots=slots, context_length=context_length, sampling=sampling,
-        end_of_turn=EOT, seed=SEED,
-    )  # fmt: skip
+        CONFIG, params, slots=slots, context_length=context_length, sampling=sampling, **settings
+    )
 
 
 @functools.cache
@@ -134,7 +143,11 @@ def _plain(episode: Episode, sampling: Sampling) -> Episode:
     for _ in episode.contexts:
         out.read()
         ids, log_probs = [], []
-        while len(ids) < sampling.max_new_tokens and EOT not in ids:
+        while (
+            len(ids) < sampling.max_new_tokens
+            and EOT not in ids
+            and not any(stop in _text(ids) for stop in sampling.stop)
+        ):
             padded = np.zeros((1, CONTEXT), np.int32)
             sofar = out.ids + ids
             padded[0, : len(sofar)] = sofar
@@ -144,10 +157,10 @@ def _plain(episode: Episode, sampling: Sampling) -> Episode:
     return out
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, STOPPED], ids=["greedy", "drawn", "stopped"])
 def test_the_engine_writes_what_plain_decoding_writes(sampling):
     wanted = [_plain(e, sampling) for e in sorted(_episodes(), key=lambda e: e.number)]
-    if sampling is DRAWN:
+    if sampling is not GREEDY:
         ends = {len(e.ids) for e in wanted}
         assert len(ends) > 3, "all episodes are alike"
     for slots, seed in ((4, 0), (4, 1), (4, 2), (1, 3)):
@@ -187,13 +200,16 @@ def test_recorded_log_probs_are_those_of_the_training_forward():
 
 def test_nothing_is_encoded_twice():
     engine = _shared_engine(4, DRAWN)
-    before, written = engine.prefilled_tokens, engine.generated_tokens
+    before = dataclasses.replace(engine.usage)
     episodes = _play(engine, _episodes(), 4)
     context = sum(len(c) for e in episodes for c in e.contexts)
     turns = sum(e.turn - 1 for e in episodes)  # the last token of a turn opens the next chunk
-    assert engine.prefilled_tokens - before == context + turns
+    used = engine.usage.since(before)
+    assert used.prefilled + used.reused == context + turns
     wrote = sum(s >= 0 for e in episodes for s in e.step_id)
-    assert engine.generated_tokens - written == wrote
+    assert used.generated == wrote
+    assert 0 < used.occupancy <= 1 and used.places % 4 == 0
+    assert used.prefill_s > 0 and used.decode_s > 0
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -215,20 +231,95 @@ def test_what_episodes_open_with_is_encoded_once(sampling):
             np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
         context = sum(len(c) for e in played for c in e.contexts)
         turns = sum(e.turn - 1 for e in played)
-        assert engine.prefilled_tokens + engine.reused_tokens == context + turns
-        assert engine.reused_tokens >= 34 * 6  # all but the first episode's
+        assert engine.usage.prefilled + engine.usage.reused == context + turns
+        assert engine.usage.reused >= 34 * 6  # all but the first episode's
 
 
-def test_nothing_is_compiled_after_the_first_shapes():
+def test_rollouts_of_a_task_share_its_first_observation():
+    """All come at once: tasks of 3, 2 and 2 rollouts after the same instruction."""
+    rng = np.random.default_rng(3)
+    instruction = rng.integers(3, 384, 60).tolist()
+    tasks = [rng.integers(3, 384, n).tolist() for n in (40, 30, 50)]
+    order = [0, 1, 0, 2, 1, 2, 0]
+    engine = _engine(7, DRAWN)
+    for slot in range(7):
+        engine.open(slot, 100 + slot)
+    turns = _turn(engine, {slot: instruction + tasks[task] for slot, task in enumerate(order)})
+    whole = sum(60 + len(tasks[task]) for task in order)
+    assert engine.usage.prefilled + engine.usage.reused == whole
+    # The instruction and each observation once, and fewer than 16 tokens of each other rollout.
+    assert engine.usage.prefilled < 60 + 40 + 30 + 50 + 4 * 16
+    for slot, task in enumerate(order):
+        alone = _plain(Episode(100 + slot, [instruction + tasks[task]]), DRAWN)
+        assert turns[slot].ids == alone.ids[60 + len(tasks[task]) :]
+
+
+def test_nothing_is_compiled_after_the_warm_up():
+    programs.of.cache_clear()
     engine = _engine(4, DRAWN)
-    rng = np.random.default_rng(0)
-    for length in (3, 20, 30, 40):
-        engine.open(0, length)
-        _turn(engine, {0: rng.integers(3, 384, length).tolist()})
-    sizes = engine._prefill._cache_size(), engine._decode._cache_size()
-    assert sizes == (4, 1)  # four lengths of a chunk
+    assert engine.compiled == 0
+    engine.warm_up()
+    assert engine.compiled == len(_CHUNKS) + 2  # a prefill for each length; copy and decode
     _play(engine, _episodes(count=14), 0)
-    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == sizes
+    assert engine.compiled == len(_CHUNKS) + 2
+    state = engine._state
+    with pytest.raises(AssertionError, match="would be compiled after the warm-up"):
+        tokens, row = np.zeros((1, 7), np.int32), np.zeros(1, np.int32)
+        engine._programs.prefill(engine._params, state, row, tokens, row, row, row > 0)
+
+
+def test_new_weights_compile_nothing_and_see_nothing_of_the_old_cache():
+    other = tiny.tiny_params(CONFIG, seed=1)
+    first = _engine(4, DRAWN)
+    first.warm_up()
+    old = _play(first, _episodes(), 0)
+    second = _engine(4, DRAWN, params=other)
+    new = _play(second, _episodes(), 0)
+    assert second.compiled == first.compiled == len(_CHUNKS) + 2
+    assert second.usage.reused == 0
+    assert [e.ids for e in new] != [e.ids for e in old]
+    programs.of.cache_clear()
+    fresh = _play(_engine(4, DRAWN, params=other), _episodes(), 0)
+    assert [e.ids for e in new] == [e.ids for e in fresh]
+
+
+def test_a_slots_device_changes_no_token():
+    """Three devices, two slots each, played at the same time."""
+    one = _play(_shared_engine(4, DRAWN), _episodes(), 0)
+
+    def make(slots, device):
+        return _engine(slots, DRAWN, device=device)
+
+    engine = ParallelEngine(make, 7, jax.local_devices()[:3])
+    assert engine.slots == 6
+    engine.warm_up()
+    compiled = engine.compiled
+    used = {next(iter(part._state.hidden.devices())) for part in engine._engines}
+    assert used == set(jax.local_devices()[:3])
+    for seed in (1, 2):
+        for ours, theirs in zip(_play(engine, _episodes(), seed), one, strict=True):
+            assert ours.ids == theirs.ids
+            np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
+    assert engine.compiled == compiled
+    wrote = sum(s >= 0 for e in one for s in e.step_id)
+    assert engine.usage.generated == 2 * wrote
+
+
+def test_any_of_several_ids_ends_a_turn():
+    ends = (EOT, *range(3, 60))
+    engine, plain = _engine(1, DRAWN, end_of_turn=ends), _shared_engine(1, DRAWN)
+    last = set()
+    for number in range(20):
+        turns = []
+        for one in (engine, plain):
+            one.open(0, number)
+            turns.append(_turn(one, {0: [5] * 10})[0])
+        ours, theirs = turns
+        assert ours.ids == theirs.ids[: len(ours.ids)]
+        assert not set(ends).intersection(ours.ids[:-1])
+        assert ours.ended == (ours.ids[-1] in ends)
+        last.add(ours.ids[-1])
+    assert EOT in last and last.intersection(ends[1:])
 
 
 def test_the_cache_is_updated_in_place():
@@ -252,13 +343,15 @@ def test_a_turn_ends_at_its_limit_or_when_the_context_is_full():
     engine.open(0, 1)
     assert engine.fits(0, [5] * 23) and not engine.fits(0, [5] * 24)
     response = _turn(engine, {0: [5] * 10})[0]
-    assert len(response.ids) == 6 and not response.ended  # max_new_tokens
+    assert len(response.ids) == 6 and not response.ended
+    assert response.ending is Ending.MAX_TOKENS
     assert len(response.log_probs) == 6
     # 10 + 6 tokens so far (one of them not fed yet): room for 7 and one more token.
     assert engine.fits(0, [5] * 7) and not engine.fits(0, [5] * 8)
     response = _turn(engine, {0: [5] * 5})[0]
     # 21 in the cache: 3 more are fed, and the token after the last place is still drawn.
     assert len(response.ids) == 4 and not response.ended
+    assert response.ending is Ending.CONTEXT_FULL
     assert int(engine._state.length[0]) == 24
     # A full slot is free for the next conversation, which sees nothing of it.
     engine.open(0, 9)
@@ -266,3 +359,34 @@ def test_a_turn_ends_at_its_limit_or_when_the_context_is_full():
     fresh = _engine(1, DRAWN, context_length=24, params=never)
     fresh.open(0, 9)
     assert again == _turn(fresh, {0: [7] * 3})
+
+
+def test_a_turn_ends_with_the_first_stop_string_and_the_conversation_goes_on():
+    ended = {ending: 0 for ending in Ending}
+    engine = _shared_engine(4, STOPPED)
+    for number in range(12):
+        engine.open(number % 4, number)
+        for _ in range(3):
+            response = _turn(engine, {number % 4: [9, 6, 8, 10]})[number % 4]
+            ended[response.ending] += 1
+            text = _text(response.ids)
+            found = [stop for stop in STOPPED.stop if stop in text]
+            assert (response.stop in found) if found else response.stop == ""
+            assert (response.ending is Ending.STOP) == bool(found)
+            assert not any(stop in _text(response.ids[:-1]) for stop in STOPPED.stop)
+            assert len(response.log_probs) == len(response.ids)
+    assert ended[Ending.STOP] > 3 and ended[Ending.END_OF_TURN] > 3, ended
+
+
+def test_a_turn_that_takes_too_long_is_cut_and_kept():
+    never = tiny.tiny_params(CONFIG, ends=-20.0)
+    long = dataclasses.replace(DRAWN, max_new_tokens=30)
+    slow = _engine(1, long, params=never, turn_deadline_s=1e-9)
+    free = _engine(1, long, params=never)
+    for engine in (slow, free):
+        engine.open(0, 3)
+    cut, whole = (_turn(engine, {0: [5] * 10})[0] for engine in (slow, free))
+    assert cut.ending is Ending.DEADLINE and not cut.ended
+    assert 0 < len(cut.ids) < 30 == len(whole.ids)
+    assert cut.ids == whole.ids[: len(cut.ids)] and cut.log_probs == whole.log_probs[: len(cut.ids)]
+    assert not slow.busy
