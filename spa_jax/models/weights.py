@@ -169,7 +169,7 @@ def save_pretrained(
             (new / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         tensors = _unstack(config, params)
         dtype = next(iter(tensors.values()))[1]
-        _write_json(new / "config.json", _hf_config(config, dtype.name, special))
+        _write_json(new / "config.json", hf_config(config, dtype.name, special))
         _write_safetensors(new / WEIGHTS, tensors)
 
 
@@ -387,7 +387,7 @@ def write_folder(
     with _new_folder(pathlib.Path(folder)) as new:
         special = write_tokenizer(new)
         dtype = next(iter(tensors.values()))[1]
-        _write_json(new / "config.json", _hf_config(config, dtype.name, special))
+        _write_json(new / "config.json", hf_config(config, dtype.name, special))
         _write_json(new / "generation_config.json", {"_from_model_config": True, **special})
         _write_safetensors(new / WEIGHTS, tensors)
 
@@ -565,7 +565,7 @@ def _read_rope(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[float, RopeS
         raise UserError(f"{path}: rope_scaling of type llama3 lacks {error}") from error
 
 
-def _hf_config(config: ModelConfig, dtype: str, special: Mapping[str, int]) -> dict[str, Any]:
+def hf_config(config: ModelConfig, dtype: str, special: Mapping[str, int]) -> dict[str, Any]:
     """config.json of a model; read by transformers 4 and 5."""
     family = config.model_type
     made: dict[str, Any] = {

@@ -31,7 +31,7 @@ for file, names in shards.items():
     safetensors.numpy.save_file(tensors, folder / file)
 index = {name: file for file, names in shards.items() for name in names}
 (folder / weights.INDEX).write_text(json.dumps({"weight_map": index}))
-weights._write_json(folder / "config.json", weights._hf_config(CONFIG, "bfloat16", {}))
+weights._write_json(folder / "config.json", weights.hf_config(CONFIG, "bfloat16", {}))
 """
 
 _READ = """
