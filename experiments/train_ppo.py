@@ -25,7 +25,7 @@ from experiments import flags as flags_lib
 from experiments.train_progress import playable
 from spa_jax import batching, store
 from spa_jax import config as config_lib
-from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
+from spa_jax.config import DEFAULT_COMPUTE, ComputeConfig, LoraConfig, PpoConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
 from spa_jax.models.transformer import ModelConfig, Params
@@ -49,6 +49,7 @@ def run(
     seed: int,
     lora: LoraConfig,
     reference: pathlib.Path,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
 ) -> None:
     """Trains, from the newest checkpoint if there is one, and writes out/policy.
 
@@ -57,12 +58,14 @@ def run(
     if common.is_done(out, "ppo"):
         return
     config_lib.check_trained(lora, ppo.train_layers, "--ppo_train_layers")
+    config_lib.check_attention(compute, rows)
     started = time.time()
     trajectories = playable(store.read(data))
     temperature = behaviour_temperature(data, trajectories, ppo)
     if ppo.objective == RFT:
         trajectories = ppo_data.won(trajectories, data)
-    policy = common.load_policy(policy_folder, common.recorded_chat_format(data.parent / "explore"))
+    chat_format = common.recorded_chat_format(data.parent / "explore")
+    policy = common.load_policy(policy_folder, chat_format, compute)
     common.check_lengths(policy, trajectories, data)
     head: dict[str, Params] = {}
     scores: scoring.Scores | None = None
@@ -83,7 +86,8 @@ def run(
         if ppo.objective == RFT
         else ppo_update.make_loss(policy.config, ppo, temperature)
     )
-    trainer = partition.make(rows, parts.on_parts(loss), optimizer, frozen=parts.frozen)
+    frozen = parts.frozen_in(policy.config.dtype)
+    trainer = partition.make(rows, parts.on_parts(loss), optimizer, frozen, compute.accum_dtype)
     make = updates(
         trainer, parts, policy.config, trajectories, scores, ppo, rows, temperature, head
     )
@@ -138,8 +142,8 @@ def updates(
 ) -> Callable[[np.ndarray, Any], ppo_data.Update]:
     """(indices of an update's episodes, parameters on the devices) -> the update's data."""
     below = scoring.below(
-        config, partition.whole_layers(trainer, parts.frozen), trajectories, rows,
-        devices=trainer.devices, title="frozen layers",
+        config, partition.whole_layers(trainer, parts.frozen_in(config.dtype)), trajectories,
+        rows, devices=trainer.devices, title="frozen layers",
     )  # fmt: skip
     if ppo.objective == RFT:
         return lambda chosen, _: ppo_data.make_rft_update(
@@ -261,11 +265,12 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.SEED.value,
         flags_lib.read(LoraConfig),
         policy_before(workdir, 0),
+        flags_lib.read(ComputeConfig),
     )
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the policy that played the episodes.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(PpoConfig, RowsConfig, LoraConfig)
+    flags_lib.define(PpoConfig, RowsConfig, LoraConfig, ComputeConfig)
     flags_lib.run(main)

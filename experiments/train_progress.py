@@ -23,8 +23,9 @@ from absl import flags
 from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, evaluation, store
+from spa_jax import config as config_lib
 from spa_jax.attribution import estimator
-from spa_jax.config import LoraConfig, ProgressConfig, RowsConfig
+from spa_jax.config import DEFAULT_COMPUTE, ComputeConfig, LoraConfig, ProgressConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
 from spa_jax.models.transformer import Params
@@ -44,12 +45,14 @@ def run(
     rows: RowsConfig,
     seed: int,
     lora: LoraConfig,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
 ) -> None:
     """Trains the head, from the newest checkpoint if there is one, and writes it to `out`."""
     if common.is_done(out, "progress"):
         return
+    config_lib.check_attention(compute, rows)
     started = time.time()
-    policy = common.load_policy(policy_folder)
+    policy = common.load_policy(policy_folder, compute=compute)
     features, trajectories = load_features(policy, data, rows)
     trunk: FrozenTrunk | AdaptedTrunk = FrozenTrunk(features)
     if lora.rank:
@@ -146,7 +149,10 @@ class AdaptedTrunk:
         """The trainer of a head and the adapters."""
         parts = self.trainable.parts
         loss_fn = parts.on_parts(estimator_update.make_trunk_loss(self.trainable.policy.config))
-        return partition.Pmap(loss_fn, optimizer, frozen=parts.frozen)
+        config = self.trainable.policy.config
+        return partition.Pmap(
+            loss_fn, optimizer, None, parts.frozen_in(config.dtype), config.compute.accum_dtype
+        )
 
     def batches(self, chosen: np.ndarray, size: int, devices: int) -> list[EstimatorRows]:
         """The chosen episodes, packed into the trainer's microbatches."""
@@ -295,11 +301,12 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,
         flags_lib.read(LoraConfig),
+        flags_lib.read(ComputeConfig),
     )
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the trunk; W/sft/policy by default.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(ProgressConfig, RowsConfig, LoraConfig)
+    flags_lib.define(ProgressConfig, RowsConfig, LoraConfig, ComputeConfig)
     flags_lib.run(main)

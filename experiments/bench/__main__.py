@@ -4,6 +4,7 @@
     python -m experiments.bench generation   tokens a second of the generation engine
     python -m experiments.bench sft          training tokens a second of the SFT update
     python -m experiments.bench ppo          the same of the PPO update
+    python -m experiments.bench models       update and forward pass against PyTorch, and memory
 
 Sizes are those of the quickstart, and the model is SmolLM2-135M in float32: its real weights if
 --policy holds them, random ones of the same shape otherwise.  Each subject prints its figures,
@@ -17,7 +18,9 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-SUBJECTS = ("env", "generation", "sft", "ppo")
+from spa_jax.errors import UserError
+
+SUBJECTS = ("env", "generation", "sft", "ppo", "models")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +33,11 @@ def main(argv: Sequence[str]) -> None:
         from experiments import common
 
         common.prepare_jax()
-    importlib.import_module(f"experiments.bench.{argv[1]}").run()
+    try:
+        importlib.import_module(f"experiments.bench.{argv[1]}").run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
@@ -38,5 +45,8 @@ if __name__ == "__main__":
         "policy",
         "models/smollm2-135m-instruct",
         "Folder of the model to time; random weights of its shape if it does not exist.",
+    )
+    flags.DEFINE_bool(
+        "rehearsal", False, "Of models: small sizes, to see that it runs; its figures say nothing."
     )
     app.run(main)

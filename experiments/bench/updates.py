@@ -42,9 +42,9 @@ def episodes(count: int, vocab_size: int) -> list[Trajectory]:
     ]  # fmt: skip
 
 
-def adamw() -> optax.GradientTransformation:
+def adamw(rate: float = 1e-5) -> optax.GradientTransformation:
     """The optimiser of both stages."""
-    return state_lib.adamw(optax.constant_schedule(1e-5), clip_norm=1.0, weight_decay=0.0)
+    return state_lib.adamw(optax.constant_schedule(rate), clip_norm=1.0, weight_decay=0.0)
 
 
 def time_update(

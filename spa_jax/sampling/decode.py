@@ -60,7 +60,7 @@ def empty_state(config: ModelConfig, slots: int, length: int) -> SlotState:
     """All slots empty."""
     return SlotState(
         cache=transformer.empty_cache(config, slots, length),
-        hidden=jnp.zeros((slots, config.hidden_size), jnp.float32),
+        hidden=jnp.zeros((slots, config.hidden_size), config.dtype),
         length=jnp.zeros((slots,), jnp.int32),
     )
 

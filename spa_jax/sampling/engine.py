@@ -94,7 +94,9 @@ class Engine:
         self.prefilled_tokens = 0
         self.reused_tokens = 0
         self._config = config
-        self._params = jax.jit(transformer.unstack)(params)
+        self._params = jax.jit(transformer.unstack, static_argnames="dtype")(
+            params, dtype=config.dtype
+        )
         self._state = decode.empty_state(config, slots, context_length)
         self._rows = max(1, slots // 3)  # slots that a prefill call reads for
         self._length = np.zeros(slots, np.int64)  # at the start of a turn that is being written

@@ -21,7 +21,6 @@ from typing import Any
 
 import flax.jax_utils
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -49,6 +48,7 @@ class Pmap:
         optimizer: optax.GradientTransformation,
         devices: int | None = None,
         frozen: Params | None = None,
+        accum_dtype: str = "float32",
     ) -> None:
         """Compiles nothing yet.
 
@@ -57,6 +57,7 @@ class Pmap:
           optimizer: of the trained parameters.
           devices: how many local devices; None: all.
           frozen: the parameters that the loss needs and that are not trained, not replicated.
+          accum_dtype: of the gradients that microbatches are added up in.
         """
         self._devices = jax.local_devices()[:devices]
         self.devices = len(self._devices)
@@ -70,7 +71,7 @@ class Pmap:
             functools.partial(state_lib.apply, optimizer, axis_name=AXIS), donate_argnums=0
         )
         self._add_up = compiled(functools.partial(jax.lax.psum, axis_name=AXIS))
-        self._zeros = compiled(functools.partial(jax.tree.map, jnp.zeros_like))
+        self._zeros = compiled(functools.partial(state_lib.zero_gradients, dtype=accum_dtype))
         self._sum_shapes: Any = None
         self._loss_fn = loss_fn
         self.frozen = self.replicate(frozen or {})
@@ -147,6 +148,7 @@ class Mesh:
         optimizer: optax.GradientTransformation,
         shape: tuple[int, int],
         frozen: Params | None = None,
+        accum_dtype: str = "float32",
     ) -> None:
         """Compiles nothing yet.
 
@@ -155,7 +157,9 @@ class Mesh:
           optimizer: of the trained parameters.
           shape: (data, fsdp); their product is at most the number of local devices.
           frozen: the parameters that the loss needs and that are not trained.
+          accum_dtype: as `Pmap`'s.
         """
+        self._accum_dtype = accum_dtype
         self.devices = shape[0] * shape[1]
         devices = np.array(jax.local_devices()[: self.devices]).reshape(shape)
         self._mesh = jax.sharding.Mesh(devices, (_DATA, _FSDP))
@@ -214,7 +218,8 @@ class Mesh:
         """(zeros, accumulate, apply), whose results lie where `replicate` puts them."""
         of_state = self._shardings(state)
         of_params = of_state.params
-        zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like), out_shardings=of_params)
+        make_zeros = functools.partial(state_lib.zero_gradients, dtype=self._accum_dtype)
+        zeros = jax.jit(make_zeros, out_shardings=of_params)
         accumulate = jax.jit(
             functools.partial(state_lib.accumulate, self._loss_fn),
             donate_argnums=(2, 3),
@@ -240,22 +245,34 @@ class Mesh:
         return jax.device_put(zeros, self._everywhere)
 
     def _shardings(self, tree: Any) -> Any:
-        """Where each array of a tree lies: its longest axis that fsdp divides is cut.
-
-        The axis of the layers stays whole: the scan takes one layer at a time.
-        """
+        """Where each array of a tree lies, see `cut_axis`."""
         parts = self._mesh.shape[_FSDP]
 
         def of(path: tuple, x: Any) -> NamedSharding:
-            stacked = any(getattr(key, "key", None) == "layers" for key in path)
-            shape = np.shape(x)
-            axes = [i for i, n in enumerate(shape) if n % parts == 0 and not (stacked and i == 0)]
-            if not axes or parts == 1:
+            axis = cut_axis(path, np.shape(x), parts)
+            if axis is None:
                 return self._everywhere
-            axis = max(axes, key=lambda i: shape[i])
             return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, _FSDP))
 
         return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def cut_axis(path: tuple, shape: tuple[int, ...], parts: int) -> int | None:
+    """The axis of an array that is cut over fsdp: the longest one that its devices divide.
+
+    The axis of the layers stays whole: the scan takes one layer at a time.
+
+    Args:
+      path: of the array in its tree, as `jax.tree_util` gives it.
+      shape: its shape.
+      parts: devices of fsdp.
+
+    Returns:
+      None if the array stays whole.
+    """
+    stacked = any(getattr(key, "key", None) == "layers" for key in path)
+    axes = [i for i, n in enumerate(shape) if n % parts == 0 and not (stacked and i == 0)]
+    return max(axes, key=lambda i: shape[i]) if axes and parts > 1 else None
 
 
 Trainer = Pmap | Mesh
@@ -266,6 +283,7 @@ def make(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     frozen: Params | None = None,
+    accum_dtype: str = "float32",
 ) -> Trainer:
     """The trainer that `--partition` and `--mesh` ask for, on the local devices.
 
@@ -273,8 +291,9 @@ def make(
       UserError: if the mesh is no mesh, or has more devices than there are.
     """
     if rows.partition == "pmap":
-        return Pmap(loss_fn, optimizer, frozen=frozen)
-    return Mesh(loss_fn, optimizer, mesh_shape(rows.mesh, jax.local_device_count()), frozen)
+        return Pmap(loss_fn, optimizer, frozen=frozen, accum_dtype=accum_dtype)
+    shape = mesh_shape(rows.mesh, jax.local_device_count())
+    return Mesh(loss_fn, optimizer, shape, frozen, accum_dtype)
 
 
 def mesh_shape(mesh: str, devices: int) -> tuple[int, int]:
