@@ -98,7 +98,8 @@ def run(
     for update in bar:
         tick = time.time()
         chosen = schedule.batch_of(update, lengths, sft.batch_size, seed)
-        packed, batches = train_data.batches(chosen)
+        packed, cut = train_data.batches(chosen)
+        batches = list(cut)
         tokens = float(packed.token_mask.sum())
         state, sums = trainer.update(state, batches, {"tokens": tokens})
         computed = float(batching.token_count(packed))
@@ -108,7 +109,7 @@ def run(
             "learning_rate": float(rate(update)),
             "tokens": computed,
             "tokens_per_second": computed / (time.time() - tick),
-            "padding_share": batching.padding_share(packed),
+            "padding_share": batching.padding_share(*(batch.rows for batch in batches)),
         }
         last = update + 1 == total
         if valid and ((update + 1) % eval_every == 0 or last):
@@ -156,7 +157,8 @@ class Demonstrations:
     ) -> tuple[batching.PackedRows, Iterator[sft_update.SftBatch]]:
         """The rows of the demonstrations with these indices, and their microbatches."""
         packed = batching.pack([self.trajectories[i] for i in chosen], **self._rows.packing)
-        cut = batching.microbatches(packed, self._rows.rows_per_device, self._devices)
+        rows = self._rows
+        cut = batching.microbatches(packed, rows.rows_per_device, self._devices, rows.row_buckets)
         return packed, (
             sft_update.SftBatch(b, scoring.below_in_rows(self._below, chosen, b)) for b in cut
         )

@@ -194,7 +194,7 @@ def train(
             metrics |= {
                 "tokens": tokens,
                 "tokens_per_second": tokens / (time.time() - tick),
-                "padding_share": batching.padding_share(made.packed),
+                "padding_share": batching.padding_share(*(b.rows for b in made.batches)),
             }
             writer.write(update + 1, metrics)
             checkpoints.maybe_save(

@@ -162,7 +162,9 @@ class AdaptedTrunk:
         rewards = np.repeat(_rewards(episodes)[:, None], scoring.max_steps(episodes), 1)
         return [
             EstimatorRows(rows=batch, final_reward=batching.scatter_steps(rewards, batch))
-            for batch in batching.microbatches(packed, self.rows.rows_per_device, devices)
+            for batch in batching.microbatches(
+                packed, self.rows.rows_per_device, devices, self.rows.row_buckets
+            )
         ]
 
     def features_of(self, params: Params, chosen: np.ndarray) -> StepFeatures:

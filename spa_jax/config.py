@@ -123,6 +123,10 @@ class RowsConfig:
     policy_slots: int = _setting(384, "Policy tokens a packed row holds.")
     step_slots: int = _setting(64, "Steps a packed row holds.")
     rows_per_device: int = _setting(2, "Rows that a device takes at once (a microbatch).")
+    row_buckets: int = _setting(
+        1, "Lengths that a microbatch can have in an update: it is cut to the next k-th of "
+        "--row_length. More leave less padding, and are compiled one by one.",
+    )  # fmt: skip
     share_prefix: bool = _setting(
         True, "Compute what all of a batch's trajectories open with once a row."
     )
@@ -392,6 +396,14 @@ def check(config: Any) -> None:
         raise UserError(
             f"--policy_slots={config.policy_slots} exceeds --row_length={config.row_length}"
         )
+    if isinstance(config, RowsConfig) and config.row_buckets != 1:
+        if not 0 < config.row_buckets <= config.row_length:
+            raise UserError(f"--row_buckets={config.row_buckets} must be in 1 to --row_length")
+        if config.partition == "mesh":
+            raise UserError(
+                f"--row_buckets={config.row_buckets} with --partition=mesh: the devices of a mesh "
+                "take rows of one length; drop one of them"
+            )
     if isinstance(config, RowsConfig) and config.mesh and config.partition != "mesh":
         raise UserError(f"--mesh={config.mesh} needs --partition=mesh")
     if isinstance(config, ComputeConfig) and config.logits_chunk < 0:
@@ -468,6 +480,8 @@ def check_attention(compute: ComputeConfig, rows: RowsConfig) -> None:
                            "--noshare_prefix"),
         f"--row_length={rows.row_length}": (rows.row_length % 128, "it takes tokens by 128; give a "
                                             "multiple"),
+        "--row_buckets": (rows.row_length % (128 * rows.row_buckets), "it takes tokens by 128; "
+                          "give fewer"),
         "--partition=mesh": (rows.partition == "mesh", "XLA cannot cut it over a mesh; give "
                              "--partition=pmap"),
     }  # fmt: skip

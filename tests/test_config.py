@@ -5,7 +5,15 @@ import itertools
 
 import pytest
 
-from spa_jax.config import CreditConfig, ExploreConfig, PpoConfig, RowsConfig, check, check_together
+from spa_jax.config import (
+    ComputeConfig,
+    CreditConfig,
+    ExploreConfig,
+    PpoConfig,
+    RowsConfig,
+    check,
+    check_together,
+)
 from spa_jax.errors import UserError
 from spa_jax.rl.objectives import OBJECTIVES
 
@@ -65,3 +73,16 @@ def test_a_mesh_needs_its_partition():
     check(RowsConfig(partition="mesh", mesh="data:2"))
     with pytest.raises(UserError, match="--mesh=data:2 needs --partition=mesh"):
         check(dataclasses.replace(RowsConfig(), mesh="data:2"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (RowsConfig(row_buckets=0), "--row_buckets=0 must be in 1"),
+        (RowsConfig(row_buckets=2, partition="mesh"), "--row_buckets=2 with --partition=mesh"),
+        (ComputeConfig(logits_chunk=-1), "--logits_chunk=-1 must be >= 0"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        check(settings)

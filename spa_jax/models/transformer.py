@@ -225,8 +225,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       [B, G, R, T, K].
     """
     chex.assert_rank([q, k, v, mask], [5, 4, 4, 3])
-    scores = jnp.einsum("bgrtk,bgkc->bgrtc", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, _MASKED)
+    products = jnp.einsum("bgrtk,bgkc->bgrtc", q, k, preferred_element_type=jnp.float32)
+    scores = products * q.shape[-1] ** -0.5
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, -1).astype(v.dtype)
     return jnp.einsum("bgrtc,bgck->bgrtk", weights, v)
 

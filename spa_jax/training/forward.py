@@ -72,8 +72,8 @@ def policy_terms(
     """
 
     def terms(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple:
-        entropy = losses.entropy(logits, mask) if with_entropy else jnp.zeros((), jnp.float32)
-        return log_probs_of(logits, targets), entropy
+        log_probs = log_probs_of(logits, targets)
+        return log_probs, losses.entropy(logits, mask) if with_entropy else jnp.float32(0)
 
     chunk, slots = config.compute.logits_chunk, rows.targets.size
     if not chunk or slots <= chunk:

@@ -1,14 +1,17 @@
 """The memory planner against XLA's own analysis of what it compiled."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
-from spa_jax.config import ComputeConfig, LoraConfig, PpoConfig, RowsConfig
-from spa_jax.models import heads
-from spa_jax.training import memory, parts, ppo_data, ppo_update
+from spa_jax import batching
+from spa_jax.config import ComputeConfig, LoraConfig, PpoConfig, RowsConfig, SamplingConfig
+from spa_jax.models import heads, transformer
+from spa_jax.sampling import decode
+from spa_jax.training import memory, partition, parts, ppo_data, ppo_update, sft_update
 from spa_jax.training import state as state_lib
 from tests import tiny
 
@@ -106,3 +109,41 @@ def test_an_update_needs_what_the_plan_says(settings, lora, train_layers):
     compiled = max(_update_bytes(config, ROWS, lora, train_layers))
     print(planned, compiled, planned / compiled)
     assert planned == pytest.approx(compiled, rel=TOLERANCE)
+
+
+def test_an_update_on_a_mesh_needs_what_the_plan_says():
+    """Four devices share each parameter; XLA's analysis counts one device's bytes."""
+    optimizer = state_lib.adamw(1e-5, clip_norm=1.0, weight_decay=0.0)
+    trainer = partition.Mesh(sft_update.make_loss(CONFIG), optimizer, (1, 4))
+    params = {"policy": tiny.random_params(CONFIG)}
+    state = trainer.replicate(state_lib.create(params, optimizer))
+    rows = batching._empty(4 * ROWS.rows_per_device, 256, 64, 16)
+    batch = next(batching.microbatches(rows, ROWS.rows_per_device, 4))
+    joined = trainer._joined(sft_update.SftBatch(batch))
+    zeros, accumulate, _ = trainer._compile(state)
+    counts = jax.device_put({"tokens": np.float32(1)}, trainer._everywhere)
+    sums = trainer._zero_sums(state.params, joined, counts)
+    grads = zeros(state.params)
+    compiled = accumulate.lower(state.params, {}, grads, sums, joined, counts).compile()
+    opt_state = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state))
+    planned = memory.update(CONFIG, ROWS, LoraConfig(), fsdp=4).total
+    print(planned, _total(compiled) + opt_state)
+    assert planned == pytest.approx(_total(compiled) + opt_state, rel=0.3)
+
+
+def test_the_engine_needs_what_the_plan_says():
+    """Weights, cache and what a decoded token makes, by XLA's analysis of the decoding step."""
+    sampling = SamplingConfig(slots=8, context_length=512)
+    planned = memory.exploration(CONFIG, sampling)
+    params = jax.eval_shape(transformer.unstack, memory.shapes(CONFIG))
+    state = jax.eval_shape(lambda: decode.empty_state(CONFIG, 8, 512))
+    run = functools.partial(
+        decode.decode_chunk, CONFIG, steps=4, end_of_turn=2, temperature=1.0, top_k=0, top_p=1.0
+    )
+    ids = jax.ShapeDtypeStruct((8,), np.int32)
+    keys = jax.random.split(jax.random.key(0), 8)
+    compiled = jax.jit(run, donate_argnums=1).lower(params, state, ids, ids, keys).compile()
+    print(planned, _total(compiled))
+    assert planned.cache == _bytes(state.cache)
+    starting = 2 * _bytes(memory.shapes(CONFIG))  # as they came, and as decoding reads them
+    assert planned.total == pytest.approx(max(_total(compiled), starting), rel=TOLERANCE)
