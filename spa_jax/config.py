@@ -396,14 +396,8 @@ def check(config: Any) -> None:
         raise UserError(
             f"--policy_slots={config.policy_slots} exceeds --row_length={config.row_length}"
         )
-    if isinstance(config, RowsConfig) and config.row_buckets != 1:
-        if not 0 < config.row_buckets <= config.row_length:
-            raise UserError(f"--row_buckets={config.row_buckets} must be in 1 to --row_length")
-        if config.partition == "mesh":
-            raise UserError(
-                f"--row_buckets={config.row_buckets} with --partition=mesh: the devices of a mesh "
-                "take rows of one length; drop one of them"
-            )
+    if isinstance(config, RowsConfig) and not 0 < config.row_buckets <= config.row_length:
+        raise UserError(f"--row_buckets={config.row_buckets} must be in 1 to --row_length")
     if isinstance(config, RowsConfig) and config.mesh and config.partition != "mesh":
         raise UserError(f"--mesh={config.mesh} needs --partition=mesh")
     if isinstance(config, ComputeConfig) and config.logits_chunk < 0:

@@ -79,7 +79,6 @@ def test_a_mesh_needs_its_partition():
     ("settings", "words"),
     [
         (RowsConfig(row_buckets=0), "--row_buckets=0 must be in 1"),
-        (RowsConfig(row_buckets=2, partition="mesh"), "--row_buckets=2 with --partition=mesh"),
         (ComputeConfig(logits_chunk=-1), "--logits_chunk=-1 must be >= 0"),
     ],
 )
