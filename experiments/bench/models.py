@@ -41,7 +41,7 @@ class Sizes:
     Attributes:
       rows: rows of a batch, each one episode.
       length: tokens a row.
-      layers: layers of the model; 0: all of it.
+      small: of a rehearsal: a model of two narrow layers in place of --policy.
       vocabulary: of the model whose memory is measured; it has two layers.
       tokens: tokens of its one row, all of them the policy's.
       repeats: times that each side is timed.
@@ -49,13 +49,13 @@ class Sizes:
 
     rows: int = 4
     length: int = 512
-    layers: int = 0
+    small: bool = False
     vocabulary: int = 128_256
     tokens: int = 4096
     repeats: int = 5
 
 
-REHEARSAL = Sizes(rows=2, length=128, layers=2, vocabulary=8192, tokens=1024, repeats=2)
+REHEARSAL = Sizes(rows=2, length=128, small=True, vocabulary=8192, tokens=1024, repeats=2)
 
 
 def episodes(sizes: Sizes, share: float, vocab_size: int) -> list[Trajectory]:
@@ -228,12 +228,15 @@ def check_same(losses: Mapping[str, float]) -> None:
         raise AssertionError(f"the sides compute different losses: {losses}")
 
 
-def cut(config: ModelConfig, params: Params, layers: int) -> tuple[ModelConfig, Params]:
-    """The model with its lowest layers only; 0: all."""
-    if not layers:
-        return config, params
-    lowest = jax.tree.map(lambda x: x[:layers], params["layers"])
-    return dataclasses.replace(config, num_layers=layers), {**params, "layers": lowest}
+def model(sizes: Sizes) -> tuple[ModelConfig, Params, str]:
+    """As `floor.model`; a small one for a rehearsal."""
+    if not sizes.small:
+        return floor.model()
+    config = dataclasses.replace(
+        SMOLLM2_135M, num_layers=2, vocab_size=2048, hidden_size=192, num_heads=3, num_kv_heads=1
+    )
+    params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    return config, params, "a small random model (rehearsal)"
 
 
 def run() -> None:
@@ -241,8 +244,7 @@ def run() -> None:
     peers.torch(), peers.require("transformers")  # before minutes are spent
     sizes = REHEARSAL if flags.FLAGS.rehearsal else Sizes()
     memory = projection_memory(sizes)
-    config, params, name = floor.model()
-    config, params = cut(config, params, sizes.layers)
+    config, params, name = model(sizes)
     params = jax.device_get(params)
     rows = pack(sizes, _SHARE, config.vocab_size)
     print(f"model: {name}, {config.num_layers} layers, float32; {sizes.rows} rows of "
