@@ -117,7 +117,9 @@ def projection_memory(sizes: Sizes) -> dict[str, tuple[float, float]]:
         )
         compiled = gradient.lower(params, rows).compile()
         jax.block_until_ready(compiled(params, rows))
-        temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
+        analysis = compiled.memory_analysis()
+        assert analysis is not None  # every backend of ours has one
+        temporaries = analysis.temp_size_in_bytes / 2**30
         found[name] = (temporaries, peak_gib())
     return found
 
@@ -251,7 +253,7 @@ def run() -> None:
           f"{sizes.length} tokens, {rows.token_mask.mean():.0%} of their slots filled: "
           f"{rows.token_mask.sum() / rows.tokens.size:.1%} of the tokens are the policy's; "
           f"{peers.torch().get_num_threads()} threads")  # fmt: skip
-    trained = {
+    trained: dict[str, Callable[[], float]] = {
         "ours": OurUpdate(config, params, rows),
         "theirs": TheirUpdate(peers.model(config, params), rows, True),
         "theirs, policy tokens only": TheirUpdate(peers.model(config, params), rows, False),

@@ -6,6 +6,7 @@ B rows, T tokens, H query heads, G key/value heads, K head size.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,11 @@ def check(attention: str, dtype: str, head_dim: int, platform: str) -> None:
 
 
 def cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, implementation: str = "cudnn"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> jax.Array:
     """cuDNN's fused attention.
 
@@ -60,13 +65,7 @@ def cudnn(
     Returns:
       [B, T, H, K].
     """
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask[:, None],
-        implementation=implementation,  # type: ignore[arg-type]
-    )
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -100,6 +99,8 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> 
 
 def _blocks(size: int) -> splash_attention.BlockSizes:
     """Blocks of `size` queries and keys, forward and backward."""
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
-             "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")  # fmt: skip
-    return splash_attention.BlockSizes(**dict.fromkeys(names, size))
+    return splash_attention.BlockSizes(
+        block_q=size, block_kv=size, block_kv_compute=size,
+        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=size,
+        block_q_dq=size, block_kv_dq=size,
+    )  # fmt: skip
