@@ -39,7 +39,8 @@ class Need:
       reference: a second set of weights for the reference policy. There is none: its
         log-probabilities are on the episodes (`annotate`), and adapters can be left out.
       gathered: weights that a mesh has brought together for use, and their gradient.
-      activations: what the backward pass reads, or a forward pass has in a layer.
+      activations: what the backward pass reads, or a forward pass has in a layer, or an engine
+        has at its start only.
       logits: over the vocabulary.
       cache: keys and values of the conversations being played.
     """
@@ -110,15 +111,22 @@ def forward(config: ModelConfig, rows: RowsConfig) -> Need:
 
 
 def exploration(config: ModelConfig, sampling: SamplingConfig) -> Need:
-    """The generation engine: its weights come as float32, and are then cast once."""
+    """The generation engine: its weights come as float32, and are cast before anything is played.
+
+    What those need beyond cache and logits is told under `activations`.
+    """
     weights = _elements(shapes(config)) * _width(config)
     cache = jax.eval_shape(
         lambda: transformer.empty_cache(config, sampling.slots, sampling.context_length)
     )
     logits = _LOGITS_FORWARD * sampling.slots * config.vocab_size * _FLOAT32
-    playing = Need(parameters=weights, logits=logits, cache=_bytes(cache))
-    starting = Need(parameters=weights + _elements(shapes(config)) * _FLOAT32)
-    return max(playing, starting, key=lambda need: need.total)
+    came = _elements(shapes(config)) * _FLOAT32
+    return Need(
+        parameters=weights,
+        activations=max(0.0, came - logits - _bytes(cache)),
+        logits=logits,
+        cache=_bytes(cache),
+    )
 
 
 def kept_bytes(
