@@ -17,9 +17,16 @@ from absl import flags
 
 from experiments import common, train_progress
 from experiments import flags as flags_lib
+from spa_jax import config as config_lib
 from spa_jax import store
 from spa_jax.attribution import credit
-from spa_jax.config import CreditConfig, DistributedConfig, RowsConfig
+from spa_jax.config import (
+    DEFAULT_COMPUTE,
+    ComputeConfig,
+    CreditConfig,
+    DistributedConfig,
+    RowsConfig,
+)
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
 from spa_jax.models import lora as lora_lib
@@ -37,13 +44,15 @@ def run(
     rows: RowsConfig,
     seed: int,
     keys: Collection[tuple] | None = None,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
 ) -> list[Trajectory]:
     """Writes the episodes of `data` to the file `out`, annotated; returns those.
 
     With `keys`, only the episodes with these keys are annotated; the others are written as they
     are, and environment errors are left out either way.
     """
-    policy = common.load_policy(policy_folder)
+    config_lib.check_attention(compute, rows)
+    policy = common.load_policy(policy_folder, compute=compute)
     head = progress_head(policy, progress_folder)
     played = train_progress.playable(store.read(data))
     trajectories = [t for t in played if keys is None or t.key in keys]
@@ -140,6 +149,7 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(CreditConfig),
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,
+        compute=flags_lib.read(ComputeConfig),
     )
     print(f"RESULT annotated={len(annotated)} out={folder / 'annotated.jsonl'}")
 
@@ -148,5 +158,5 @@ if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the trunk; W/sft/policy by default.")
     _DATA = flags.DEFINE_string("data", "", "Episodes; W/iteration_I/explore by default.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(CreditConfig, RowsConfig, DistributedConfig)
+    flags_lib.define(CreditConfig, RowsConfig, ComputeConfig, DistributedConfig)
     flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

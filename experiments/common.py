@@ -21,6 +21,8 @@ from experiments import flags as flags_lib
 from spa_jax import pretrained, rollout, store, tokenizer
 from spa_jax.chat import TEMPLATE, TEMPLATES, ChatFormat
 from spa_jax.config import (
+    DEFAULT_COMPUTE,
+    ComputeConfig,
     DistributedConfig,
     EnvConfig,
     LoraConfig,
@@ -32,8 +34,8 @@ from spa_jax.envs.guard import read_token
 from spa_jax.envs.openenv import OPENENV, OpenEnvClient
 from spa_jax.envs.server import LocalServer
 from spa_jax.errors import UserError
+from spa_jax.models import fused, transformer, weights
 from spa_jax.models import lora as lora_lib
-from spa_jax.models import transformer, weights
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.sampling.engine import Engine
 from spa_jax.sampling.parallel import ParallelEngine
@@ -90,22 +92,28 @@ class Policy:
         return ChatFormat.from_tokenizer(self.tokenizer, self.chat_format)
 
 
-def load_policy(policy: str | os.PathLike[str], chat_format: str = TEMPLATE) -> Policy:
+def load_policy(
+    policy: str | os.PathLike[str],
+    chat_format: str = TEMPLATE,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
+) -> Policy:
     """Reads a Hugging Face folder, or a PEFT adapter's, with the heads beside it if there are any.
 
     Args:
       policy: the folder; or a GGUF file or a model of the hub, as `pretrained.resolve` takes it.
       chat_format: the format of a policy that was not trained here; ours remember theirs.
+      compute: how its model is computed.
 
     Raises:
-      UserError: the folder lacks something, its tokenizer has more ids than the embedding, or it
-        was trained in another chat format.
+      UserError: the folder lacks something, its tokenizer has more ids than the embedding, it was
+        trained in another chat format, or the attention asked for does not run here.
     """
     path = pretrained.resolve(policy)
     about = _about(path)
     noted = {"version": about.get("version", 0), "trunk": about.get("progress_trunk", "")}
     if weights.is_adapter(path):
-        base = load_policy(weights.adapter_base(path), about.get("chat_format", chat_format))
+        trained_in = about.get("chat_format", chat_format)
+        base = load_policy(weights.adapter_base(path), trained_in, compute)
         lora, adapter = weights.load_adapter(path, base.config)
         params = jax.device_get(lora_lib.merge(lora, base.params, adapter))
         return dataclasses.replace(
@@ -121,7 +129,20 @@ def load_policy(policy: str | os.PathLike[str], chat_format: str = TEMPLATE) -> 
             "to different models"
         )
     heads = weights.load_heads(path)
+    config = computed(config, compute)
     return Policy(path, path, config, params, heads, backend, trained_in, **noted)
+
+
+def computed(config: ModelConfig, compute: ComputeConfig) -> ModelConfig:
+    """The model as it is computed on this machine.
+
+    Raises:
+      UserError: the attention asked for does not run here.
+    """
+    platform = jax.default_backend()
+    compute = compute.resolved(platform)
+    fused.check(compute.attention, compute.compute_dtype, config.head_dim, platform)
+    return dataclasses.replace(config, compute=compute)
 
 
 def check_chat_format(policy: str | os.PathLike[str], chat_format: str) -> None:

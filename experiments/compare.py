@@ -42,7 +42,7 @@ def continue_sft(r: run_spa.Run) -> None:
     settings = dataclasses.replace(r.sft, updates=updates, patience=0, eval_every=updates)
     sft.run(
         r.workdir / "continued_sft", str(r.base), demos["train"], demos["valid"], settings,
-        r.rows, r.seed + 1, r.lora_of("sft"), r.chat.chat_format,
+        r.rows, r.seed + 1, r.lora_of("sft"), r.chat.chat_format, r.compute,
     )  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def run_seed(r: run_spa.Run) -> dict[str, evaluation.Summary]:
             games,
             r.seed,
             r.chat.chat_format,
+            r.compute,
         )
         for arm in ARMS
     }

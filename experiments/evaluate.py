@@ -19,7 +19,9 @@ from experiments import flags as flags_lib
 from spa_jax import evaluation
 from spa_jax.chat import TEMPLATE
 from spa_jax.config import (
+    DEFAULT_COMPUTE,
     ChatConfig,
+    ComputeConfig,
     DistributedConfig,
     EnvConfig,
     ExploreConfig,
@@ -35,11 +37,12 @@ def run(
     games: ExploreConfig,
     seed: int,
     chat_format: str = TEMPLATE,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
 ) -> evaluation.Summary:
     """Plays one episode of each chosen game and writes the summary."""
     once = dataclasses.replace(games, rollouts=1)
     title = f"evaluate {out.name}"
-    played = explore.run(out, policy_folder, env, sampling, once, seed, title, chat_format)
+    played = explore.run(out, policy_folder, env, sampling, once, seed, title, chat_format, compute)
     summary = evaluation.summarize(played)
     common.write_json(out / "summary.json", summary.to_dict())
     return summary
@@ -58,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(ExploreConfig),
         flags_lib.SEED.value,
         flags_lib.read(ChatConfig).chat_format,
+        flags_lib.read(ComputeConfig),
     )
     print(evaluation.table({_NAME.value: summary}))
     for task_type, won in sorted(summary.by_task_type.items()):
@@ -73,5 +77,7 @@ if __name__ == "__main__":
         "policy", "", "Folder of the policy, or 'expert'; W/sft/policy by default."
     )
     _NAME = flags.DEFINE_string("name", "policy", "Folder below W/eval to write.")
-    flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig, ChatConfig, DistributedConfig)
+    flags_lib.define(
+        EnvConfig, SamplingConfig, ExploreConfig, ChatConfig, ComputeConfig, DistributedConfig
+    )
     flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

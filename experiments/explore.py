@@ -20,7 +20,9 @@ from experiments import flags as flags_lib
 from spa_jax import evaluation, rollout
 from spa_jax.chat import TEMPLATE
 from spa_jax.config import (
+    DEFAULT_COMPUTE,
     ChatConfig,
+    ComputeConfig,
     DistributedConfig,
     EnvConfig,
     ExploreConfig,
@@ -65,11 +67,12 @@ def run(
     seed: int,
     title: str = "explore",
     chat_format: str = TEMPLATE,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
 ) -> list[Trajectory]:
     """Plays `explore.rollouts` episodes of every chosen game; returns those of all processes."""
     started = time.time()
     expert = policy_folder == common.EXPERT
-    policy = None if expert else common.load_policy(policy_folder, chat_format)
+    policy = None if expert else common.load_policy(policy_folder, chat_format, compute)
     if policy:
         common.record_chat_format(out, policy)
     slots = 2 if expert else sampling.slots
@@ -104,6 +107,7 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(ExploreConfig),
         flags_lib.SEED.value,
         chat_format=flags_lib.read(ChatConfig).chat_format,
+        compute=flags_lib.read(ComputeConfig),
     )
     summary = evaluation.summarize(played)
     print(
@@ -117,5 +121,7 @@ if __name__ == "__main__":
         "policy", "", "Folder of the policy, or 'expert'; W/sft/policy by default."
     )
     _OUT = flags.DEFINE_string("out", "", "Folder to write; W/iteration_0/explore by default.")
-    flags_lib.define(EnvConfig, SamplingConfig, ExploreConfig, ChatConfig, DistributedConfig)
+    flags_lib.define(
+        EnvConfig, SamplingConfig, ExploreConfig, ChatConfig, ComputeConfig, DistributedConfig
+    )
     flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

@@ -49,6 +49,7 @@ CONFIGS: dict[str, type] = {
     "credit": config_lib.CreditConfig,
     "ppo": config_lib.PpoConfig,
     "lora": config_lib.LoraConfig,
+    "compute": config_lib.ComputeConfig,
     "chat": config_lib.ChatConfig,
 }
 
@@ -70,6 +71,7 @@ class Run:
     credit: config_lib.CreditConfig
     ppo: config_lib.PpoConfig
     lora: config_lib.LoraConfig
+    compute: config_lib.ComputeConfig
     chat: config_lib.ChatConfig
 
     @property
@@ -123,21 +125,25 @@ def check_splits(r: Run) -> None:
     """Asserts at start that nothing held out is ever trained on."""
     names = {r.explore.split, r.run.heldout_split}
     if not r.run.base and not r.run.demonstrations:
-        names |= {"train", "valid"}
+        names |= {r.run.demo_split, r.run.demo_valid_split}
     with common.open_env(r.env, 1, r.workdir / "server.log") as client:
         splits = {name: client.tasks(name) for name in sorted(names)}
     assert_disjoint(splits, r.run.heldout_split)
 
 
 def play_demos(r: Run) -> dict[str, list[Trajectory]]:
-    """The expert's won episodes on the games of train and valid."""
+    """The expert's won episodes, to train on and held out."""
+    chosen = {
+        "train": (r.run.demo_split, r.run.demo_games),
+        "valid": (r.run.demo_valid_split, r.run.demo_valid_games),
+    }
     demos = {}
-    for split in ("train", "valid"):
-        every = config_lib.ExploreConfig(rollouts=1, split=split)
-        folder = r.workdir / "demos" / split
-        title = f"demos {split}"
-        played = explore.run(folder, common.EXPERT, r.env, r.sampling, every, r.seed, title)
-        demos[split] = [t for t in played if t.success]
+    for part, (split, games) in chosen.items():
+        once = config_lib.ExploreConfig(rollouts=1, split=split, games=games)
+        folder = r.workdir / "demos" / part
+        title = f"demos {part}"
+        played = explore.run(folder, common.EXPERT, r.env, r.sampling, once, r.seed, title)
+        demos[part] = [t for t in played if t.success]
     return demos
 
 
@@ -156,8 +162,7 @@ def train_base(r: Run) -> None:
         demos = play_demos(r)
     sft.run(
         r.workdir / "sft", r.policy, demos["train"], demos["valid"], r.sft, r.rows, r.seed,
-        r.lora_of("sft"),
-        r.chat.chat_format,
+        r.lora_of("sft"), r.chat.chat_format, r.compute,
     )  # fmt: skip
 
 
@@ -173,19 +178,20 @@ def train_round(r: Run, iteration: int) -> None:
     title = f"explore {iteration}"
     explore.run(
         folder / "explore", str(policy), r.env, r.sampling, games, r.seed, title,
-        r.chat.chat_format,
+        r.chat.chat_format, r.compute,
     )  # fmt: skip
     data = train_progress.data_files(r.workdir, iteration)
     train_progress.run(
-        folder / "progress", str(r.base), data, r.progress, r.rows, r.seed, r.lora_of("progress")
-    )
+        folder / "progress", str(r.base), data, r.progress, r.rows, r.seed,
+        r.lora_of("progress"), r.compute,
+    )  # fmt: skip
     annotate.run(
         folder / "annotated.jsonl", str(r.base), data[0], folder / "progress", r.credit, r.rows,
-        r.seed,
+        r.seed, compute=r.compute,
     )  # fmt: skip
     train_ppo.run(
         folder / "ppo", str(policy), folder / "annotated.jsonl", r.ppo, r.rows,
-        r.seed + iteration, r.lora_of("ppo"), r.base,
+        r.seed + iteration, r.lora_of("ppo"), r.base, r.compute,
     )  # fmt: skip
 
 
@@ -199,12 +205,13 @@ def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summa
     games = config_lib.ExploreConfig(
         rollouts=1, games=r.run.heldout_games, split=r.run.heldout_split
     )
-    chat_format = r.chat.chat_format
-    summary = evaluate.run(out, str(policy), r.env, sampling, games, r.seed, chat_format)
+    summary = evaluate.run(
+        out, str(policy), r.env, sampling, games, r.seed, r.chat.chat_format, r.compute
+    )
     last = r.workdir / f"iteration_{r.run.iterations - 1}" / "progress"
     path = out / "trajectories.jsonl"
     keys = None if name == BASE else {t.key for t in shown(store.read(path))}
-    annotate.run(path, str(r.base), path, last, r.credit, r.rows, r.seed, keys)
+    annotate.run(path, str(r.base), path, last, r.credit, r.rows, r.seed, keys, r.compute)
     return summary
 
 
@@ -262,6 +269,7 @@ def from_flags() -> Run:
     config_lib.check_together(configs["ppo"], configs["credit"], configs["explore"])
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     made = Run(workdir=workdir, policy=flags.FLAGS.policy, seed=flags_lib.SEED.value, **configs)
+    config_lib.check_attention(made.compute, made.rows)
     for stage, settings in (("sft", made.sft), ("ppo", made.ppo)):
         flag = f"--{stage}_train_layers"
         config_lib.check_trained(made.lora_of(stage), settings.train_layers, flag)

@@ -20,7 +20,15 @@ from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, chat, store
 from spa_jax import config as config_lib
-from spa_jax.config import ChatConfig, DistributedConfig, LoraConfig, RowsConfig, SftConfig
+from spa_jax.config import (
+    DEFAULT_COMPUTE,
+    ChatConfig,
+    ComputeConfig,
+    DistributedConfig,
+    LoraConfig,
+    RowsConfig,
+    SftConfig,
+)
 from spa_jax.errors import UserError
 from spa_jax.models import transformer
 from spa_jax.training import (
@@ -47,17 +55,19 @@ def run(
     seed: int,
     lora: LoraConfig,
     chat_format: str = chat.TEMPLATE,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
 ) -> None:
     """Trains, from the newest checkpoint if there is one, and writes out/policy."""
     if common.is_done(out, "sft"):
         return
     config_lib.check_trained(lora, sft.train_layers, "--sft_train_layers")
+    config_lib.check_attention(compute, rows)
     started = time.time()
     if not train:
         raise UserError(
             f"{out}: no demonstration to learn from; the expert must win within --max_steps"
         )
-    policy = common.load_policy(policy_folder, chat_format)
+    policy = common.load_policy(policy_folder, chat_format, compute)
     train = [chat.encode_trajectory(policy.chat, t) for t in train]
     valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
     common.check_lengths(policy, [*train, *valid], "demonstrations")
@@ -69,9 +79,10 @@ def run(
     trainable = common.trainable(policy, sft.train_layers, lora, seed)
     parts = trainable.parts
     loss_fn = parts.on_parts(sft_update.make_loss(policy.config))
-    trainer = partition.make(rows, loss_fn, optimizer, frozen=parts.frozen)
+    frozen = parts.frozen_in(policy.config.dtype)
+    trainer = partition.make(rows, loss_fn, optimizer, frozen, compute.accum_dtype)
     evaluate = trainer.forward(parts.on_parts(sft_update.make_nll(policy.config)))
-    layers = partition.whole_layers(trainer, parts.frozen)
+    layers = partition.whole_layers(trainer, frozen)
     train_data = Demonstrations(
         train, rows, policy.config, layers, trainer.devices, "frozen layers"
     )
@@ -143,7 +154,8 @@ def _update(
 ) -> tuple[Any, dict[str, float]]:
     """One update, and its metrics."""
     tick = time.time()
-    packed, batches = train.batches(chosen)
+    packed, cut = train.batches(chosen)
+    batches = list(cut)
     tokens = float(packed.token_mask.sum())
     state, sums = trainer.update(state, batches, {"tokens": tokens})
     computed = float(batching.token_count(packed))
@@ -152,7 +164,7 @@ def _update(
         "grad_norm": sums["grad_norm"],
         "tokens": computed,
         "tokens_per_second": computed / (time.time() - tick),
-        "padding_share": batching.padding_share(packed),
+        "padding_share": batching.padding_share(*(batch.rows for batch in batches)),
     }
 
 
@@ -180,7 +192,8 @@ class Demonstrations:
     ) -> tuple[batching.PackedRows, Iterator[sft_update.SftBatch]]:
         """The rows of the demonstrations with these indices, and their microbatches."""
         packed = batching.pack([self.trajectories[i] for i in chosen], **self._rows.packing)
-        cut = batching.microbatches(packed, self._rows.rows_per_device, self._devices)
+        rows = self._rows
+        cut = batching.microbatches(packed, rows.rows_per_device, self._devices, rows.row_buckets)
         return packed, (
             sft_update.SftBatch(b, scoring.below_in_rows(self._below, chosen, b)) for b in cut
         )
@@ -217,10 +230,13 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.SEED.value,
         flags_lib.read(LoraConfig),
         flags_lib.read(ChatConfig).chat_format,
+        flags_lib.read(ComputeConfig),
     )
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "models/smollm2-135m-instruct", common.POLICY_HELP)
-    flags_lib.define(SftConfig, RowsConfig, LoraConfig, ChatConfig, DistributedConfig)
+    flags_lib.define(
+        SftConfig, RowsConfig, LoraConfig, ChatConfig, ComputeConfig, DistributedConfig
+    )
     flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

@@ -25,7 +25,14 @@ from experiments import flags as flags_lib
 from experiments.train_progress import playable
 from spa_jax import batching, pretrained, store
 from spa_jax import config as config_lib
-from spa_jax.config import DistributedConfig, LoraConfig, PpoConfig, RowsConfig
+from spa_jax.config import (
+    DEFAULT_COMPUTE,
+    ComputeConfig,
+    DistributedConfig,
+    LoraConfig,
+    PpoConfig,
+    RowsConfig,
+)
 from spa_jax.errors import UserError
 from spa_jax.models import heads
 from spa_jax.models.transformer import ModelConfig, Params
@@ -60,6 +67,7 @@ def run(
     seed: int,
     lora: LoraConfig,
     reference: pathlib.Path,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
 ) -> None:
     """Trains, from the newest checkpoint if there is one, and writes out/policy.
 
@@ -68,6 +76,7 @@ def run(
     if common.is_done(out, "ppo"):
         return
     config_lib.check_trained(lora, ppo.train_layers, "--ppo_train_layers")
+    config_lib.check_attention(compute, rows)
     started = time.time()
     trajectories = playable(store.read(data))
     common.agree_on(trajectories, data)
@@ -76,7 +85,8 @@ def run(
         trajectories = ppo_data.won(trajectories, data)
     else:
         check_reference(data, trajectories, reference, ppo)
-    policy = common.load_policy(policy_folder, common.recorded_chat_format(data.parent / "explore"))
+    chat_format = common.recorded_chat_format(data.parent / "explore")
+    policy = common.load_policy(policy_folder, chat_format, compute)
     common.check_lengths(policy, trajectories, data)
     head: dict[str, Params] = {}
     scores: scoring.Scores | None = None
@@ -98,7 +108,8 @@ def run(
         if ppo.objective == RFT
         else ppo_update.make_loss(policy.config, ppo, temperature)
     )
-    trainer = partition.make(rows, parts.on_parts(loss), optimizer, frozen=parts.frozen)
+    frozen = parts.frozen_in(policy.config.dtype)
+    trainer = partition.make(rows, parts.on_parts(loss), optimizer, frozen, compute.accum_dtype)
     make = updates(
         trainer, parts, policy.config, trajectories, scores, ppo, rows, temperature, head
     )
@@ -158,8 +169,8 @@ def updates(
 ) -> Callable[[np.ndarray, Any], ppo_data.Update]:
     """(indices of an update's episodes, parameters on the devices) -> the update's data."""
     below = scoring.below(
-        config, partition.whole_layers(trainer, parts.frozen), trajectories, rows,
-        devices=trainer.devices, title="frozen layers",
+        config, partition.whole_layers(trainer, parts.frozen_in(config.dtype)), trajectories,
+        rows, devices=trainer.devices, title="frozen layers",
     )  # fmt: skip
     if ppo.objective == RFT:
         return lambda chosen, _: ppo_data.make_rft_update(
@@ -224,7 +235,7 @@ def train(
             metrics |= {
                 "tokens": tokens,
                 "tokens_per_second": tokens / (time.time() - tick),
-                "padding_share": batching.padding_share(made.packed),
+                "padding_share": batching.padding_share(*(b.rows for b in made.batches)),
                 **constants,
             }
             writer.write(update + 1, metrics)
@@ -347,11 +358,12 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.SEED.value,
         flags_lib.read(LoraConfig),
         policy_before(workdir, 0),
+        flags_lib.read(ComputeConfig),
     )
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the policy that played the episodes.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(PpoConfig, RowsConfig, LoraConfig, DistributedConfig)
+    flags_lib.define(PpoConfig, RowsConfig, LoraConfig, ComputeConfig, DistributedConfig)
     flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

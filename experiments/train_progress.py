@@ -23,8 +23,16 @@ from absl import flags
 from experiments import common
 from experiments import flags as flags_lib
 from spa_jax import batching, evaluation, store
+from spa_jax import config as config_lib
 from spa_jax.attribution import estimator
-from spa_jax.config import DistributedConfig, LoraConfig, ProgressConfig, RowsConfig
+from spa_jax.config import (
+    DEFAULT_COMPUTE,
+    ComputeConfig,
+    DistributedConfig,
+    LoraConfig,
+    ProgressConfig,
+    RowsConfig,
+)
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
 from spa_jax.models.transformer import Params
@@ -51,12 +59,14 @@ def run(
     rows: RowsConfig,
     seed: int,
     lora: LoraConfig,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
 ) -> None:
     """Trains the head, from the newest checkpoint if there is one, and writes it to `out`."""
     if common.is_done(out, "progress"):
         return
+    config_lib.check_attention(compute, rows)
     started = time.time()
-    policy = common.load_policy(policy_folder)
+    policy = common.load_policy(policy_folder, compute=compute)
     features, trajectories = load_features(policy, data, rows)
     trunk: FrozenTrunk | AdaptedTrunk = FrozenTrunk(features)
     if lora.rank:
@@ -161,7 +171,10 @@ class AdaptedTrunk:
         """The trainer of a head and the adapters."""
         parts = self.trainable.parts
         loss_fn = parts.on_parts(estimator_update.make_trunk_loss(self.trainable.policy.config))
-        return partition.Pmap(loss_fn, optimizer, frozen=parts.frozen)
+        config = self.trainable.policy.config
+        return partition.Pmap(
+            loss_fn, optimizer, None, parts.frozen_in(config.dtype), config.compute.accum_dtype
+        )
 
     def batches(self, chosen: np.ndarray, size: int, devices: int) -> list[EstimatorRows]:
         """The chosen episodes, packed into the trainer's microbatches."""
@@ -171,7 +184,9 @@ class AdaptedTrunk:
         rewards = np.repeat(_rewards(episodes)[:, None], scoring.max_steps(episodes), 1)
         return [
             EstimatorRows(rows=batch, final_reward=batching.scatter_steps(rewards, batch))
-            for batch in batching.microbatches(packed, self.rows.rows_per_device, devices)
+            for batch in batching.microbatches(
+                packed, self.rows.rows_per_device, devices, self.rows.row_buckets
+            )
         ]
 
     def features_of(self, params: Params, chosen: np.ndarray) -> StepFeatures:
@@ -310,11 +325,12 @@ def main(argv: Sequence[str]) -> None:
         flags_lib.read(RowsConfig),
         flags_lib.SEED.value,
         flags_lib.read(LoraConfig),
+        flags_lib.read(ComputeConfig),
     )
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_string("policy", "", "Folder of the trunk; W/sft/policy by default.")
     _ITERATION = flags.DEFINE_integer("iteration", 0, "The round.")
-    flags_lib.define(ProgressConfig, RowsConfig, LoraConfig, DistributedConfig)
+    flags_lib.define(ProgressConfig, RowsConfig, LoraConfig, ComputeConfig, DistributedConfig)
     flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)

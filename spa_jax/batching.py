@@ -276,9 +276,10 @@ def token_count(rows: PackedRows) -> int:
     return int(np.count_nonzero(np.asarray(rows.segment_ids)))
 
 
-def padding_share(rows: PackedRows) -> float:
-    """The share of `tokens`, in [0, 1], that holds no trajectory."""
-    return float(np.mean(np.asarray(rows.segment_ids) == 0))
+def padding_share(*batches: PackedRows) -> float:
+    """The share of all the batches' `tokens`, in [0, 1], that holds no trajectory."""
+    segments = [np.asarray(rows.segment_ids) for rows in batches]
+    return float(sum(np.count_nonzero(s == 0) for s in segments) / sum(s.size for s in segments))
 
 
 def scatter_steps(values: np.ndarray, rows: PackedRows) -> np.ndarray:
@@ -393,20 +394,25 @@ def take_rows(rows: PackedRows, order: Sequence[int] | np.ndarray) -> PackedRows
 
 
 def microbatches(
-    rows: PackedRows, rows_per_batch: int, devices: int | None = None
+    rows: PackedRows, rows_per_batch: int, devices: int | None = None, buckets: int = 1
 ) -> Iterator[PackedRows]:
-    """Cuts the rows, in order, into batches of one static shape.
+    """Cuts the rows, in order, into batches of one static shape, or of a few.
 
-    The last batch is filled up with padding rows, which change no sum.
+    The last batch is filled up with padding rows, which change no sum.  With buckets, a batch
+    loses the padding at its rows' ends, down to the next of so many lengths:
+
+        L = 8, buckets = 4    lengths 2 4 6 8      rows that use 3 and 5 columns: a batch of 6
 
     Args:
       rows: [R, ...] arrays.
       rows_per_batch: rows a batch (and a device).
       devices: the leading axis for `pmap`; None for none.
+      buckets: how many lengths there are, L the longest; 1: all batches have L columns.
 
     Yields:
       Batches of [rows_per_batch, ...] or [devices, rows_per_batch, ...] arrays.
     """
+    by_column = ("tokens", "positions", "segment_ids")
     count = rows_per_batch * (devices or 1)
     lead = (rows_per_batch,) if devices is None else (devices, rows_per_batch)
     names = [f.name for f in dataclasses.fields(PackedRows)]
@@ -417,4 +423,9 @@ def microbatches(
         if missing:
             fill = _empty(missing, *shape)
             part = {name: np.concatenate([part[name], getattr(fill, name)]) for name in names}
+        if buckets > 1:
+            used = np.flatnonzero(part["segment_ids"].any(0))
+            step = -(-shape[0] // buckets)
+            length = min(shape[0], max(1, -(-(used.max(initial=-1) + 1) // step)) * step)
+            part |= {name: part[name][:, :length] for name in by_column}
         yield PackedRows(**{name: a.reshape(*lead, a.shape[-1]) for name, a in part.items()})

@@ -11,6 +11,7 @@ from spa_jax.errors import UserError
 
 # The matrices of a layer that an adapter can change.
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+DTYPES = ("float32", "bfloat16")
 GROUP_OBJECTIVES = ("grpo", "rloo")  # compare the rollouts of a task with each other
 
 
@@ -164,6 +165,10 @@ class RowsConfig:
     policy_slots: int = _setting(384, "Policy tokens a packed row holds.")
     step_slots: int = _setting(64, "Steps a packed row holds.")
     rows_per_device: int = _setting(2, "Rows that a device takes at once (a microbatch).")
+    row_buckets: int = _setting(
+        1, "Lengths that a microbatch can have in an update: it is cut to the next k-th of "
+        "--row_length. More leave less padding, and are compiled one by one.",
+    )  # fmt: skip
     share_prefix: bool = _setting(
         True, "Compute what all of a batch's trajectories open with once a row."
     )
@@ -176,6 +181,11 @@ class RowsConfig:
         "", "data:A,fsdp:B: A x B devices share a batch, B of them each parameter; empty: all "
         "devices, parameters whole."
     )  # fmt: skip
+
+    @property
+    def slots(self) -> int:
+        """Policy-token slots of a device's microbatch."""
+        return self.rows_per_device * self.policy_slots
 
     @property
     def packing(self) -> dict[str, Any]:
@@ -211,6 +221,51 @@ class DistributedConfig:
     def by_hand(self) -> bool:
         """Whether the three flags say who the processes are."""
         return bool(self.coordinator_address)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How a model is computed: in which numbers, what is kept, by which attention.
+
+    Log-probabilities, losses, the heads and the optimiser's moments are float32 whatever is set.
+    """
+
+    param_dtype: str = _setting(
+        "float32", "Of the weights that are trained. bfloat16 halves them; a change smaller than "
+        "1/256 of a weight is then lost.", choices=DTYPES,
+    )  # fmt: skip
+    compute_dtype: str = _setting(
+        "auto", "Of products and activations, and of weights that are frozen. auto: bfloat16 on "
+        "an accelerator, float32 on a CPU.", choices=("auto", *DTYPES),
+    )  # fmt: skip
+    accum_dtype: str = _setting(
+        "float32", "Of the gradients, while those of an update's microbatches are added up.",
+        choices=DTYPES,
+    )  # fmt: skip
+    remat: str = _setting(
+        "none", "What a layer keeps for the backward pass. none: all that it needs; dots: the "
+        "products with weights, and attention; attention: that alone; layer: only what it "
+        "started from. What is not kept is computed again.",
+        choices=("none", "dots", "attention", "layer"),
+    )  # fmt: skip
+    attention: str = _setting(
+        "xla", "Attention in training. xla: in blocks, everywhere; cudnn: its fused kernel, on "
+        "NVIDIA GPUs; splash: a Pallas kernel, on TPUs.", choices=("xla", "cudnn", "splash"),
+    )  # fmt: skip
+    logits_chunk: int = _setting(
+        512, "Policy tokens whose logits over the vocabulary exist at once, a device; more are "
+        "projected in chunks, and again in the backward pass. 0: all at once.",
+    )  # fmt: skip
+
+    def resolved(self, platform: str) -> "ComputeConfig":
+        """With the dtype that `auto` means on a platform: cpu, gpu or tpu."""
+        if self.compute_dtype != "auto":
+            return self
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+        return dataclasses.replace(self, compute_dtype=dtype)
+
+
+DEFAULT_COMPUTE = ComputeConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,6 +413,10 @@ class RunConfig:
         "", "Clone the episodes of this ShareGPT-style log (see import_demos) instead of our "
         "expert's.",
     )  # fmt: skip
+    demo_split: str = _setting("train", "The split whose games the expert demonstrates.")
+    demo_games: int = _setting(0, "How many of them, from the first in the split's order; 0: all.")
+    demo_valid_split: str = _setting("valid", "The split of the held-out demonstrations.")
+    demo_valid_games: int = _setting(0, "How many of its games; 0: all.")
     lora_stages: tuple[str, ...] = _setting(
         ("sft", "ppo"),
         "With --lora_rank, the stages that train adapters, of sft,progress,ppo; "
@@ -406,8 +465,12 @@ def check(config: Any) -> None:
         raise UserError(
             f"--policy_slots={config.policy_slots} exceeds --row_length={config.row_length}"
         )
+    if isinstance(config, RowsConfig) and not 0 < config.row_buckets <= config.row_length:
+        raise UserError(f"--row_buckets={config.row_buckets} must be in 1 to --row_length")
     if isinstance(config, RowsConfig) and config.mesh and config.partition != "mesh":
         raise UserError(f"--mesh={config.mesh} needs --partition=mesh")
+    if isinstance(config, ComputeConfig) and config.logits_chunk < 0:
+        raise UserError(f"--logits_chunk={config.logits_chunk} must be >= 0")
     if isinstance(config, PpoConfig):
         _check_objective(config)
     if isinstance(config, LoraConfig):
@@ -492,6 +555,29 @@ def check_together(ppo: PpoConfig, credit: CreditConfig, explore: ExploreConfig)
             f"--credit={credit.credit} with --objective=rft: rft clones whole episodes, no step's "
             "credit enters; drop one of them"
         )
+
+
+def check_attention(compute: ComputeConfig, rows: RowsConfig) -> None:
+    """Refuses rows that the splash kernel cannot take.
+
+    Raises:
+      UserError: names the flags, and says why.
+    """
+    if compute.attention != "splash":
+        return
+    wrong = {
+        "--share_prefix": (rows.share_prefix, "it has no segment that all others see; give "
+                           "--noshare_prefix"),
+        f"--row_length={rows.row_length}": (rows.row_length % 128, "it takes tokens by 128; give a "
+                                            "multiple"),
+        "--row_buckets": (rows.row_length % (128 * rows.row_buckets), "it takes tokens by 128; "
+                          "give fewer"),
+        "--partition=mesh": (rows.partition == "mesh", "XLA cannot cut it over a mesh; give "
+                             "--partition=pmap"),
+    }  # fmt: skip
+    for flag, (is_wrong, why) in wrong.items():
+        if is_wrong:
+            raise UserError(f"{flag} with --attention=splash: {why}, or --attention=xla")
 
 
 def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:

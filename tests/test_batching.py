@@ -312,6 +312,30 @@ def test_microbatches_have_one_shape_and_hold_every_row():
     assert [b.tokens.shape for b in one] == [(1, 5, 6)]
 
 
+def test_buckets_cut_padding_and_nothing_else():
+    """Rows of 9, 5 and 2 columns of 10 in lengths 4, 8, 10 (the last bucket ends with the row)."""
+    made = [trajectory([i + 1] * n, [-1] * (n - 1) + [0]) for i, n in enumerate((9, 5, 2))]
+    rows = batching.pack(made, row_length=10, policy_slots=1, step_slots=1)
+    whole = list(batching.microbatches(rows, 1))
+    cut = list(batching.microbatches(rows, 1, buckets=3))
+    assert [b.tokens.shape for b in cut] == [(1, 10), (1, 8), (1, 4)]
+    for ours, wanted in zip(cut, whole, strict=True):
+        length = ours.tokens.shape[1]
+        for field in dataclasses.fields(ours):
+            a, b = getattr(ours, field.name), getattr(wanted, field.name)
+            by_column = field.name in ("tokens", "positions", "segment_ids")
+            np.testing.assert_array_equal(a, b[:, :length] if by_column else b)
+        assert not wanted.segment_ids[:, length:].any()
+    assert batching.padding_share(*whole) == pytest.approx(14 / 30)
+    assert batching.padding_share(*cut) == pytest.approx(6 / 22)
+    # Rows of one microbatch have one length; one of padding only has the shortest.
+    assert [b.tokens.shape for b in batching.microbatches(rows, 2, buckets=3)] == [(2, 10), (2, 4)]
+    dealt = list(batching.microbatches(rows, 1, devices=2, buckets=3))
+    assert [b.tokens.shape for b in dealt] == [(2, 1, 10), (2, 1, 4)]
+    nothing = batching.pack([], row_length=10, policy_slots=1, step_slots=1)
+    assert next(batching.microbatches(nothing, 1, buckets=5)).tokens.shape == (1, 2)
+
+
 def _loss_terms(made, new_log_prob, values, order=None, **limits):
     """Every loss term of PPO, through the rows, from tables by token id and by step."""
     rows = batching.pack(made, **limits)

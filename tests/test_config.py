@@ -6,6 +6,7 @@ import itertools
 import pytest
 
 from spa_jax.config import (
+    ComputeConfig,
     CreditConfig,
     DistributedConfig,
     ExploreConfig,
@@ -93,3 +94,15 @@ def test_processes_that_could_not_find_each_other_are_refused(settings, words):
         check(DistributedConfig(**settings))
     check(DistributedConfig(coordinator_address="[::1]:1", num_processes=2, process_id=1))
     check(DistributedConfig(distributed=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (RowsConfig(row_buckets=0), "--row_buckets=0 must be in 1"),
+        (ComputeConfig(logits_chunk=-1), "--logits_chunk=-1 must be >= 0"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        check(settings)

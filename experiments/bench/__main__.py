@@ -6,6 +6,7 @@
                                              PyTorch in the same run (make setup-peers)
     python -m experiments.bench sft          training tokens a second of the SFT update
     python -m experiments.bench ppo          a PPO update beside transformers and PyTorch
+    python -m experiments.bench models       update and forward pass against PyTorch, and memory
 
 Sizes are those of the quickstart, and the model is SmolLM2-135M in float32: its real weights if
 --policy holds them, random ones of the same shape otherwise; `ppo` has sizes of its own (its
@@ -22,7 +23,7 @@ from absl import app, flags
 
 from spa_jax.errors import UserError
 
-SUBJECTS = ("env", "generation", "rollout", "sft", "ppo")
+SUBJECTS = ("env", "generation", "rollout", "sft", "ppo", "models")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,7 +53,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("parts", ["step", "ragged", "scoring"], "ppo: what is timed, of these and "
                       "quickstart.")  # fmt: skip
     flags.DEFINE_string("trajectories", "", "ppo: recorded episodes for the ragged mix.")
-    flags.DEFINE_bool("small", False, "ppo: a rehearsal on a tiny model; no figure of it counts.")
     flags.DEFINE_integer("layers", 0, "rollout: only this many layers of the model; 0: all.")
     flags.DEFINE_integer("episodes", 16, "rollout: episodes played at once.")
     flags.DEFINE_integer("turns", 8, "rollout: turns of an episode.")
@@ -63,5 +63,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("decode", 64, "rollout: tokens of the plain decoding.")
     flags.DEFINE_integer(
         "rounds", 0, "How often PyTorch's side is timed; 0: ppo 5 times, rollout once."
+    )
+    flags.DEFINE_bool(
+        "rehearsal",
+        False,
+        "ppo, models: small sizes, to see that it runs; its figures say nothing.",
     )
     app.run(main)

@@ -16,19 +16,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from spa_jax.models import transformer, weights
+from spa_jax.models.shapes import SMOLLM2_135M
 from spa_jax.models.transformer import ModelConfig, Params
-
-# The shape of SmolLM2-135M.
-SMOLLM2_135M = ModelConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    intermediate_size=1536,
-    rope_theta=100_000.0,
-)
 
 
 def seconds(function: Callable[[], Any], repeats: int = 5) -> float:

@@ -308,7 +308,7 @@ def _step(rate: float) -> dict[str, float]:
     episodes = timing_inputs(pathlib.Path(flags.FLAGS.timing_inputs), config.vocab_size)
     if flags.FLAGS.rehearsal:
         episodes = episodes[:_MINIBATCH]
-    found = {}
+    found: dict[str, float] = {}
     for name, lora in (("full", False), ("lora", True)):
         rows = _rows_for(episodes, 512, _MINIBATCH)
         sides = _sides(episodes, rows, _MINIBATCH, config, params, lora)

@@ -24,7 +24,10 @@ _REPEATS = 3
 
 
 def episode(
-    name: str, token_ids: np.ndarray, step_id: Sequence[int], rewards: Sequence[float]
+    name: str,
+    token_ids: np.ndarray,
+    step_id: Sequence[int] | np.ndarray,
+    rewards: Sequence[float] | np.ndarray,
 ) -> Trajectory:
     """An episode of these tokens; its recorded log-probabilities are -1 each.
 
@@ -56,9 +59,9 @@ def episodes(count: int, vocab_size: int) -> list[Trajectory]:
     ]
 
 
-def adamw() -> optax.GradientTransformation:
+def adamw(rate: float = 1e-5) -> optax.GradientTransformation:
     """The optimiser of both stages."""
-    return state_lib.adamw(optax.constant_schedule(1e-5), clip_norm=1.0, weight_decay=0.0)
+    return state_lib.adamw(optax.constant_schedule(rate), clip_norm=1.0, weight_decay=0.0)
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -101,7 +104,7 @@ def forward_flops(
       projected: tokens whose logits are wanted, of all trajectories.
     """
     tokens, pairs = sum(lengths), sum(n * (n + 1) / 2 for n in lengths)
-    products = floor.layer_parameters(params) * tokens
+    products: float = floor.layer_parameters(params) * tokens
     products += floor.vocabulary_parameters(config) * projected
     products += 2 * config.num_layers * config.num_heads * config.head_dim * pairs
     return 2.0 * products

@@ -20,6 +20,10 @@ V vocabulary, B rows, T tokens, C cache length.
 Two ways in: `hidden_states` over packed rows (training) and `cached_hidden_states`
 over new tokens of conversations whose past is in a key/value cache (sampling).  Both
 run the same `Block`.
+
+Activations are of `config.compute.compute_dtype`, and a weight is cast to it where it is
+used: nothing but one layer's weights exists twice.  Sums are float32 in norms, scores and
+logits.
 """
 
 import dataclasses
@@ -31,9 +35,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from spa_jax.batching import SHARED
+from spa_jax.config import ComputeConfig
 from spa_jax.errors import UserError
+from spa_jax.models import fused
 
 Params = Any  # a pytree of arrays
 # Keys [B, G, K, C] and values [B, G, C, K].  Keys lie transposed: on a CPU the scores of
@@ -42,6 +49,9 @@ LayerCache = tuple[jax.Array, jax.Array]
 
 _QUERY_BLOCK = 128  # queries whose scores are made together in training
 _MASKED = -1e30  # finite, so that a row which sees nothing stays finite
+# What a rematerialised layer keeps: `--remat` -> the names in `Block`.
+_KEPT = {"layer": (), "attention": ("attention",),
+         "dots": ("q", "k", "v", "attention", "o", "gate", "up")}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +84,7 @@ class ModelConfig:
       max_position: tokens that the model was made for.
       sliding_window: tokens that a layer attends over (Mistral), 0 = all. It is not computed:
         within the window it makes no difference, and `check_length` refuses more.
+      compute: how it is computed, `auto` resolved; no part of the shape.
     """
 
     vocab_size: int
@@ -92,16 +103,22 @@ class ModelConfig:
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
     sliding_window: int = 0
+    compute: ComputeConfig = ComputeConfig(compute_dtype="float32")
+
+    @property
+    def dtype(self) -> str:
+        """That of activations."""
+        return self.compute.compute_dtype
 
 
 @jax.custom_vjp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B, T, n] @ w [n, m], whose weight gradient is x^T g in w's own layout.
+    """x [B, T, n] @ w [n, m] in x's dtype; the weight gradient is x^T g in w's layout and dtype.
 
     JAX's rule gives (g^T x)^T.  XLA then computes g transposed, with all of the activation's
     derivative fused into strided writes: on a CPU that fusion took longer than any product.
     """
-    return x @ w
+    return x @ w.astype(x.dtype)
 
 
 def _matmul_backward(
@@ -109,8 +126,10 @@ def _matmul_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     rows, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    dw = jax.lax.dot_general(rows, g_rows, (((0,), (0,)), ((), ())))
-    return (g_rows @ w.T).reshape(x.shape), dw.astype(w.dtype)
+    # Of bfloat16 factors a float32 weight gets the float32 sum, not the rounded one.
+    summed = jnp.promote_types(x.dtype, w.dtype)
+    dw = jax.lax.dot_general(rows, g_rows, (((0,), (0,)), ((), ())), preferred_element_type=summed)
+    return (g_rows @ w.astype(g.dtype).T).reshape(x.shape), dw.astype(w.dtype)
 
 
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
@@ -130,7 +149,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.has_variable("params", "transposed"):
-            w: jax.Array = self.get_variable("params", "transposed")
+            w: jax.Array = self.get_variable("params", "transposed").astype(x.dtype)
             y = jax.lax.dot_general(w, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
             # Else XLA turns the product round again.
             y = jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
@@ -140,9 +159,10 @@ class Linear(nn.Module):
         if self.has_variable("params", "lora_a"):  # put there by `lora.attach`
             a: jax.Array = self.get_variable("params", "lora_a")
             b: jax.Array = self.get_variable("params", "lora_b")
-            y = y + matmul(matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
+            y = y + matmul(matmul(x, a), b)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(y.dtype)
         return y
 
 
@@ -206,8 +226,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       [B, G, R, T, K].
     """
     chex.assert_rank([q, k, v, mask], [5, 4, 4, 3])
-    scores = jnp.einsum("bgrtk,bgkc->bgrtc", q, k) * q.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, None, None], scores.astype(jnp.float32), _MASKED)
+    products = jnp.einsum("bgrtk,bgkc->bgrtc", q, k, preferred_element_type=jnp.float32)
+    scores = products * q.shape[-1] ** -0.5
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, -1).astype(v.dtype)
     return jnp.einsum("bgrtc,bgck->bgrtk", weights, v)
 
@@ -253,7 +274,7 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        seen: jax.Array,
         cache: LayerCache | None = None,
         rows: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -262,7 +283,8 @@ class Block(nn.Module):
         Args:
           x: [B, T, D].
           positions: [B, T] int.
-          mask: [B, T, T] bool, or [B, T, C] with a cache.
+          seen: [B, T, T] bool, True where a query may see a key, or [B, T, C] with a cache; with
+            splash attention [B, T] int, the segments.
           cache: keys and values so far; a position >= C writes nothing.
           rows: [B] int, the cache's row of each row of x, as in `cached_hidden_states`.
 
@@ -279,27 +301,48 @@ class Block(nn.Module):
             k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         frequencies = rope_frequencies(c)
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        batch, length = x.shape[:2]
         if cache is None:
-            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+            out = self._attend_packed(q, k, v, seen)
         else:
-            at = (jnp.arange(x.shape[0]) if rows is None else rows)[:, None]
+            at = (jnp.arange(batch) if rows is None else rows)[:, None]
             k = cache[0].at[at, :, :, positions].set(k.astype(cache[0].dtype), mode="drop")
             v = cache[1].at[at, :, positions].set(v.astype(cache[1].dtype), mode="drop")
             cache = (k, v)
             if rows is not None:
                 k, v = k.at[rows].get(mode="clip"), v.at[rows].get(mode="clip")
-        batch, length = x.shape[:2]
-        q = q.reshape(batch, length, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-        attention = attend_causally if cache is None else self.cached_attention
-        out = attention(q, k, v, mask).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
-        x = x + Linear(c.hidden_size, name="o")(out)
+            out = self.cached_attention(self._grouped(q), k, v, seen).transpose(0, 3, 1, 2, 4)
+        out = checkpoint_name(out.reshape(batch, length, -1), "attention")
+        x = x + self._linear(out, "o", c.hidden_size)
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        gate = Linear(c.intermediate_size, name="gate")(h)
-        up = Linear(c.intermediate_size, name="up")(h)
-        return x + Linear(c.hidden_size, name="down")(nn.silu(gate) * up), cache
+        gate = self._linear(h, "gate", c.intermediate_size)
+        up = self._linear(h, "up", c.intermediate_size)
+        return x + self._linear(nn.silu(gate) * up, "down", c.hidden_size), cache
+
+    def _attend_packed(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array
+    ) -> jax.Array:
+        """Attention of packed rows, by --attention; [B, T, ...] with all heads behind T."""
+        match self.config.compute.attention:
+            case "cudnn":
+                return fused.cudnn(q, k, v, seen)
+            case "splash":
+                return fused.splash(q, k, v, seen)
+        k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+        return attend_causally(self._grouped(q), k, v, seen).transpose(0, 3, 1, 2, 4)
+
+    def _grouped(self, q: jax.Array) -> jax.Array:
+        """[B, T, H, K] -> [B, G, R, T, K]."""
+        c = self.config
+        grouped = q.reshape(*q.shape[:2], c.num_kv_heads, -1, c.head_dim)
+        return grouped.transpose(0, 2, 3, 1, 4)
+
+    def _linear(self, x: jax.Array, name: str, features: int, use_bias: bool = False) -> jax.Array:
+        """A product under a name that `_KEPT` knows."""
+        return checkpoint_name(Linear(features, use_bias, name=name)(x), name)
 
     def _heads(self, h: jax.Array, name: str, heads: int) -> jax.Array:
-        y = Linear(heads * self.config.head_dim, self.config.qkv_bias, name=name)(h)
+        y = self._linear(h, name, heads * self.config.head_dim, self.config.qkv_bias)
         return y.reshape(*h.shape[:2], heads, self.config.head_dim)
 
 
@@ -320,15 +363,16 @@ class Decoder(nn.Module):
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         c = self.config
         if not self.first:
-            x = nn.Embed(c.vocab_size, c.hidden_size, name="embed")(x)
+            x = nn.Embed(c.vocab_size, c.hidden_size, name="embed")(x).astype(c.dtype)
         layers = nn.scan(
-            Block,
+            _block(c),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=(c.num_layers if self.last is None else self.last) - self.first,
         )(c, name="layers")
-        x, _ = layers(x, positions, packed_mask(segment_ids))
+        by_segment = c.compute.attention == "splash"
+        x, _ = layers(x, positions, segment_ids if by_segment else packed_mask(segment_ids))
         if self.last is not None:
             return x
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
@@ -336,6 +380,16 @@ class Decoder(nn.Module):
             # Only made here: `logits` projects the few positions that need it.
             nn.Dense(c.vocab_size, use_bias=False, name="unembed")(x)
         return x
+
+
+def _block(config: ModelConfig) -> type[nn.Module]:
+    """The layer that is scanned in training; it keeps what `--remat` says."""
+    remat = config.compute.remat
+    if remat == "none":
+        return Block
+    kept = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    # Inside a scan nothing can be taken for common with the forward pass.
+    return nn.remat(Block, prevent_cse=False, policy=kept)
 
 
 def packed_mask(segment_ids: jax.Array) -> jax.Array:
@@ -474,22 +528,26 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """Vocabulary logits [..., V] float32 of hidden states [..., D]."""
+    """Vocabulary logits [..., V] float32 of hidden states [..., D]; products in their dtype."""
+    float32 = jnp.float32
     if "unembed" in params:
-        return jnp.dot(hidden, params["unembed"]["kernel"]).astype(jnp.float32)
-    table = params["embed"]["embedding"]
+        kernel = params["unembed"]["kernel"].astype(hidden.dtype)
+        return jnp.dot(hidden, kernel, preferred_element_type=float32)
+    table = params["embed"]["embedding"].astype(hidden.dtype)
     if hidden.ndim == 2:  # a token of every slot: as in `Linear`
-        product = jax.lax.dot_general(table, hidden, (((1,), (1,)), ((), ())))
-        return jax.lax.optimization_barrier(product).T.astype(jnp.float32)
-    return jnp.dot(hidden, table.T).astype(jnp.float32)
+        dims = (((1,), (1,)), ((), ()))
+        product = jax.lax.dot_general(table, hidden, dims, preferred_element_type=float32)
+        return jax.lax.optimization_barrier(product).T
+    return jnp.dot(hidden, table.T, preferred_element_type=float32)
 
 
-def unstack(params: Params) -> Params:
+def unstack(params: Params, dtype: str | None = None) -> Params:
     """The tree with `layers` as a list of one-layer trees, for `cached_hidden_states`.
 
     A scan would copy each layer's weights out of the stack on every decoded token,
     which for a token at a time is more traffic than the matrix products themselves.
-    Kernels are transposed, see `Linear`.
+    Kernels are transposed, see `Linear`, and matrices cast to `dtype` (None: as they are), once
+    and for all: a decoded token reads each of them.
     """
 
     def one(i: int) -> Params:
@@ -499,13 +557,18 @@ def unstack(params: Params) -> Params:
             for name, part in layer.items()
         }
 
-    return {**params, "layers": [one(i) for i in range(depth(params))]}
+    made = {**params, "layers": [one(i) for i in range(depth(params))]}
+    return jax.tree.map(lambda x: x.astype(dtype or x.dtype) if x.ndim > 1 else x, made)
 
 
 def empty_cache(
-    config: ModelConfig, rows: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32
+    config: ModelConfig, rows: int, length: int, dtype: jax.typing.DTypeLike | None = None
 ) -> list[LayerCache]:
-    """A cache of zeros: a (keys [B, G, K, C], values [B, G, C, K]) pair a layer."""
+    """A cache of zeros: a (keys [B, G, K, C], values [B, G, C, K]) pair a layer.
+
+    `dtype`: None for that of activations.
+    """
+    dtype = dtype or config.dtype
     keys = (rows, config.num_kv_heads, config.head_dim, length)
     values = (rows, config.num_kv_heads, length, config.head_dim)
     return [(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(config.num_layers)]
@@ -542,7 +605,7 @@ def cached_hidden_states(
       [B, T, D] after the final norm (rows of padding hold garbage), and the new cache.
     """
     chex.assert_equal_shape([tokens, positions])
-    x = layers_params["embed"]["embedding"][tokens]
+    x = layers_params["embed"]["embedding"][tokens].astype(config.dtype)
     mask = jnp.arange(cache[0][1].shape[2]) <= positions[:, :, None]
     block = Block(config)
     new_cache = []

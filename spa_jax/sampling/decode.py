@@ -62,7 +62,7 @@ def empty_state(
     """All slots empty; the cache is of that type."""
     return SlotState(
         cache=transformer.empty_cache(config, slots, length, dtype),
-        hidden=jnp.zeros((slots, config.hidden_size), jnp.float32),
+        hidden=jnp.zeros((slots, config.hidden_size), dtype),
         length=jnp.zeros((slots,), jnp.int32),
     )
 

@@ -85,7 +85,7 @@ class ParallelEngine:
 
     def advance(self) -> dict[int, Response]:
         """See `Engine.advance`; the devices work at the same time."""
-        responses = {}
+        responses: dict[int, Response] = {}
         for number, ended in enumerate(self._pool.map(Engine.advance, self._engines)):
             responses |= {number * self._each + own: turn for own, turn in ended.items()}
         return responses

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from spa_jax.batching import PackedRows
 from spa_jax.models import heads, transformer
 from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.rl import losses
 
 
 def rows_hidden(
@@ -41,6 +42,60 @@ def policy_logits(
     return transformer.logits(params, at(hidden, rows.token_index)) / temperature
 
 
+def policy_terms(
+    config: ModelConfig,
+    params: Params,
+    hidden: jax.Array,
+    rows: PackedRows,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """What losses need of the distribution that each policy token was drawn from.
+
+    With more than --logits_chunk slots in the rows, they are projected one chunk after the other,
+    and once more in the backward pass: no array is as large as all slots times the vocabulary.
+
+        R P = 5 slots, chunks of 2        [s0 s1] [s2 s3] [s4 --]      (-- = no slot)
+
+    Args:
+      config: the model's shape.
+      params: the decoder's tree.
+      hidden: [R, L, D] last hidden states.
+      rows: the rows.
+      temperature: the policy is softmax(logits / temperature).
+      with_entropy: whether the entropy is wanted.
+
+    Returns:
+      [R, P] log-probabilities of the targets, and the sum of the policy's entropy over all policy
+      tokens, in nats (0 if it is not wanted).
+    """
+
+    def terms(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple:
+        log_probs = log_probs_of(logits, targets)
+        return log_probs, losses.entropy(logits, mask) if with_entropy else jnp.float32(0)
+
+    chunk, slots = config.compute.logits_chunk, rows.targets.size
+    if not chunk or slots <= chunk:
+        logits = policy_logits(params, hidden, rows, temperature)
+        return terms(logits, rows.targets, rows.token_mask)
+
+    def in_chunks(x: jax.Array) -> jax.Array:
+        """[R, P, ...] -> [chunks, 1, chunk, ...]."""
+        flat = jnp.reshape(x, (slots, *x.shape[2:]))
+        flat = jnp.pad(flat, [(0, -slots % chunk)] + [(0, 0)] * (flat.ndim - 1))
+        return flat.reshape(-1, 1, chunk, *flat.shape[1:])
+
+    @jax.checkpoint
+    def project(args: tuple) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, mask = args
+        return terms(transformer.logits(params, hidden) / temperature, targets, mask)
+
+    chosen = (at(hidden, rows.token_index), rows.targets, rows.token_mask)
+    log_probs, entropy = jax.lax.map(project, jax.tree.map(in_chunks, chosen))
+    return log_probs.reshape(-1)[:slots].reshape(rows.targets.shape), jnp.sum(entropy)
+
+
 def log_probs_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """[R, P] log softmax(logits)[target] of logits [R, P, V] and targets [R, P]."""
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -59,17 +114,17 @@ def score(
       temperature: the policy is softmax(logits / temperature).
 
     Returns:
-      log_probs [R, P]; end_hidden [R, S, D] at each step's last token; value_hidden
+      All float32: log_probs [R, P]; end_hidden [R, S, D] at each step's last token; value_hidden
       [R, S, D] and values [R, S] (0 without a value head) at the last context token before
       each step.
     """
     hidden = rows_hidden(config, params["policy"], rows)
-    logits = policy_logits(params["policy"], hidden, rows, temperature)
-    value_hidden = at(hidden, rows.value_index)
+    log_probs, _ = policy_terms(config, params["policy"], hidden, rows, temperature)
+    value_hidden = at(hidden, rows.value_index).astype(jnp.float32)
     values = jnp.zeros(rows.value_index.shape, jnp.float32)
     return {
-        "log_probs": log_probs_of(logits, rows.targets),
-        "end_hidden": at(hidden, rows.end_index),
+        "log_probs": log_probs,
+        "end_hidden": at(hidden, rows.end_index).astype(jnp.float32),
         "value_hidden": value_hidden,
         "values": heads.value(params["value"], value_hidden) if "value" in params else values,
     }

@@ -25,7 +25,6 @@ from typing import Any
 
 import flax.jax_utils
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -55,6 +54,7 @@ class Pmap:
         optimizer: optax.GradientTransformation,
         devices: int | None = None,
         frozen: Params | None = None,
+        accum_dtype: str = "float32",
     ) -> None:
         """Compiles nothing yet.
 
@@ -63,6 +63,7 @@ class Pmap:
           optimizer: of the trained parameters.
           devices: how many devices of a single process; None: all, of all processes.
           frozen: the parameters that the loss needs and that are not trained, not replicated.
+          accum_dtype: of the gradients that microbatches are added up in.
         """
         chosen = _devices(devices)
         self.devices = len(chosen)
@@ -77,7 +78,7 @@ class Pmap:
             functools.partial(state_lib.apply, optimizer, axis_name=AXIS), donate_argnums=0
         )
         self._add_up = compiled(functools.partial(jax.lax.psum, axis_name=AXIS))
-        self._zeros = compiled(functools.partial(jax.tree.map, jnp.zeros_like))
+        self._zeros = compiled(functools.partial(state_lib.zero_gradients, dtype=accum_dtype))
         self._sum_shapes: Any = None
         self._loss_fn = loss_fn
         self.frozen = self.replicate(frozen or {})
@@ -155,6 +156,7 @@ class Mesh:
         optimizer: optax.GradientTransformation,
         shape: tuple[int, int],
         frozen: Params | None = None,
+        accum_dtype: str = "float32",
     ) -> None:
         """Compiles nothing yet.
 
@@ -164,7 +166,9 @@ class Mesh:
           shape: (data, fsdp); their product is at most the number of devices, and that of all
             with several processes.
           frozen: the parameters that the loss needs and that are not trained.
+          accum_dtype: as `Pmap`'s.
         """
+        self._accum_dtype = accum_dtype
         self.devices = shape[0] * shape[1]
         devices = np.array(_devices(self.devices)).reshape(shape)
         self._mesh = jax.sharding.Mesh(devices, (_DATA, _FSDP))
@@ -228,7 +232,8 @@ class Mesh:
         """(zeros, accumulate, apply), whose results lie where `replicate` puts them."""
         of_state = self._shardings(state)
         of_params = of_state.params
-        zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like), out_shardings=of_params)
+        make_zeros = functools.partial(state_lib.zero_gradients, dtype=self._accum_dtype)
+        zeros = jax.jit(make_zeros, out_shardings=of_params)
         accumulate = jax.jit(
             functools.partial(state_lib.accumulate, self._loss_fn),
             donate_argnums=(2, 3),
@@ -254,22 +259,34 @@ class Mesh:
         return _place(zeros, self._everywhere)
 
     def _shardings(self, tree: Any) -> Any:
-        """Where each array of a tree lies: its longest axis that fsdp divides is cut.
-
-        The axis of the layers stays whole: the scan takes one layer at a time.
-        """
+        """Where each array of a tree lies, see `cut_axis`."""
         parts = self._mesh.shape[_FSDP]
 
         def of(path: tuple, x: Any) -> NamedSharding:
-            stacked = any(getattr(key, "key", None) == "layers" for key in path)
-            shape = np.shape(x)
-            axes = [i for i, n in enumerate(shape) if n % parts == 0 and not (stacked and i == 0)]
-            if not axes or parts == 1:
+            axis = cut_axis(path, np.shape(x), parts)
+            if axis is None:
                 return self._everywhere
-            axis = max(axes, key=lambda i: shape[i])
             return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, _FSDP))
 
         return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def cut_axis(path: tuple, shape: tuple[int, ...], parts: int) -> int | None:
+    """The axis of an array that is cut over fsdp: the longest one that its devices divide.
+
+    The axis of the layers stays whole: the scan takes one layer at a time.
+
+    Args:
+      path: of the array in its tree, as `jax.tree_util` gives it.
+      shape: its shape.
+      parts: devices of fsdp.
+
+    Returns:
+      None if the array stays whole.
+    """
+    stacked = any(getattr(key, "key", None) == "layers" for key in path)
+    axes = [i for i, n in enumerate(shape) if n % parts == 0 and not (stacked and i == 0)]
+    return max(axes, key=lambda i: shape[i]) if axes and parts > 1 else None
 
 
 Trainer = Pmap | Mesh
@@ -280,6 +297,7 @@ def make(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     frozen: Params | None = None,
+    accum_dtype: str = "float32",
 ) -> Trainer:
     """The trainer that `--partition` and `--mesh` ask for, on the devices of all processes.
 
@@ -288,7 +306,7 @@ def make(
         several processes' out.
     """
     if rows.partition == "pmap":
-        return Pmap(loss_fn, optimizer, frozen=frozen)
+        return Pmap(loss_fn, optimizer, frozen=frozen, accum_dtype=accum_dtype)
     devices = jax.device_count()
     shape = mesh_shape(rows.mesh, devices)
     if distributed.count() > 1 and shape[0] * shape[1] < devices:
@@ -296,7 +314,7 @@ def make(
             f"--mesh={rows.mesh}: with several processes all {devices} devices must be in it, not "
             f"{shape[0]} x {shape[1]}"
         )
-    return Mesh(loss_fn, optimizer, shape, frozen)
+    return Mesh(loss_fn, optimizer, shape, frozen, accum_dtype)
 
 
 def mesh_shape(mesh: str, devices: int) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from spa_jax.config import LoraConfig
 from spa_jax.models import lora as lora_lib
@@ -49,12 +51,17 @@ class Parts:
 
         return adapted
 
+    def frozen_in(self, dtype: str) -> Params:
+        """The frozen part in the dtype that it is computed in; `frozen` itself stays exact."""
+        return cast(self.frozen, dtype)
+
     def whole(self, trained: Params) -> Params:
-        """The policy's whole tree, on the host, with adapters merged.
+        """The policy's whole tree, on the host in float32, with adapters merged.
 
         Args:
           trained: the trained part as it is now, on the host; other trees in it are passed over.
         """
+        trained = cast(trained, "float32")
         if self.lora.rank:
             return jax.device_get(
                 lora_lib.merge(self.lora, self.frozen["base"], trained["adapter"])
@@ -62,13 +69,21 @@ class Parts:
         return transformer.join(trained["policy"], self.frozen.get("policy", {}))
 
 
+def cast(tree: Params, dtype: str) -> Params:
+    """Arrays of the host in another dtype; those that are in it are not copied."""
+    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False), tree)
+
+
 def split(config: ModelConfig, params: Params, train_layers: int) -> Parts:
     """All of the policy is trained, or its top layers if `train_layers` is not 0.
+
+    What is trained is in --param_dtype.
 
     Raises:
       UserError: if the model has no layer left to freeze.
     """
     trained, frozen = transformer.split(config, params, train_layers)
+    trained = cast(trained, config.compute.param_dtype)
     return Parts({"policy": trained}, {"policy": frozen} if frozen else {})
 
 

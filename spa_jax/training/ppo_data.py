@@ -242,7 +242,7 @@ def make_update(
     """
     packed = batching.pack([trajectories[i] for i in chosen], **rows.packing)
     counts = {"tokens": float(packed.token_mask.sum()), "steps": float(packed.step_mask.sum())}
-    cut = list(batching.microbatches(packed, rows.rows_per_device, devices))
+    cut = list(batching.microbatches(packed, rows.rows_per_device, devices, rows.row_buckets))
     under = [scoring.below_in_rows(below, chosen, part) for part in cut]
     table = table.take(chosen)
     if ppo.kl == "reward":
@@ -294,7 +294,7 @@ def make_rft_update(
     packed = batching.pack([trajectories[i] for i in chosen], **rows.packing)
     batches = [
         SftBatch(part, scoring.below_in_rows(below, chosen, part))
-        for part in batching.microbatches(packed, rows.rows_per_device, devices)
+        for part in batching.microbatches(packed, rows.rows_per_device, devices, rows.row_buckets)
     ]
     return Update(packed, batches, {"tokens": float(packed.token_mask.sum())}, None)
 

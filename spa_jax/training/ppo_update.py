@@ -66,8 +66,9 @@ def ppo_loss(
     """
     rows, whole = batch.rows, forward.whole(params, frozen)
     hidden = forward.rows_hidden(config, whole, rows, batch.below)
-    logits = forward.policy_logits(whole, hidden, rows, temperature)
-    log_probs = forward.log_probs_of(logits, rows.targets)
+    log_probs, entropy = forward.policy_terms(
+        config, whole, hidden, rows, temperature, with_entropy=True
+    )
     by_token = ppo.gae == "token"
     advantages = batch.advantages
     if not by_token:
@@ -77,7 +78,6 @@ def ppo_loss(
         clip=ppo.clip, truncate=ppo.truncate_ratio,
     )  # fmt: skip
     kl = losses.k3_kl(log_probs, rows.ref_log_probs, rows.token_mask)
-    entropy = losses.entropy(logits, rows.token_mask)
     if not ppo.entropy_coef:  # else its derivative over the vocabulary is made, times 0
         entropy = jax.lax.stop_gradient(entropy)
     sums = {"policy_loss": policy, "kl": kl, "entropy": entropy, **stats._asdict()}
@@ -113,8 +113,7 @@ def make_log_probs(config: ModelConfig, temperature: float) -> Callable[..., jax
     ) -> jax.Array:
         whole = forward.whole(params, frozen)
         hidden = forward.rows_hidden(config, whole, rows, below)
-        logits = forward.policy_logits(whole, hidden, rows, temperature)
-        return forward.log_probs_of(logits, rows.targets)
+        return forward.policy_terms(config, whole, hidden, rows, temperature)[0]
 
     return log_probs
 

@@ -45,8 +45,8 @@ def sft_loss(
     """
     rows, policy = batch.rows, forward.whole(params, frozen)
     hidden = forward.rows_hidden(config, policy, rows, batch.below)
-    logits = forward.policy_logits(policy, hidden, rows, 1.0)
-    nll = losses.nll(forward.log_probs_of(logits, rows.targets), rows.token_mask)
+    log_probs, _ = forward.policy_terms(config, policy, hidden, rows, 1.0)
+    nll = losses.nll(log_probs, rows.token_mask)
     return nll / counts["tokens"], {"nll": nll}
 
 

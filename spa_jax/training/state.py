@@ -40,9 +40,18 @@ class TrainState:
 
 
 def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
+    """The state before the first update; the optimiser's part is float32, whatever is trained."""
     update, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # donated: not one array
-    return TrainState(params, optimizer.init(params), update, skipped)
+    return TrainState(params, optimizer.init(_float32(params)), update, skipped)
+
+
+def _float32(tree: Params) -> Params:
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+def zero_gradients(params: Params, dtype: str = "float32") -> Params:
+    """Zeros to add an update's gradients up in: of --accum_dtype."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
 
 
 def adamw(
@@ -66,7 +75,8 @@ def accumulate(
 ) -> tuple[Params, Sums]:
     """Adds one microbatch's gradients and sums to those before it."""
     gradient, new_sums = jax.grad(loss_fn, has_aux=True)(params, frozen, batch, counts)
-    return jax.tree.map(jnp.add, grads, gradient), jax.tree.map(jnp.add, sums, dict(new_sums))
+    grads = jax.tree.map(lambda total, g: total + g.astype(total.dtype), grads, gradient)
+    return grads, jax.tree.map(jnp.add, sums, dict(new_sums))
 
 
 def apply(
@@ -88,6 +98,7 @@ def apply(
     """
     if axis_name is not None:
         grads = jax.lax.psum(grads, axis_name)
+    grads = _float32(grads)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -1,0 +1,127 @@
+"""Says what each stage needs of a device's memory, and whether it fits; no weights are read.
+
+    python -m experiments.plan --model=llama-3.2-3b --devices=8 --hbm_gib=80 \
+        --flagfile=experiments/presets/alfworld_llama3.2_3b.flags
+
+--model is a Hugging Face folder or its config.json (by default that of --policy), or a name:
+smollm2-135m, llama-3.2-3b.  All flags of `run_spa` count: rows, adapters, dtypes, --remat.  Two
+tables: parameters whole on every device (--partition=pmap), and cut over --mesh (all devices, if
+it is empty).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+from experiments import flags as flags_lib
+from experiments import run_spa
+from spa_jax.config import RowsConfig
+from spa_jax.errors import UserError
+from spa_jax.models import shapes, transformer, weights
+from spa_jax.models.transformer import ModelConfig
+from spa_jax.training import memory, partition
+from spa_jax.training.memory import Need
+
+_GIB = 2**30
+_ROOM = 0.9  # of the memory: what stands beside the arrays, and the plan's own error
+_COLUMNS = tuple(field.name for field in dataclasses.fields(Need))
+
+
+def model_config(model: str) -> ModelConfig:
+    """The shape of a folder, of a config.json, or of a name in `shapes.NAMED`.
+
+    Raises:
+      UserError: it is none of them, or a model that is not supported.
+    """
+    if model in shapes.NAMED:
+        return shapes.NAMED[model]
+    path = pathlib.Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"--model={model}: {path} is no file; give a Hugging Face folder, its config.json, or "
+            f"one of {', '.join(shapes.NAMED)}"
+        )
+    return weights.read_config(path)
+
+
+def stages(r: run_spa.Run, config: ModelConfig, fsdp: int) -> dict[str, Need]:
+    """What each stage needs of a device, at its most demanding moment."""
+    rows, lora = r.rows, r.lora_of
+    scoring = memory.forward(config, rows)
+
+    def update(stage: str, train_layers: int = 0, fsdp: int = fsdp) -> Need:
+        return memory.update(config, rows, lora(stage), train_layers=train_layers, fsdp=fsdp)
+
+    progress = [scoring]
+    if lora("progress").rank:
+        progress.append(update("progress", fsdp=1))  # an estimator's trunk is never cut
+    by_stage = {
+        "sft": [update("sft", r.sft.train_layers)],
+        "explore": [memory.exploration(config, r.sampling)],
+        "train_progress": progress,
+        "train_ppo": [scoring, update("ppo", r.ppo.train_layers)],
+    }
+    return {name: max(needs, key=lambda n: n.total) for name, needs in by_stage.items()}
+
+
+def table(needs: dict[str, Need], hbm_gib: float) -> str:
+    """GiB a device, a line a stage."""
+    lines = [f"{'GiB a device':16}" + "".join(f"{name:>13}" for name in (*_COLUMNS, "total"))]
+    for stage, need in needs.items():
+        values = [getattr(need, name) / _GIB for name in (*_COLUMNS, "total")]
+        verdict = "fits" if fits(need, hbm_gib) else "does not fit"
+        lines.append(f"{stage:16}" + "".join(f"{v:13.2f}" for v in values) + f"  {verdict}")
+    return "\n".join(lines)
+
+
+def fits(need: Need, hbm_gib: float) -> bool:
+    """Whether a device of this memory has it, and a tenth to spare."""
+    return need.total <= _ROOM * hbm_gib * _GIB
+
+
+def mesh_of(rows: RowsConfig, devices: int) -> tuple[int, int]:
+    """(data, fsdp): of --mesh, or all devices share each parameter."""
+    return partition.mesh_shape(rows.mesh, devices) if rows.mesh else (1, devices)
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    devices, hbm = _DEVICES.value, _HBM.value
+    if devices < 1 or hbm <= 0:
+        raise UserError(f"--devices={devices} --hbm_gib={hbm:g}: give both, above 0")
+    r = run_spa.from_flags()
+    config = model_config(_MODEL.value or r.policy)
+    transformer.check_length(config, r.rows.row_length, "--row_length")
+    compute = r.compute.resolved("tpu" if r.compute.attention == "splash" else "gpu")
+    config = dataclasses.replace(config, compute=compute)
+    count = sum(x.size for x in jax.tree.leaves(memory.shapes(config)))
+    print(f"{_MODEL.value or r.policy}: {count / 1e6:.0f}e6 parameters; weights "
+          f"{compute.param_dtype}, products {compute.compute_dtype}, --remat={compute.remat}, "
+          f"--attention={compute.attention}; {r.rows.rows_per_device} x {r.rows.row_length} tokens "
+          f"a device and microbatch, {r.sampling.slots} episodes at once")  # fmt: skip
+    data, fsdp = mesh_of(r.rows, devices)
+    result = []
+    for kind, parts in (("pmap", 1), ("mesh", fsdp)):
+        where = f"data:{data},fsdp:{fsdp}" if kind == "mesh" else "parameters whole"
+        needs = stages(r, config, parts)
+        print(f"\n--partition={kind}, {devices} devices, {where}\n{table(needs, hbm)}")
+        result += [f"{name}_{kind}_gib={need.total / _GIB:.2f}" for name, need in needs.items()]
+        result.append(f"fits_{kind}={all(fits(need, hbm) for need in needs.values())}")
+    print(f"\nA stage fits if it leaves {1 - _ROOM:.0%} of {hbm:g} GiB free. Less is needed with "
+          "--remat=layer, fewer --rows_per_device or a shorter --row_length, --lora_rank, a mesh "
+          "of more devices, fewer --slots.")  # fmt: skip
+    print("RESULT " + " ".join(result))
+
+
+if __name__ == "__main__":
+    _MODEL = flags.DEFINE_string(
+        "model", "", "A Hugging Face folder, its config.json, or a name; empty: --policy."
+    )
+    _DEVICES = flags.DEFINE_integer("devices", 0, "How many devices share the run.")
+    _HBM = flags.DEFINE_float("hbm_gib", 0.0, "Memory of a device, in GiB.")
+    run_spa.define_flags()
+    flags_lib.run(main)

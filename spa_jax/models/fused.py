@@ -1,0 +1,106 @@
+"""Attention kernels of accelerators: no score ever lies in the device's main memory.
+
+`transformer.attend_causally` is the reference that they agree with, and what runs everywhere.
+
+B rows, T tokens, H query heads, G key/value heads, K head size.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from spa_jax.errors import UserError
+
+# --attention -> the platform that it runs on, by JAX's name.
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+
+
+def check(attention: str, dtype: str, head_dim: int, platform: str) -> None:
+    """Refuses a kernel that does not run here.
+
+    Args:
+      attention: as in `config.ComputeConfig`.
+      dtype: that of the activations.
+      head_dim: K.
+      platform: JAX's: cpu, gpu or tpu.
+
+    Raises:
+      UserError: says what to use instead.
+    """
+    if attention not in PLATFORMS:
+        return
+    flag = f"--attention={attention}"
+    if platform != PLATFORMS[attention]:
+        others = [name for name, runs_on in PLATFORMS.items() if runs_on == platform]
+        raise UserError(
+            f"{flag} runs on {PLATFORMS[attention]}s, and this machine's JAX computes on a "
+            f"{platform}: use --attention={' or '.join(['xla', *others])}"
+        )
+    if attention == "cudnn" and (dtype == "float32" or head_dim % 8 or head_dim > 128):
+        raise UserError(
+            f"{flag} takes bfloat16 and heads of at most 128, in eights; this is {dtype} with "
+            f"heads of {head_dim}: use --compute_dtype=bfloat16 or --attention=xla"
+        )
+
+
+def cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    implementation: Literal["xla", "cudnn"] = "cudnn",
+) -> jax.Array:
+    """cuDNN's fused attention.
+
+    Args:
+      q: [B, T, H, K].
+      k: [B, T, G, K].
+      v: [B, T, G, K].
+      mask: [B, T, T] bool, True where a query may see a key; the kernel reads it as a bias.
+      implementation: of `jax.nn.dot_product_attention`; "xla" runs everywhere, for a test.
+
+    Returns:
+      [B, T, H, K].
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Splash attention: causal, and each token sees its own segment only.
+
+    On anything but a TPU the kernel is interpreted, which is slow: for tests.
+
+    Args:
+      q: [B, T, H, K], T a multiple of 128.
+      k: [B, T, G, K].
+      v: [B, T, G, K].
+      segment_ids: [B, T] int, without a shared prefix.
+
+    Returns:
+      [B, T, H, K].
+    """
+    length, heads, size = q.shape[1:]
+    causal = splash_attention.CausalMask((length, length))
+    block = next(n for n in (512, 256, 128) if length % n == 0)
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([causal] * heads),
+        block_sizes=_blocks(block),
+        interpret=jax.default_backend() != "tpu",
+    )
+    q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
+    heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+    segments = splash_attention.SegmentIds(segment_ids, segment_ids)
+    out = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), segments)
+    return heads_first(out)
+
+
+def _blocks(size: int) -> splash_attention.BlockSizes:
+    """Blocks of `size` queries and keys, forward and backward."""
+    return splash_attention.BlockSizes(
+        block_q=size, block_kv=size, block_kv_compute=size,
+        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=size,
+        block_q_dq=size, block_kv_dq=size,
+    )  # fmt: skip

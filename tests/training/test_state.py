@@ -1,0 +1,90 @@
+"""Dtypes of what is trained: bfloat16 weights with a float32 optimiser, gradients in either."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spa_jax.training import partition, parts
+from spa_jax.training import state as state_lib
+from tests import tiny
+
+
+def _loss(params, frozen, batch, counts):
+    """sum of (w - x)^2 over a microbatch's numbers x."""
+    del frozen
+    error = jnp.sum(jnp.square(params["w"].astype(jnp.float32) - batch)) / counts["n"]
+    return error, {"error": error}
+
+
+def _updated(trainer_of, param_dtype, accum_dtype):
+    optimizer = state_lib.adamw(0.25, clip_norm=1e9, weight_decay=0.1)
+    params = {"w": np.arange(1, 5, dtype=np.float32).astype(jnp.dtype(param_dtype))}
+    state = state_lib.create(params, optimizer)
+    trainer = trainer_of(optimizer, accum_dtype)
+    state = trainer.replicate(state)
+    # No gradient near 0: Adam divides it by its own size, and would make rounding a whole step.
+    batches = [np.full((1, 4), x, np.float32) for x in (0.5, 2.75, 3.25)]
+    state, sums = trainer.update(state, batches, {"n": 3.0})
+    return jax.device_get(trainer.unreplicate(state)), sums
+
+
+TRAINERS = {
+    "pmap": lambda optimizer, dtype: partition.Pmap(_loss, optimizer, 1, accum_dtype=dtype),
+    "mesh": lambda optimizer, dtype: partition.Mesh(_loss, optimizer, (1, 1), accum_dtype=dtype),
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("accum", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param", ["float32", "bfloat16"])
+def test_the_optimiser_is_float32_whatever_is_trained(trainer, param, accum):
+    state, sums = _updated(TRAINERS[trainer], param, accum)
+    exact, wanted = _updated(TRAINERS["pmap"], "float32", "float32")
+    assert state.params["w"].dtype == jnp.dtype(param)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if np.size(x) == 4]
+    assert len(moments) == 2 and {x.dtype for x in moments} == {np.dtype("float32")}
+    np.testing.assert_allclose(
+        state.params["w"].astype(np.float32), exact.params["w"], rtol=1 / 128
+    )
+    assert sums["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1 / 128)
+
+
+def test_adamw_in_float32_is_optax_s_own():
+    """One update by hand: g = 2 (w - mean x), then optax."""
+    state, _ = _updated(TRAINERS["pmap"], "float32", "float32")
+    w = np.arange(1, 5, dtype=np.float32)
+    gradient = {"w": (2 * (3 * w - 6.5) / 3).astype(np.float32)}
+    optimizer = optax.adamw(0.25, weight_decay=0.1)
+    changes, _ = optimizer.update(gradient, optimizer.init({"w": w}), {"w": w})
+    np.testing.assert_allclose(state.params["w"], w + changes["w"], rtol=1e-6)
+
+
+def test_what_is_trained_is_cast_and_what_is_saved_is_not():
+    """--param_dtype rounds the trained weights; a policy's folder holds float32 as ever."""
+    config = tiny.tiny_config()
+    compute = dataclasses.replace(config.compute, param_dtype="bfloat16")
+    params = tiny.tiny_params(config)
+    made = parts.split(dataclasses.replace(config, compute=compute), params, 1)
+    assert {x.dtype for x in jax.tree.leaves(made.trained)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(made.frozen)} == {np.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(made.frozen_in("bfloat16"))} == {jnp.dtype("bfloat16")}
+    whole = made.whole(made.trained)
+    assert {x.dtype for x in jax.tree.leaves(whole)} == {np.dtype("float32")}
+    np.testing.assert_array_equal(whole["embed"]["embedding"], params["embed"]["embedding"])
+    kernel = params["layers"]["q"]["kernel"]
+    np.testing.assert_array_equal(whole["layers"]["q"]["kernel"][0], kernel[0])
+    np.testing.assert_allclose(whole["layers"]["q"]["kernel"][1], kernel[1], rtol=1 / 128)
+
+
+def test_default_dtypes_copy_nothing():
+    """The tree that a stage holds is the tree that it was given."""
+    params = tiny.tiny_params(tiny.tiny_config())
+    made = parts.split(tiny.tiny_config(), params, 0)
+    for ours, given in zip(
+        jax.tree.leaves(made.trained), jax.tree.leaves({"policy": params}), strict=True
+    ):
+        assert np.shares_memory(ours, given)
