@@ -497,7 +497,7 @@ def keep_freed_memory() -> None:
     they cost a page fault every 4 KiB: a fifth of an SFT update on two cores, nothing with
     this.  One arena, because those of threads give back whatever they free; so it must be
     called before JAX starts its threads.  Pages of 2 MiB, where the system gives them to those
-    who ask, take another seventh off an update.  Does nothing where the C library is another one.
+    who ask, took another tenth to seventh off.  Does nothing where the C library is another one.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

@@ -55,7 +55,9 @@ _OTHERS = {
 }
 
 
-@pytest.mark.parametrize("env", sorted(_OTHERS))
+@pytest.mark.parametrize(
+    "env", ["webshop", pytest.param("virtualhome", marks=pytest.mark.slow)]
+)
 def test_the_whole_method_on_the_other_environments(env, tmp_path):
     tiny.tiny_policy(tmp_path / "policy")
     out = stages.succeed(
