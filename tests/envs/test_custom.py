@@ -44,7 +44,7 @@ def test_the_commands_of_the_page(guess, tmp_path, monkeypatch):
     command = re.search(r"python -m experiments\.(explore --env=custom .*?)\n```", _PAGE, re.DOTALL)
     assert command
     words = command[1].replace("\\\n", " ").replace("=W", f"={tmp_path}").split()
-    monkeypatch.setattr(stages, "environment", lambda: dict(os.environ))
+    monkeypatch.setattr(stages, "environment", lambda devices: dict(os.environ))
     said = stages.succeed(*words)
     assert "success=1.0000" in said and "episodes=20" in said
     played = store.read(tmp_path / "demos" / "train" / "trajectories.jsonl")

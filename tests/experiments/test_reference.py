@@ -63,14 +63,20 @@ def _replace(base):
 
 
 def test_recorded_log_probs_need_no_forward_of_their_own(run, monkeypatch):
-    """Neither those of sampling nor the reference's: without a critic only updates run."""
+    """Neither those of sampling nor the reference's: without a critic only updates run, and one
+    pass over a few episodes for the mismatch of sampler and trainer, which is a metric."""
+    scored = []
 
-    def refuse(*_, **__):
-        raise AssertionError("a forward pass over the data")
+    def score(config, params, trajectories, *args, **kwargs):
+        scored.append(len(trajectories))
+        return computed(config, params, trajectories, *args, **kwargs)
 
-    monkeypatch.setattr(scoring, "score", refuse)
+    computed = scoring.score
+    monkeypatch.setattr(scoring, "score", score)
+    monkeypatch.setattr(train_ppo, "_MISMATCH_EPISODES", 1)
     _train(run)
     assert (run / "ppo" / "done.json").exists()
+    assert scored == [1]
 
 
 def test_the_references_pass_is_made_once(run, monkeypatch):

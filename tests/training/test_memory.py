@@ -1,4 +1,8 @@
-"""The memory planner against XLA's own analysis of what it compiled."""
+"""The memory planner against XLA's own analysis of what it compiled.
+
+In float32: a CPU has no bfloat16 products, so XLA makes float32 copies that an accelerator has not
+(the plan in bfloat16 is 0.71 of what a CPU needs).
+"""
 
 import dataclasses
 import functools
@@ -98,9 +102,8 @@ def _batch(rows, config, with_below):
         ({"remat": "dots", "logits_chunk": 32}, LoraConfig(), 0),
         ({}, LoraConfig(), 2),
         ({"remat": "layer"}, LoraConfig(rank=4), 0),
-        ({"compute_dtype": "bfloat16"}, LoraConfig(), 0),
     ],
-    ids=["all", "layer", "dots", "top layers", "adapters", "bfloat16"],
+    ids=["all", "layer", "dots", "top layers", "adapters"],
 )
 def test_an_update_needs_what_the_plan_says(settings, lora, train_layers):
     compute = ComputeConfig(**{"compute_dtype": "float32"} | settings)
