@@ -16,6 +16,7 @@ that compares with PyTorch stops where PyTorch is not installed.
 """
 
 import importlib
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ from absl import app, flags
 from spa_jax.errors import UserError
 
 SUBJECTS = ("env", "generation", "rollout", "sft", "ppo", "models")
+_GOLDEN = pathlib.Path(__file__).parents[2] / "tests" / "golden" / "released"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +51,11 @@ if __name__ == "__main__":
         "models/smollm2-135m-instruct",
         "Folder of the model to time; random weights of its shape if it does not exist.",
     )
-    flags.DEFINE_string("timing_inputs", "", "ppo: the file timing_inputs.npz.")
+    flags.DEFINE_string(
+        "timing_inputs",
+        str(_GOLDEN / "timing_inputs.npz"),
+        "ppo: tokens, mask and scores of the step that is timed.",
+    )
     flags.DEFINE_list("parts", ["step", "ragged", "scoring"], "ppo: what is timed, of these and "
                       "quickstart.")  # fmt: skip
     flags.DEFINE_string("trajectories", "", "ppo: recorded episodes for the ragged mix.")

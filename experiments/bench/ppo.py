@@ -1,6 +1,6 @@
 """A PPO update beside the same passes in transformers and PyTorch, in one process.
 
-    python -m experiments.bench ppo --timing_inputs=DIR/timing_inputs.npz
+    python -m experiments.bench ppo
 
 The model is the one that these inputs were timed with: hidden 256, 4 layers, vocabulary 8,192,
 7.1 million parameters, float32, random weights that both sides share.  --parts chooses among
@@ -302,8 +302,6 @@ def _check(ours: float, theirs: float) -> None:
 
 def _step(rate: float) -> dict[str, float]:
     """The work of the timing inputs, with all weights and with LoRA."""
-    if not flags.FLAGS.timing_inputs:
-        raise UserError("--timing_inputs is not set: give the file timing_inputs.npz")
     config, params = _model()
     episodes = timing_inputs(pathlib.Path(flags.FLAGS.timing_inputs), config.vocab_size)
     if flags.FLAGS.rehearsal:
