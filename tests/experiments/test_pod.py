@@ -23,10 +23,11 @@ from tests import tiny
 from tests.experiments import stages
 
 GAMES, ROLLOUTS, RATE = 5, 2, 1e-3
-MANY = 250  # rollouts: more than are played before a signal comes
+MANY = 250  # rollouts a game: more than are played before a signal comes
 ENV = ("--env=custom", "--custom_data=tests.envs.odd:Split")
 PLAY = (*ENV, f"--games={GAMES}", f"--rollouts={ROLLOUTS}", "--slots=3", "--max_steps=4",
         "--max_new_tokens=12", "--context_length=512")  # fmt: skip
+LONG = (*PLAY, f"--rollouts={MANY}")
 ROWS = ("--row_length=256", "--policy_slots=96", "--step_slots=16", "--rows_per_device=1")
 PROGRESS = ("--progress_epochs=6", "--progress_batch_size=4", "--progress_width=16")
 PPO = ("--ppo_epochs=4", "--ppo_batch_size=4", f"--ppo_learning_rate={RATE}",
@@ -162,7 +163,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_while_playing_ends_all_at_once(policy, tmp_path):
-    command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *PLAY, f"--rollouts={MANY}")
+    command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *LONG)
     processes = stages.start_all(2, *command)
     files = [
         tmp_path / "iteration_0" / "explore" / f"trajectories.process_{i}.jsonl" for i in (0, 1)
@@ -188,7 +189,7 @@ def test_a_server_that_dies_for_good_ends_all_with_the_reason(policy, tmp_path):
         data_dir="tests.envs.odd:Split", prompt="short", max_sessions=3, env="custom"
     )
     file = tmp_path / "iteration_0" / "explore" / "trajectories.process_1.jsonl"
-    command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *PLAY, f"--rollouts={MANY}")
+    command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *LONG)
     with LocalServer(config) as server:
         port = f"--coordinator_address=127.0.0.1:{stages.free_port()}"
         shared = (port, "--num_processes=2", "--env_wait_s=3")
