@@ -253,7 +253,7 @@ class ComputeConfig:
         "NVIDIA GPUs; splash: a Pallas kernel, on TPUs.", choices=("xla", "cudnn", "splash"),
     )  # fmt: skip
     logits_chunk: int = _setting(
-        512, "Policy tokens whose logits over the vocabulary exist at once, a device; more are "
+        1024, "Policy tokens whose logits over the vocabulary exist at once, a device; more are "
         "projected in chunks, and again in the backward pass. 0: all at once.",
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ from absl import flags
 from experiments.bench import floor, peers, updates
 from spa_jax import batching
 from spa_jax.batching import PackedRows
+from spa_jax.config import DEFAULT_COMPUTE
 from spa_jax.models import transformer
 from spa_jax.models.shapes import SMOLLM2_135M
 from spa_jax.models.transformer import ModelConfig, Params
@@ -31,7 +32,7 @@ from spa_jax.training import state as state_lib
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
 _SHARE, _STEPS = 0.15, 8  # of the tokens that the policy wrote; steps an episode
-_CHUNK, _RATE = 512, 1e-5
+_RATE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Sizes:
     repeats: int = 5
 
 
-REHEARSAL = Sizes(rows=2, length=128, small=True, vocabulary=8192, tokens=1024, repeats=2)
+REHEARSAL = Sizes(rows=2, length=128, small=True, vocabulary=8192, tokens=2048, repeats=2)
 
 
 def episodes(sizes: Sizes, share: float, vocab_size: int) -> list[Trajectory]:
@@ -107,7 +108,7 @@ def projection_memory(sizes: Sizes) -> dict[str, tuple[float, float]]:
     rows = pack(one, 1.0, sizes.vocabulary)
     params = jax.jit(transformer.init, static_argnums=0)(shape, jax.random.key(0))
     found = {}
-    for name, chunk in (("chunked", _CHUNK), ("whole", 0)):
+    for name, chunk in (("chunked", DEFAULT_COMPUTE.logits_chunk), ("whole", 0)):
         compute = dataclasses.replace(shape.compute, logits_chunk=chunk)
         loss = sft_update.make_loss(dataclasses.replace(shape, compute=compute))
         gradient = jax.jit(

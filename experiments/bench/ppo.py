@@ -308,7 +308,7 @@ def _step(rate: float) -> dict[str, float]:
         episodes = episodes[:_MINIBATCH]
     found: dict[str, float] = {}
     for name, lora in (("full", False), ("lora", True)):
-        rows = _rows_for(episodes, 512, _MINIBATCH)
+        rows = _rows_for(episodes, 512, max(1, _MINIBATCH // jax.device_count()))
         sides = _sides(episodes, rows, _MINIBATCH, config, params, lora)
         found |= _compare_step(name, sides, rate)
     return found

@@ -17,7 +17,7 @@ from spa_jax.models.transformer import Block, ModelConfig, Params, RMSNorm
 
 @jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`transformer.attend` as PyTorch's CPU kernel computes it, its gradient included.
+    """`attention.attend` as PyTorch's CPU kernel computes it, its gradient included.
 
     Masked scores have the lowest float added to them, s + m = m, and the backward pass makes the
     weights anew from the sum that the forward pass kept:

@@ -55,8 +55,9 @@ def policy_terms(
 
     With more than --logits_chunk slots in the rows, they are projected one chunk after the other,
     and once more in the backward pass: no array is as large as all slots times the vocabulary.
+    Chunks are as equal as they can be, so that little is projected for nothing.
 
-        R P = 5 slots, chunks of 2        [s0 s1] [s2 s3] [s4 --]      (-- = no slot)
+        R P = 7 slots, at most 5 a chunk        [s0 s1 s2 s3] [s4 s5 s6 --]      (-- = no slot)
 
     Args:
       config: the model's shape.
@@ -75,8 +76,9 @@ def policy_terms(
         log_probs = log_probs_of(logits, targets)
         return log_probs, losses.entropy(logits, mask) if with_entropy else jnp.float32(0)
 
-    chunk, slots = config.compute.logits_chunk, rows.targets.size
-    if not chunk or slots <= chunk:
+    slots = rows.targets.size
+    chunk = projected_at_once(config.compute.logits_chunk, slots)
+    if chunk == slots:
         logits = policy_logits(params, hidden, rows, temperature)
         return terms(logits, rows.targets, rows.token_mask)
 
@@ -94,6 +96,11 @@ def policy_terms(
     chosen = (at(hidden, rows.token_index), rows.targets, rows.token_mask)
     log_probs, entropy = jax.lax.map(project, jax.tree.map(in_chunks, chosen))
     return log_probs.reshape(-1)[:slots].reshape(rows.targets.shape), jnp.sum(entropy)
+
+
+def projected_at_once(most: int, slots: int) -> int:
+    """Slots a chunk: `most` (0: any number) cut `slots` into so many chunks, and they are equal."""
+    return -(-slots // -(-slots // most)) if 0 < most < slots else slots
 
 
 def log_probs_of(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from spa_jax.config import LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.models import lora as lora_lib
 from spa_jax.models import transformer
 from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.training import forward as forward_lib
 from spa_jax.training import partition
 
 _FLOAT32 = 4  # bytes
@@ -88,7 +89,7 @@ def update(
     kept = kept_bytes(config, rows, trained, frozen, lora)
     if compute.remat != "none":
         kept += layer_bytes(config, rows)  # one layer's at a time, made again
-    chunk = min(compute.logits_chunk or rows.slots, rows.slots)
+    chunk = forward_lib.projected_at_once(compute.logits_chunk, rows.slots)
     count = functools.partial(_elements, fsdp=fsdp)
     return Need(
         parameters=count(trained) * param + count(frozen) * _width(config),
@@ -102,7 +103,7 @@ def update(
 
 def forward(config: ModelConfig, rows: RowsConfig) -> Need:
     """The pass over episodes that the estimator, annotation and the critic read; whole weights."""
-    chunk = min(config.compute.logits_chunk or rows.slots, rows.slots)
+    chunk = forward_lib.projected_at_once(config.compute.logits_chunk, rows.slots)
     return Need(
         parameters=_elements(shapes(config)) * _FLOAT32,
         activations=layer_bytes(config, rows),

@@ -10,7 +10,7 @@ import pytest
 
 from spa_jax.config import ComputeConfig, RowsConfig, check_attention
 from spa_jax.errors import UserError
-from spa_jax.models import fused, lora, transformer
+from spa_jax.models import attention, fused, lora, transformer
 from spa_jax.training import memory
 from tests import tiny
 
@@ -109,7 +109,7 @@ def test_cudnn_is_given_what_it_takes():
     mask = transformer.packed_mask(segments)
     ours = fused.cudnn(q, k, v, mask, "xla")
     grouped = q.reshape(2, 40, 2, 2, 8).transpose(0, 2, 3, 1, 4)
-    wanted = transformer.attend(grouped, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
+    wanted = attention.attend(grouped, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
     wanted = wanted.transpose(0, 3, 1, 2, 4).reshape(ours.shape)
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
 

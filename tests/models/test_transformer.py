@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spa_jax.models import transformer, weights
+from spa_jax.models import attention, transformer, weights
 from tests import tiny
 
 CONFIG = tiny.tiny_config()
@@ -101,8 +101,17 @@ def test_attention_in_blocks_is_attention(length):
     )
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, length))))
     mask = transformer.packed_mask(segments)
-    ours = jax.jit(transformer.attend_causally)(q, k, v, mask)
-    np.testing.assert_allclose(ours, jax.jit(transformer.attend)(q, k, v, mask), atol=1e-5)
+    d_out = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+    def with_gradient(attend):
+        out, back = jax.vjp(lambda *x: attend(*x, mask), q, k, v)
+        return out, back(d_out)
+
+    ours, theirs = (
+        jax.jit(with_gradient, static_argnums=0)(attend)
+        for attend in (attention.attend_causally, attention.attend)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, theirs)
 
 
 def test_attention_by_hand():
@@ -111,7 +120,7 @@ def test_attention_by_hand():
     k = jnp.log(jnp.array([1.0, 3.0])).reshape(1, 1, 1, 2)
     v = jnp.array([8.0, 16.0]).reshape(1, 1, 2, 1)
     mask = jnp.tril(jnp.ones((1, 2, 2), bool))
-    out = transformer.attend(q, k, v, mask)
+    out = attention.attend(q, k, v, mask)
     np.testing.assert_allclose(out.reshape(2), [8.0, 14.0], rtol=1e-6)
 
 

@@ -1,0 +1,110 @@
+"""Attention in plain XLA: what every platform runs, and what the fused kernels agree with.
+
+B rows, G key heads, R = H / G query heads a key head, T queries, C keys, K head size.  Keys come
+transposed: on a CPU the scores of one new token are then a row-major product.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+_QUERY_BLOCK = 128  # queries whose scores are made together in training
+_MASKED = -1e30  # finite, so that a row which sees nothing stays finite
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Grouped-query attention: softmax(q k^T / sqrt(K)) v where the mask allows.
+
+    Args:
+      q: [B, G, R, T, K].
+      k: [B, G, K, C], transposed.
+      v: [B, G, C, K].
+      mask: [B, T, C] bool, True where query t may see key c.
+
+    Returns:
+      [B, G, R, T, K].
+    """
+    chex.assert_rank([q, k, v, mask], [5, 4, 4, 3])
+    scores = jnp.where(mask[:, None, None], _scores(q, k), _MASKED)
+    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
+    return jnp.einsum("bgrtc,bgck->bgrtk", weights, v)
+
+
+@jax.custom_vjp
+def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` for T = C and a mask within the causal one, in blocks of queries.
+
+    A block sees no key behind its last query, so half of the scores are never made; and
+    a block's scores stay in the processor's cache: twice as fast at T = 768 on a CPU.
+
+    No score is kept for the backward pass, but each query's log-sum-exp L, from which its weights
+    are made again: P = exp(S - L).  With D = rowsum(dO * O) the rest are products (Dao et al.,
+    arXiv 2205.14135, appendix B.2), and gradients of keys and values are added up in place:
+
+        dV = P^T dO        dS = P * (dO V^T - D)        dQ = dS K        dK = dS^T Q
+
+    On a CPU forward and backward take 0.72 to 0.84 of the time that JAX's own derivative of the
+    blocks takes, recomputed or not.  There is no forward-mode derivative.
+
+    Args:
+      q: [B, G, R, T, K].
+      k: [B, G, K, T].
+      v: [B, G, T, K].
+      mask: [B, T, T] bool.
+
+    Returns:
+      [B, G, R, T, K].
+    """
+    return _forward(q, k, v, mask)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple]:
+    outputs, log_sums = [], []
+    for start, end in _blocks(q.shape[3]):
+        seen = mask[:, None, None, start:end, :end]
+        scores = jnp.where(seen, _scores(q[:, :, :, start:end], k[..., :end]), _MASKED)
+        largest = jnp.max(scores, -1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, -1, keepdims=True)
+        sums = _product("bgrtc,bgck->bgrtk", weights.astype(v.dtype), v[:, :, :end])
+        outputs.append((sums / total).astype(v.dtype))
+        log_sums.append(largest + jnp.log(total))
+    out = jnp.concatenate(outputs, 3)
+    return out, (q, k, v, mask, out, jnp.concatenate(log_sums, 3))
+
+
+def _backward(kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, mask, out, log_sums = kept
+    scale = q.shape[-1] ** -0.5
+    inner = jnp.sum(d_out.astype(jnp.float32) * out, -1, keepdims=True)
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for start, end in _blocks(q.shape[3]):
+        at = (slice(None),) * 3 + (slice(start, end),)
+        seen = mask[:, None, None, start:end, :end]
+        weights = jnp.where(seen, jnp.exp(_scores(q[at], k[..., :end]) - log_sums[at]), 0.0)
+        d_weights = _product("bgrtk,bgck->bgrtc", d_out[at], v[:, :, :end])
+        d_scores = (weights * (d_weights - inner[at]) * scale).astype(q.dtype)
+        d_q.append(_product("bgrtc,bgkc->bgrtk", d_scores, k[..., :end]))
+        d_k = d_k.at[..., :end].add(_product("bgrtk,bgrtc->bgkc", q[at], d_scores))
+        d_v = d_v.at[:, :, :end].add(
+            _product("bgrtc,bgrtk->bgck", weights.astype(v.dtype), d_out[at])
+        )
+    return jnp.concatenate(d_q, 3).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+attend_causally.defvjp(_forward, _backward)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """(first, behind the last) query of each block."""
+    return [(i, min(i + _QUERY_BLOCK, length)) for i in range(0, length, _QUERY_BLOCK)]
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """[B, G, R, T, C] float32."""
+    return _product("bgrtk,bgkc->bgrtc", q, k) * q.shape[-1] ** -0.5
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product whose sums, and result, are float32."""
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
