@@ -243,9 +243,9 @@ class ComputeConfig:
         choices=DTYPES,
     )  # fmt: skip
     remat: str = _setting(
-        "none", "What a layer keeps for the backward pass. none: all that it needs; dots: the "
-        "products with weights, and attention; attention: that alone; layer: only what it "
-        "started from. What is not kept is computed again.",
+        "dots", "What a layer keeps for the backward pass. none: all that it needs; dots: the "
+        "products with weights, and attention (half of the memory, in no more time); attention: "
+        "that alone; layer: only what it started from. What is not kept is computed again.",
         choices=("none", "dots", "attention", "layer"),
     )  # fmt: skip
     attention: str = _setting(

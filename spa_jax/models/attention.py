@@ -7,6 +7,7 @@ transposed: on a CPU the scores of one new token are then a row-major product.
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 _QUERY_BLOCK = 128  # queries whose scores are made together in training
 _MASKED = -1e30  # finite, so that a row which sees nothing stays finite
@@ -69,8 +70,10 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple
         sums = _product("bgrtc,bgck->bgrtk", weights.astype(v.dtype), v[:, :, :end])
         outputs.append((sums / total).astype(v.dtype))
         log_sums.append(largest + jnp.log(total))
-    out = jnp.concatenate(outputs, 3)
-    return out, (q, k, v, mask, out, jnp.concatenate(log_sums, 3))
+    # Named, so that `--remat` can keep what would otherwise cost a forward pass to make again.
+    out = checkpoint_name(jnp.concatenate(outputs, 3), "attention")
+    kept = (q, k, v, mask, out, checkpoint_name(jnp.concatenate(log_sums, 3), "attention"))
+    return out, kept
 
 
 def _backward(kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:

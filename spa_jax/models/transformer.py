@@ -265,8 +265,7 @@ class Block(nn.Module):
             if rows is not None:
                 k, v = k.at[rows].get(mode="clip"), v.at[rows].get(mode="clip")
             out = self.cached_attention(self._grouped(q), k, v, seen).transpose(0, 3, 1, 2, 4)
-        out = checkpoint_name(out.reshape(batch, length, -1), "attention")
-        x = x + self._linear(out, "o", c.hidden_size)
+        x = x + self._linear(out.reshape(batch, length, -1), "o", c.hidden_size)
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         gate = self._linear(h, "gate", c.intermediate_size)
         up = self._linear(h, "up", c.intermediate_size)
@@ -278,9 +277,9 @@ class Block(nn.Module):
         """Attention of packed rows, by --attention; [B, T, ...] with all heads behind T."""
         match self.config.compute.attention:
             case "cudnn":
-                return fused.cudnn(q, k, v, seen)
+                return checkpoint_name(fused.cudnn(q, k, v, seen), "attention")
             case "splash":
-                return fused.splash(q, k, v, seen)
+                return checkpoint_name(fused.splash(q, k, v, seen), "attention")
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         return attention.attend_causally(self._grouped(q), k, v, seen).transpose(0, 3, 1, 2, 4)
 

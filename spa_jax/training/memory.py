@@ -87,8 +87,8 @@ def update(
     if lora.rank:
         param = _FLOAT32  # adapters are small
     kept = kept_bytes(config, rows, trained, frozen, lora)
-    if compute.remat != "none":
-        kept += layer_bytes(config, rows)  # one layer's at a time, made again
+    # What is not kept is made again, one layer's at a time.
+    kept += layer_bytes(config, rows, "none") - layer_bytes(config, rows, compute.remat)
     chunk = forward_lib.projected_at_once(compute.logits_chunk, rows.slots)
     count = functools.partial(_elements, fsdp=fsdp)
     return Need(
@@ -155,9 +155,9 @@ def kept_bytes(
     return float(two - one) * rows.rows_per_device
 
 
-def layer_bytes(config: ModelConfig, rows: RowsConfig) -> float:
-    """What one layer keeps, whatever --remat says: about what it has in memory at once."""
-    compute = dataclasses.replace(config.compute, remat="none")
+def layer_bytes(config: ModelConfig, rows: RowsConfig, remat: str = "none") -> float:
+    """What one layer keeps; with --remat=none, about what it has in memory at once."""
+    compute = dataclasses.replace(config.compute, remat=remat)
     one = dataclasses.replace(config, num_layers=1, compute=compute)
     return kept_bytes(one, rows, shapes(one), {}, LoraConfig())
 

@@ -97,7 +97,7 @@ def _batch(rows, config, with_below):
 @pytest.mark.parametrize(
     ("settings", "lora", "train_layers"),
     [
-        ({}, LoraConfig(), 0),
+        ({"remat": "none"}, LoraConfig(), 0),
         ({"remat": "layer"}, LoraConfig(), 0),
         ({"remat": "dots", "logits_chunk": 32}, LoraConfig(), 0),
         ({}, LoraConfig(), 2),
