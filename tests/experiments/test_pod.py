@@ -108,6 +108,7 @@ def _one_writer(workdir: pathlib.Path, count: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.pod
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
 def test_processes_end_as_one(count, devices, single, policy, tmp_path):
     """Of five games one of two processes plays three, one of four plays two.
@@ -136,6 +137,7 @@ def _wait_for(processes, condition, timeout: float = 300) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.pod
 def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
     """And run again, they end bit for bit as two that were not stopped."""
     for name in ("unbroken", "broken"):
@@ -162,6 +164,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pod
 def test_sigterm_while_playing_ends_all_at_once(policy, tmp_path):
     command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *LONG)
     processes = stages.start_all(2, *command)
@@ -184,6 +187,7 @@ def test_sigterm_while_playing_ends_all_at_once(policy, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pod
 def test_a_server_that_dies_for_good_ends_all_with_the_reason(policy, tmp_path):
     config = ServerConfig(
         data_dir="tests.envs.odd:Split", prompt="short", max_sessions=3, env="custom"
@@ -209,6 +213,7 @@ def test_a_server_that_dies_for_good_ends_all_with_the_reason(policy, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pod
 def test_a_process_that_is_killed_while_training_ends_the_other(single, policy, tmp_path):
     processes = stages.start_all(2, *_ppo(policy, tmp_path, single), "--ppo_epochs=400")
     file = tmp_path / "iteration_0" / "ppo" / "metrics.jsonl"
