@@ -26,7 +26,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       [B, G, R, T, K].
     """
     chex.assert_rank([q, k, v, mask], [5, 4, 4, 3])
-    scores = jnp.where(mask[:, None, None], _scores(q, k), _MASKED)
+    scores = jnp.where(mask[:, None, None], scores_of(q, k), _MASKED)
     weights = jax.nn.softmax(scores, -1).astype(v.dtype)
     return jnp.einsum("bgrtc,bgck->bgrtk", weights, v)
 
@@ -61,15 +61,10 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple]:
     outputs, log_sums = [], []
-    for start, end in _blocks(q.shape[3]):
-        seen = mask[:, None, None, start:end, :end]
-        scores = jnp.where(seen, _scores(q[:, :, :, start:end], k[..., :end]), _MASKED)
-        largest = jnp.max(scores, -1, keepdims=True)
-        weights = jnp.exp(scores - largest)
-        total = jnp.sum(weights, -1, keepdims=True)
-        sums = _product("bgrtc,bgck->bgrtk", weights.astype(v.dtype), v[:, :, :end])
-        outputs.append((sums / total).astype(v.dtype))
-        log_sums.append(largest + jnp.log(total))
+    for end, at in _blocks(q.shape[3]):
+        out, log_sum = weigh(_seen_scores(q[at], k[..., :end], mask, at), v[:, :, :end])
+        outputs.append(out)
+        log_sums.append(log_sum)
     # Named, so that `--remat` can keep what would otherwise cost a forward pass to make again.
     out = checkpoint_name(jnp.concatenate(outputs, 3), "attention")
     kept = (q, k, v, mask, out, checkpoint_name(jnp.concatenate(log_sums, 3), "attention"))
@@ -78,33 +73,73 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple
 
 def _backward(kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, mask, out, log_sums = kept
-    scale = q.shape[-1] ** -0.5
-    inner = jnp.sum(d_out.astype(jnp.float32) * out, -1, keepdims=True)
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for start, end in _blocks(q.shape[3]):
-        at = (slice(None),) * 3 + (slice(start, end),)
-        seen = mask[:, None, None, start:end, :end]
-        weights = jnp.where(seen, jnp.exp(_scores(q[at], k[..., :end]) - log_sums[at]), 0.0)
-        d_weights = _product("bgrtk,bgck->bgrtc", d_out[at], v[:, :, :end])
-        d_scores = (weights * (d_weights - inner[at]) * scale).astype(q.dtype)
-        d_q.append(_product("bgrtc,bgkc->bgrtk", d_scores, k[..., :end]))
-        d_k = d_k.at[..., :end].add(_product("bgrtk,bgrtc->bgkc", q[at], d_scores))
-        d_v = d_v.at[:, :, :end].add(
-            _product("bgrtc,bgrtk->bgck", weights.astype(v.dtype), d_out[at])
+    for end, at in _blocks(q.shape[3]):
+        keys, values = k[..., :end], v[:, :, :end]
+        scores = _seen_scores(q[at], keys, mask, at)
+        of_q, of_k, of_v = weigh_backward(
+            q[at], keys, values, scores, log_sums[at], out[at], d_out[at]
         )
+        d_q.append(of_q)
+        d_k, d_v = d_k.at[..., :end].add(of_k), d_v.at[:, :, :end].add(of_v)
     return jnp.concatenate(d_q, 3).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 attend_causally.defvjp(_forward, _backward)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    """(first, behind the last) query of each block."""
-    return [(i, min(i + _QUERY_BLOCK, length)) for i in range(0, length, _QUERY_BLOCK)]
+def weigh(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax of scores [B, G, R, T, C] times v [B, G, C, K], and its log-sum-exps [.., T, 1]."""
+    largest = jnp.max(scores, -1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, -1, keepdims=True)
+    sums = _product("bgrtc,bgck->bgrtk", weights.astype(v.dtype), v)
+    return (sums / total).astype(v.dtype), largest + jnp.log(total)
 
 
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """[B, G, R, T, C] float32."""
+def weigh_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scores: jax.Array,
+    log_sums: jax.Array,
+    out: jax.Array,
+    d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v, float32, by the equations of `attend_causally`.
+
+    Args:
+      q, k, v: as in `attend`.
+      scores: [B, G, R, T, C] of q and k, masked.
+      log_sums, out: what `weigh` gave for them.
+      d_out: [B, G, R, T, K], the gradient of out.
+    """
+    weights = jnp.exp(scores - log_sums)
+    d_weights = _product("bgrtk,bgck->bgrtc", d_out, v)
+    inner = jnp.sum(d_out.astype(jnp.float32) * out, -1, keepdims=True)
+    d_scores = (weights * (d_weights - inner) * q.shape[-1] ** -0.5).astype(q.dtype)
+    return (
+        _product("bgrtc,bgkc->bgrtk", d_scores, k),
+        _product("bgrtk,bgrtc->bgkc", q, d_scores),
+        _product("bgrtc,bgrtk->bgck", weights.astype(v.dtype), d_out),
+    )
+
+
+def _blocks(length: int) -> list[tuple[int, tuple[slice, ...]]]:
+    """(behind the last query, index of the queries in [B, G, R, T, ...]) of each block."""
+    ends = [min(i + _QUERY_BLOCK, length) for i in range(0, length, _QUERY_BLOCK)]
+    return [
+        (end, (slice(None),) * 3 + (slice(i * _QUERY_BLOCK, end),)) for i, end in enumerate(ends)
+    ]
+
+
+def _seen_scores(q: jax.Array, k: jax.Array, mask: jax.Array, at: tuple[slice, ...]) -> jax.Array:
+    """Scores of a block's queries and the keys up to its last one, masked."""
+    return jnp.where(mask[:, None, None, at[3], : k.shape[-1]], scores_of(q, k), _MASKED)
+
+
+def scores_of(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q k^T / sqrt(K), [B, G, R, T, C] float32."""
     return _product("bgrtk,bgkc->bgrtc", q, k) * q.shape[-1] ** -0.5
 
 

@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from spa_jax.models import transformer
+from spa_jax.models import attention, transformer
 from spa_jax.models.transformer import Block, ModelConfig, Params, RMSNorm
 
 
@@ -43,31 +43,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 
 
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    masked = jnp.where(mask[:, None, None], 0.0, jnp.finfo(q.dtype).min)
-    return jnp.einsum("bgrtk,bgkc->bgrtc", q, k) * q.shape[-1] ** -0.5 + masked
+    return attention.scores_of(q, k) + jnp.where(mask[:, None, None], 0.0, jnp.finfo(q.dtype).min)
 
 
 def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    scores = _scores(q, k, mask)
-    largest = jnp.max(scores, -1, keepdims=True)
-    shares = jnp.exp(scores - largest)
-    total = jnp.sum(shares, -1, keepdims=True)
-    out = jnp.einsum("bgrtc,bgck->bgrtk", shares / total, v)
-    return out, (q, k, v, mask, out, largest + jnp.log(total))
+    out, log_sums = attention.weigh(_scores(q, k, mask), v)
+    return out, (q, k, v, mask, out, log_sums)
 
 
 def _attend_backward(
     saved: tuple[jax.Array, ...], g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, mask, out, lse = saved
-    p = jnp.exp(_scores(q, k, mask) - lse)
-    dp = jnp.einsum("bgrtk,bgck->bgrtc", g, v)
-    ds = p * (dp - jnp.sum(g * out, -1, keepdims=True)) * q.shape[-1] ** -0.5
-    dq = jnp.einsum("bgrtc,bgkc->bgrtk", ds, k)
-    dk = jnp.einsum("bgrtc,bgrtk->bgkc", ds, q)
-    return dq, dk, jnp.einsum("bgrtc,bgrtk->bgck", p, g), None
+    q, k, v, mask, out, log_sums = saved
+    scores = _scores(q, k, mask)
+    return (*attention.weigh_backward(q, k, v, scores, log_sums, out, g), None)
 
 
 attend.defvjp(_attend, _attend_backward)

@@ -22,6 +22,8 @@ from spa_jax.training import metrics
 from tests import tiny
 from tests.experiments import stages
 
+pytestmark = [pytest.mark.slow, pytest.mark.pod]
+
 GAMES, ROLLOUTS, RATE = 5, 2, 1e-3
 MANY = 250  # rollouts a game: more than are played before a signal comes
 ENV = ("--env=custom", "--custom_data=tests.envs.odd:Split")
@@ -107,8 +109,6 @@ def _one_writer(workdir: pathlib.Path, count: int) -> None:
     assert len(list((folder / "explore").glob("server.process_*.log"))) == count
 
 
-@pytest.mark.slow
-@pytest.mark.pod
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
 def test_processes_end_as_one(count, devices, single, policy, tmp_path):
     """Of five games one of two processes plays three, one of four plays two.
@@ -136,8 +136,6 @@ def _wait_for(processes, condition, timeout: float = 300) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.slow
-@pytest.mark.pod
 def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
     """And run again, they end bit for bit as two that were not stopped."""
     for name in ("unbroken", "broken"):
@@ -163,8 +161,6 @@ def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
         assert ours[name].tobytes() == value.tobytes(), name
 
 
-@pytest.mark.slow
-@pytest.mark.pod
 def test_sigterm_while_playing_ends_all_at_once(policy, tmp_path):
     command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *LONG)
     processes = stages.start_all(2, *command)
@@ -186,8 +182,6 @@ def test_sigterm_while_playing_ends_all_at_once(policy, tmp_path):
     assert len(store.read(files[0].with_name("trajectories.jsonl"))) == MANY * GAMES
 
 
-@pytest.mark.slow
-@pytest.mark.pod
 def test_a_server_that_dies_for_good_ends_all_with_the_reason(policy, tmp_path):
     config = ServerConfig(
         data_dir="tests.envs.odd:Split", prompt="short", max_sessions=3, env="custom"
@@ -212,8 +206,6 @@ def test_a_server_that_dies_for_good_ends_all_with_the_reason(policy, tmp_path):
     assert len(store.read(file.with_name("trajectories.jsonl"))) == MANY * GAMES
 
 
-@pytest.mark.slow
-@pytest.mark.pod
 def test_a_process_that_is_killed_while_training_ends_the_other(single, policy, tmp_path):
     processes = stages.start_all(2, *_ppo(policy, tmp_path, single), "--ppo_epochs=400")
     file = tmp_path / "iteration_0" / "ppo" / "metrics.jsonl"

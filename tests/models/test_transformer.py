@@ -111,7 +111,7 @@ def test_attention_in_blocks_is_attention(length):
         jax.jit(with_gradient, static_argnums=0)(attend)
         for attend in (attention.attend_causally, attention.attend)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
 def test_attention_by_hand():
