@@ -51,7 +51,7 @@ def run(
     With `keys`, only the episodes with these keys are annotated; the others are written as they
     are, and environment errors are left out either way.
     """
-    config_lib.check_attention(compute, rows)
+    compute = config_lib.fit_attention(compute, rows)
     policy = common.load_policy(policy_folder, compute=compute)
     head = progress_head(policy, progress_folder)
     played = train_progress.playable(store.read(data))

@@ -34,7 +34,7 @@ from spa_jax.envs.guard import read_token
 from spa_jax.envs.openenv import OPENENV, OpenEnvClient
 from spa_jax.envs.server import LocalServer
 from spa_jax.errors import UserError
-from spa_jax.models import fused, transformer, weights
+from spa_jax.models import fused, native, transformer, weights
 from spa_jax.models import lora as lora_lib
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.sampling.engine import Engine
@@ -133,7 +133,7 @@ def load_policy(
     return Policy(path, path, config, params, heads, backend, trained_in, **noted)
 
 
-def computed(config: ModelConfig, compute: ComputeConfig) -> ModelConfig:
+def computed(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> ModelConfig:
     """The model as it is computed on this machine.
 
     Raises:
@@ -141,7 +141,14 @@ def computed(config: ModelConfig, compute: ComputeConfig) -> ModelConfig:
     """
     platform = jax.default_backend()
     compute = compute.resolved(platform)
-    fused.check(compute.attention, compute.compute_dtype, config.head_dim, platform)
+    kind = (compute.compute_dtype, config.head_dim, platform)
+    if compute.attention == "auto":
+        attention = "native" if native.runs(*kind) else "xla"
+        compute = dataclasses.replace(compute, attention=attention)
+    elif compute.attention == "native":
+        native.check(*kind)
+    else:
+        fused.check(compute.attention, *kind)
     return dataclasses.replace(config, compute=compute)
 
 

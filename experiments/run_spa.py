@@ -269,7 +269,7 @@ def from_flags() -> Run:
     config_lib.check_together(configs["ppo"], configs["credit"], configs["explore"])
     workdir = pathlib.Path(flags_lib.WORKDIR.value)
     made = Run(workdir=workdir, policy=flags.FLAGS.policy, seed=flags_lib.SEED.value, **configs)
-    config_lib.check_attention(made.compute, made.rows)
+    config_lib.fit_attention(made.compute, made.rows)
     for stage, settings in (("sft", made.sft), ("ppo", made.ppo)):
         flag = f"--{stage}_train_layers"
         config_lib.check_trained(made.lora_of(stage), settings.train_layers, flag)

@@ -61,7 +61,7 @@ def run(
     if common.is_done(out, "sft"):
         return
     config_lib.check_trained(lora, sft.train_layers, "--sft_train_layers")
-    config_lib.check_attention(compute, rows)
+    compute = config_lib.fit_attention(compute, rows)
     started = time.time()
     if not train:
         raise UserError(

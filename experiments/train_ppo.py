@@ -76,7 +76,7 @@ def run(
     if common.is_done(out, "ppo"):
         return
     config_lib.check_trained(lora, ppo.train_layers, "--ppo_train_layers")
-    config_lib.check_attention(compute, rows)
+    compute = config_lib.fit_attention(compute, rows)
     started = time.time()
     trajectories = playable(store.read(data))
     common.agree_on(trajectories, data)

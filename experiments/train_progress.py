@@ -64,7 +64,7 @@ def run(
     """Trains the head, from the newest checkpoint if there is one, and writes it to `out`."""
     if common.is_done(out, "progress"):
         return
-    config_lib.check_attention(compute, rows)
+    compute = config_lib.fit_attention(compute, rows)
     started = time.time()
     policy = common.load_policy(policy_folder, compute=compute)
     features, trajectories = load_features(policy, data, rows)

@@ -249,8 +249,10 @@ class ComputeConfig:
         choices=("none", "dots", "attention", "layer"),
     )  # fmt: skip
     attention: str = _setting(
-        "xla", "Attention in training. xla: in blocks, everywhere; cudnn: its fused kernel, on "
-        "NVIDIA GPUs; splash: a Pallas kernel, on TPUs.", choices=("xla", "cudnn", "splash"),
+        "auto", "Attention. xla: in blocks, everywhere; native: compiled for this CPU, in float32, "
+        "in training and sampling; cudnn: its fused kernel, on NVIDIA GPUs, in training; splash: "
+        "a Pallas kernel, on TPUs, in training. auto: native where it can be, and xla elsewhere.",
+        choices=("auto", "xla", "native", "cudnn", "splash"),
     )  # fmt: skip
     logits_chunk: int = _setting(
         1024, "Policy tokens whose logits over the vocabulary exist at once, a device; more are "
@@ -258,11 +260,16 @@ class ComputeConfig:
     )  # fmt: skip
 
     def resolved(self, platform: str) -> "ComputeConfig":
-        """With the dtype that `auto` means on a platform: cpu, gpu or tpu."""
-        if self.compute_dtype != "auto":
-            return self
-        dtype = "float32" if platform == "cpu" else "bfloat16"
-        return dataclasses.replace(self, compute_dtype=dtype)
+        """With what `auto` means on a platform: cpu, gpu or tpu.
+
+        Which attention it means on a CPU depends on the model too: it stays.
+        """
+        dtype, attention = self.compute_dtype, self.attention
+        if dtype == "auto":
+            dtype = "float32" if platform == "cpu" else "bfloat16"
+        if attention == "auto" and platform != "cpu":
+            attention = "xla"
+        return dataclasses.replace(self, compute_dtype=dtype, attention=attention)
 
 
 DEFAULT_COMPUTE = ComputeConfig()
@@ -557,27 +564,31 @@ def check_together(ppo: PpoConfig, credit: CreditConfig, explore: ExploreConfig)
         )
 
 
-def check_attention(compute: ComputeConfig, rows: RowsConfig) -> None:
-    """Refuses rows that the splash kernel cannot take.
+def fit_attention(compute: ComputeConfig, rows: RowsConfig) -> ComputeConfig:
+    """Refuses rows that an attention kernel cannot take; `auto` takes xla for them.
 
     Raises:
       UserError: names the flags, and says why.
     """
-    if compute.attention != "splash":
-        return
-    wrong = {
-        "--share_prefix": (rows.share_prefix, "it has no segment that all others see; give "
-                           "--noshare_prefix"),
-        f"--row_length={rows.row_length}": (rows.row_length % 128, "it takes tokens by 128; give a "
-                                            "multiple"),
-        "--row_buckets": (rows.row_length % (128 * rows.row_buckets), "it takes tokens by 128; "
-                          "give fewer"),
-        "--partition=mesh": (rows.partition == "mesh", "XLA cannot cut it over a mesh; give "
-                             "--partition=pmap"),
-    }  # fmt: skip
+    mesh = (rows.partition == "mesh", "XLA cannot cut it over a mesh; give --partition=pmap")
+    if mesh[0] and compute.attention == "auto":
+        return dataclasses.replace(compute, attention="xla")
+    wrong = {"--partition=mesh": mesh} if compute.attention in ("native", "splash") else {}
+    if compute.attention == "splash":
+        wrong |= {
+            "--share_prefix": (rows.share_prefix, "it has no segment that all others see; give "
+                               "--noshare_prefix"),
+            f"--row_length={rows.row_length}": (rows.row_length % 128, "it takes tokens by 128; "
+                                                "give a multiple"),
+            "--row_buckets": (rows.row_length % (128 * rows.row_buckets), "it takes tokens by "
+                              "128; give fewer"),
+        }  # fmt: skip
     for flag, (is_wrong, why) in wrong.items():
         if is_wrong:
-            raise UserError(f"{flag} with --attention=splash: {why}, or --attention=xla")
+            raise UserError(
+                f"{flag} with --attention={compute.attention}: {why}, or --attention=xla"
+            )
+    return compute
 
 
 def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from experiments import common
 from spa_jax.models import transformer, weights
 from spa_jax.models.shapes import SMOLLM2_135M
 from spa_jax.models.transformer import ModelConfig, Params
@@ -53,9 +54,9 @@ def model() -> tuple[ModelConfig, Params, str]:
     folder = pathlib.Path(flags.FLAGS.policy)
     if folder.exists():
         config, params = weights.load_pretrained(folder)
-        return config, jax.device_put(params), str(folder)
+        return common.computed(config), jax.device_put(params), str(folder)
     params = jax.jit(transformer.init, static_argnums=0)(SMOLLM2_135M, jax.random.key(0))
-    return SMOLLM2_135M, params, "random weights of SmolLM2-135M's shape"
+    return common.computed(SMOLLM2_135M), params, "random weights of SmolLM2-135M's shape"
 
 
 def layer_parameters(params: Params) -> int:

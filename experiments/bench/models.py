@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from experiments import common
 from experiments.bench import floor, peers, updates
 from spa_jax import batching
 from spa_jax.batching import PackedRows
@@ -239,7 +240,7 @@ def model(sizes: Sizes) -> tuple[ModelConfig, Params, str]:
         SMOLLM2_135M, num_layers=2, vocab_size=2048, hidden_size=192, num_heads=3, num_kv_heads=1
     )
     params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
-    return config, params, "a small random model (rehearsal)"
+    return common.computed(config), params, "a small random model (rehearsal)"
 
 
 def run() -> None:

@@ -32,6 +32,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from experiments import common
 from experiments.bench import floor, peers, ppo_peer, updates
 from spa_jax import store
 from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
@@ -90,7 +91,7 @@ def run() -> None:
 
 def _model() -> tuple[ModelConfig, Params]:
     """The timed model, or the rehearsal's."""
-    config = _SMALL if flags.FLAGS.rehearsal else TIMED
+    config = common.computed(_SMALL if flags.FLAGS.rehearsal else TIMED)
     return config, jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
 
 

@@ -40,7 +40,7 @@ from jax.ad_checkpoint import checkpoint_name
 from spa_jax.batching import SHARED
 from spa_jax.config import ComputeConfig
 from spa_jax.errors import UserError
-from spa_jax.models import attention, fused
+from spa_jax.models import attention, fused, native
 
 Params = Any  # a pytree of arrays
 # Keys [B, G, K, C] and values [B, G, C, K].  Keys lie transposed: on a CPU the scores of
@@ -237,7 +237,7 @@ class Block(nn.Module):
           x: [B, T, D].
           positions: [B, T] int.
           seen: [B, T, T] bool, True where a query may see a key, or [B, T, C] with a cache; with
-            splash attention [B, T] int, the segments.
+            splash and native attention [B, T] int, the segments.
           cache: keys and values so far; a position >= C writes nothing.
           rows: [B] int, the cache's row of each row of x, as in `cached_hidden_states`.
 
@@ -262,9 +262,13 @@ class Block(nn.Module):
             k = cache[0].at[at, :, :, positions].set(k.astype(cache[0].dtype), mode="drop")
             v = cache[1].at[at, :, positions].set(v.astype(cache[1].dtype), mode="drop")
             cache = (k, v)
-            if rows is not None:
-                k, v = k.at[rows].get(mode="clip"), v.at[rows].get(mode="clip")
-            out = self.cached_attention(self._grouped(q), k, v, seen).transpose(0, 3, 1, 2, 4)
+            if c.compute.attention == "native" and self.cached_attention is attention.attend:
+                out = native.cached(q, k, v, positions, at[:, 0])
+            else:
+                if rows is not None:
+                    k, v = k.at[rows].get(mode="clip"), v.at[rows].get(mode="clip")
+                out = self.cached_attention(self._grouped(q), k, v, seen)
+                out = out.transpose(0, 3, 1, 2, 4)
         x = x + self._linear(out.reshape(batch, length, -1), "o", c.hidden_size)
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         gate = self._linear(h, "gate", c.intermediate_size)
@@ -280,6 +284,8 @@ class Block(nn.Module):
                 return checkpoint_name(fused.cudnn(q, k, v, seen), "attention")
             case "splash":
                 return checkpoint_name(fused.splash(q, k, v, seen), "attention")
+            case "native":
+                return native.packed(q, k, v, seen)
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
         return attention.attend_causally(self._grouped(q), k, v, seen).transpose(0, 3, 1, 2, 4)
 
@@ -323,7 +329,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast),
             length=(c.num_layers if self.last is None else self.last) - self.first,
         )(c, name="layers")
-        by_segment = c.compute.attention == "splash"
+        by_segment = c.compute.attention in ("splash", "native")
         x, _ = layers(x, positions, segment_ids if by_segment else packed_mask(segment_ids))
         if self.last is not None:
             return x

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spa_jax.config import ComputeConfig, RowsConfig, check_attention
+from spa_jax.config import ComputeConfig, RowsConfig, fit_attention
 from spa_jax.errors import UserError
 from spa_jax.models import attention, fused, lora, transformer
 from spa_jax.training import memory
@@ -67,11 +67,14 @@ def _close(ours, wanted, tolerance):
 
 def _runs_here(attention):
     """Splash is interpreted where there is no TPU; cuDNN is not."""
-    absent = attention == "cudnn" and jax.default_backend() != "gpu"
-    return pytest.param(attention, marks=pytest.mark.skipif(absent, reason="needs an NVIDIA GPU"))
+    only = {"cudnn": "gpu", "native": "cpu"}.get(attention, jax.default_backend())
+    absent = only != jax.default_backend()
+    return pytest.param(attention, marks=pytest.mark.skipif(absent, reason=f"needs a {only}"))
 
 
-@pytest.mark.parametrize("attention", [_runs_here(name) for name in ("xla", "cudnn", "splash")])
+@pytest.mark.parametrize(
+    "attention", [_runs_here(name) for name in ("xla", "native", "cudnn", "splash")]
+)
 def test_packed_rows_are_separate_rows(attention):
     """Hidden states, and the gradient of a sum over all of them."""
     dtype, tolerance = ("bfloat16", 2e-2) if attention == "cudnn" else ("float32", 1e-5)
@@ -89,7 +92,7 @@ def test_packed_rows_are_separate_rows(attention):
     _close(gradient, wanted, tolerance)
 
 
-@pytest.mark.parametrize("attention", [_runs_here(name) for name in ("cudnn", "splash")])
+@pytest.mark.parametrize("attention", [_runs_here(name) for name in ("native", "cudnn", "splash")])
 def test_a_kernel_computes_what_xla_does(attention):
     dtype, tolerance = ("bfloat16", 2e-2) if attention == "cudnn" else ("float32", 1e-5)
     packed, _ = _rows()
@@ -146,10 +149,20 @@ def test_a_kernel_that_runs_here_is_not():
 )
 def test_rows_that_splash_cannot_take_are_refused(rows, words):
     fit = RowsConfig(share_prefix=False)
-    check_attention(ComputeConfig(attention="splash"), fit)
+    fit_attention(ComputeConfig(attention="splash"), fit)
     with pytest.raises(UserError, match=words):
-        check_attention(ComputeConfig(attention="splash"), dataclasses.replace(fit, **rows))
-    check_attention(ComputeConfig(), RowsConfig(**rows))
+        fit_attention(ComputeConfig(attention="splash"), dataclasses.replace(fit, **rows))
+    fit_attention(ComputeConfig(attention="xla"), RowsConfig(**rows))
+
+
+def test_a_mesh_takes_xla():
+    """XLA would compute all rows on every device of a mesh, in a function that it cannot cut."""
+    mesh, pmap = RowsConfig(partition="mesh"), RowsConfig()
+    assert fit_attention(ComputeConfig(), mesh).attention == "xla"
+    assert fit_attention(ComputeConfig(), pmap).attention == "auto"
+    assert fit_attention(ComputeConfig(attention="native"), pmap).attention == "native"
+    with pytest.raises(UserError, match="--partition=mesh with --attention=native"):
+        fit_attention(ComputeConfig(attention="native"), mesh)
 
 
 # --- what is kept -------------------------------------------------------------------------------
