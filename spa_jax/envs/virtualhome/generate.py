@@ -17,7 +17,7 @@ from pathlib import Path
 import tqdm
 
 from spa_jax.envs import cli
-from spa_jax.envs.virtualhome.making import Made, check_solved, make_task
+from spa_jax.envs.virtualhome.making import LeftOut, Made, check_solved, make_task
 from spa_jax.envs.virtualhome.scenes import THINGS, Home, draw_home
 from spa_jax.envs.virtualhome.simulator import CHARACTER
 from spa_jax.envs.virtualhome.tasks import write_task
@@ -151,10 +151,15 @@ def make(seed: int, index: int, kind: str, rooms: int, things: int) -> Made:
     while True:
         home = draw_home(rng, rooms, things)
         try:
-            sentence, lines = _KINDS[kind](rng, home)
+            return _solved(seed, kind, home, *_KINDS[kind](rng, home))
         except (IndexError, ValueError):
             continue  # nothing to choose from: this home has no such furniture
-        break
+        except LeftOut:
+            continue  # what lies on a couch may leave no room to lie down
+
+
+def _solved(seed: int, kind: str, home: Home, sentence: str, lines: Sequence[_Line]) -> Made:
+    """The task of a program that solves it; raises LeftOut if it does not."""
     steps = [(action, [(name, home.ids[name]) for name in names]) for action, *names in lines]
     used = {name: home.ids[name] for _, *names in lines for name in names}
     made = make_task(
