@@ -147,10 +147,7 @@ def pack(
         with a policy token (there are no logits that it was drawn from).
     """
     limits = np.array([row_length, policy_slots, step_slots])
-    items = [_item(i, t) for i, t in enumerate(trajectories)]
-    items = [item for item in items if len(item.policy)]
-    for item in items:
-        _check_fits(item, trajectories[item.index], limits)
+    items = _items(trajectories, limits)
     shared = _common_prefix(items) if share_prefix else 0
     prefix = items[0].tokens[:shared] if items else np.zeros(0, np.int32)
     bins = _first_fit_decreasing([item.after(shared) for item in items], limits - [shared, 0, 0])
@@ -165,6 +162,26 @@ def pack(
             _place(rows, r, segment, start, item, shared)
             start += item.size
     return rows
+
+
+def check_fit(
+    trajectories: Sequence[Trajectory], *, row_length: int, policy_slots: int, step_slots: int
+) -> None:
+    """What `pack` refuses is refused before the first of many batches is packed.
+
+    Raises:
+      UserError: as `pack`.
+    """
+    _items(trajectories, np.array([row_length, policy_slots, step_slots]))
+
+
+def _items(trajectories: Sequence[Trajectory], limits: np.ndarray) -> list[_Item]:
+    """Those that have a policy token; each fits into an empty row."""
+    items = [_item(i, t) for i, t in enumerate(trajectories)]
+    items = [item for item in items if len(item.policy)]
+    for item in items:
+        _check_fits(item, trajectories[item.index], limits)
+    return items
 
 
 def _item(index: int, trajectory: Trajectory) -> _Item:

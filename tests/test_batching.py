@@ -129,6 +129,11 @@ def test_what_fits_no_row_is_the_users_to_solve(limits, flag):
     length, policy_slots, step_slots = limits
     with pytest.raises(UserError, match=rf"pick_mug-3.*--{flag}"):
         batching.pack([long], row_length=length, policy_slots=policy_slots, step_slots=step_slots)
+    with pytest.raises(UserError, match=rf"pick_mug-3.*--{flag}"):
+        batching.check_fit(
+            [trajectory([0], [-1]), long],
+            row_length=length, policy_slots=policy_slots, step_slots=step_slots,
+        )  # fmt: skip
 
 
 def test_trajectories_that_cannot_be_trained_on():
