@@ -56,6 +56,9 @@ if __name__ == "__main__":
         str(_GOLDEN / "timing_inputs.npz"),
         "ppo: tokens, mask and scores of the step that is timed.",
     )
+    flags.DEFINE_integer(
+        "memory_episodes", 1000, "env: episodes after which a worker's memory is read."
+    )
     flags.DEFINE_list("parts", ["step", "ragged", "scoring"], "ppo: what is timed, of these and "
                       "quickstart.")  # fmt: skip
     flags.DEFINE_string("trajectories", "", "ppo: recorded episodes for the ragged mix.")

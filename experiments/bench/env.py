@@ -11,6 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+from absl import flags
+
 from spa_jax.config import ServerConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import Observation
@@ -74,8 +77,8 @@ def _in_process(root: str, memoised: bool) -> tuple[float, float]:
     return statistics.median(resets), statistics.median(steps)
 
 
-def _through_the_server(root: str) -> tuple[float, float, float, int]:
-    """Seconds to the server's health, a reset, a step; and the worker's memory in MB."""
+def _through_the_server(root: str) -> tuple[float, float, float]:
+    """Seconds to the server's health, a reset, a step."""
     start = time.perf_counter()
     with LocalServer(ServerConfig(root, games_per_worker=1000)) as server:
         started = time.perf_counter() - start
@@ -97,9 +100,41 @@ def _through_the_server(root: str) -> tuple[float, float, float, int]:
                     stepping += time.perf_counter() - middle
                 resets.append(resetting / len(tasks))
                 steps.append(stepping / count)
-            status = Path(f"/proc/{session.state()['worker']}/status")
-            memory = int(status.read_text().partition("VmRSS:")[2].split()[0]) // 1024
-    return started, statistics.median(resets), statistics.median(steps), memory
+    return started, statistics.median(resets), statistics.median(steps)
+
+
+def _benchmarks(root: str) -> dict[str, ServerConfig]:
+    """A server of each benchmark, on data that is generated here; its processes are kept."""
+    from spa_jax.envs.virtualhome import generate as homes
+    from spa_jax.envs.webshop import generate as shop
+
+    homes.generate(Path(root) / "homes" / _SPLIT, tasks=24, seed=_SEED)
+    shop.generate(Path(root) / "shop", products=200, goals=200, seed=_SEED, splits=f"{_SPLIT}:1")
+    kept = {"games_per_worker": 10**9, "worker_memory_mb": 8192}
+    return {
+        "alfworld": ServerConfig(root, **kept),
+        "webshop": ServerConfig(f"{root}/shop", env="webshop", **kept),
+        "virtualhome": ServerConfig(f"{root}/homes", env="virtualhome", **kept),
+    }
+
+
+def _memory(config: ServerConfig, episodes: int) -> dict[int, float]:
+    """MB of one worker after 10, 100, ... `episodes` episodes of the expert, files left out."""
+    marks = sorted({min(n, episodes) for n in (10, 100, episodes)})
+    found = {}
+    with LocalServer(config) as server:
+        client = EnvClient(server.address)
+        tasks = client.tasks(_SPLIT)
+        with client.session() as session:
+            for played in range(1, episodes + 1):
+                task = tasks[played % len(tasks)]
+                observation = session.reset(task.task, _SPLIT, seed=played, expert=True)
+                while not observation.done:
+                    observation = session.step(observation.expert_action)
+                if played in marks:
+                    status = psutil.Process(session.state()["worker"]).memory_info()
+                    found[played] = (status.rss - status.shared) / 1e6
+    return found
 
 
 def _protocol() -> tuple[float, float]:
@@ -127,7 +162,11 @@ def run() -> None:
             stock_reset, stock_step = pool.apply(_in_process, (root, False))
         with context.Pool(1) as pool:
             reset, step = pool.apply(_in_process, (root, True))
-        started, served_reset, served_step, memory = _through_the_server(root)
+        started, served_reset, served_step = _through_the_server(root)
+        memory = {
+            name: _memory(config, flags.FLAGS.memory_episodes)
+            for name, config in _benchmarks(root).items()
+        }
     median, p99 = _protocol()
     print(f"generating              {generating * 1e3:8.1f} ms a game")
     print(f"{'':22}{'reset ms':>10}{'step ms':>10}{'steps/s':>10}")
@@ -137,12 +176,16 @@ def run() -> None:
         ("memoised, served", served_reset, served_step),
     ):
         print(f"{name:22}{reset_s * 1e3:10.1f}{step_s * 1e3:10.2f}{1 / step_s:10.0f}")
-    print(f"server start {started:.2f} s, worker {memory} MB after {_ROUNDS * _GAMES} games")
+    print(f"server start {started:.2f} s")
+    for name, sizes in memory.items():
+        grown = ", ".join(f"{mb:.0f} MB after {episodes}" for episodes, mb in sizes.items())
+        print(f"a worker of {name}: {grown} episodes")
     print(f"protocol alone: {median * 1e3:.2f} ms a step, {p99 * 1e3:.2f} ms the 99th percentile")
     print(f"floor: one in-process step, {step * 1e3:.2f} ms; a served step reaches "
           f"{step / served_step:.0%} of its rate")  # fmt: skip
     print(
         f"RESULT steps_per_second={1 / served_step:.1f} in_process={1 / step:.1f} "
         f"stock={1 / stock_step:.1f} share_of_floor={step / served_step:.3f} "
-        f"protocol_ms={median * 1e3:.3f} protocol_p99_ms={p99 * 1e3:.3f}"
+        f"protocol_ms={median * 1e3:.3f} protocol_p99_ms={p99 * 1e3:.3f} "
+        + " ".join(f"{name}_mb={[*sizes.values()][-1]:.0f}" for name, sizes in memory.items())
     )
