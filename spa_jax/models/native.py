@@ -19,6 +19,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +135,7 @@ def cached(
       [B, T, H, K]; 0 at padding.
     """
     shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    call = jax.ffi.ffi_call("SpaCachedAttention", shape)
+    call = _function("SpaCachedAttention", shape)
     return call(q, k, v, positions.astype(jnp.int32), rows.astype(jnp.int32))
 
 
@@ -161,7 +163,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     shapes = (_like(q), jax.ShapeDtypeStruct(q.shape[:3], q.dtype))
     segment_ids = segment_ids.astype(jnp.int32)
-    call = jax.ffi.ffi_call("SpaPackedAttention", shapes)
+    call = _function("SpaPackedAttention", shapes)
     out, log_sums = call(q, k, v, segment_ids, prefix=np.int32(SHARED))
     # Named, so that `--remat` can keep what would otherwise cost a forward pass to make again.
     out, log_sums = checkpoint_name(out, "attention"), checkpoint_name(log_sums, "attention")
@@ -172,7 +174,7 @@ def _backward(
     kept: tuple[jax.Array, ...], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k = kept[:2]
-    call = jax.ffi.ffi_call("SpaPackedAttentionBackward", (_like(q),) * 3)
+    call = _function("SpaPackedAttentionBackward", (_like(q),) * 3)
     d_q, d_k, d_v = call(*kept, d_out, prefix=np.int32(SHARED))
     batch, length, heads, size = k.shape
     shared_by = (batch, length, heads, -1, size)  # the query heads of a key head
@@ -180,6 +182,13 @@ def _backward(
 
 
 packed.defvjp(_forward, _backward)
+
+
+def _function(name: str, shapes: Any) -> Callable[..., Any]:
+    """One of the C++ functions, with the shapes of what it returns."""
+    if reason := why_not():
+        raise UserError(f"--attention=native: {reason}; use --attention=xla")
+    return jax.ffi.ffi_call(name, shapes)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
