@@ -578,9 +578,9 @@ def fit_attention(compute: ComputeConfig, rows: RowsConfig) -> ComputeConfig:
         wrong |= {
             "--share_prefix": (rows.share_prefix, "it has no segment that all others see; give "
                                "--noshare_prefix"),
-            f"--row_length={rows.row_length}": (rows.row_length % 128, "it takes tokens by 128; "
+            f"--row_length={rows.row_length}": (rows.row_length % 128 > 0, "it takes tokens by 128; "
                                                 "give a multiple"),
-            "--row_buckets": (rows.row_length % (128 * rows.row_buckets), "it takes tokens by "
+            "--row_buckets": (rows.row_length % (128 * rows.row_buckets) > 0, "it takes tokens by "
                               "128; give fewer"),
         }  # fmt: skip
     for flag, (is_wrong, why) in wrong.items():

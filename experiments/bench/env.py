@@ -110,11 +110,10 @@ def _benchmarks(root: str) -> dict[str, ServerConfig]:
 
     homes.generate(Path(root) / "homes" / _SPLIT, tasks=24, seed=_SEED)
     shop.generate(Path(root) / "shop", products=200, goals=200, seed=_SEED, splits=f"{_SPLIT}:1")
-    kept = {"games_per_worker": 10**9, "worker_memory_mb": 8192}
+    data = {"alfworld": root, "webshop": f"{root}/shop", "virtualhome": f"{root}/homes"}
     return {
-        "alfworld": ServerConfig(root, **kept),
-        "webshop": ServerConfig(f"{root}/shop", env="webshop", **kept),
-        "virtualhome": ServerConfig(f"{root}/homes", env="virtualhome", **kept),
+        name: ServerConfig(folder, env=name, games_per_worker=10**9, worker_memory_mb=8192)
+        for name, folder in data.items()
     }
 
 

@@ -54,6 +54,7 @@ def check(dtype: str, head_dim: int, backend: str) -> None:
     Raises:
       UserError: says what is in the way, and what to use instead.
     """
+    reason: str | None
     if backend != "cpu":
         reason = f"it runs on CPUs, and this machine's JAX computes on a {backend}"
     elif dtype != "float32" or head_dim % _HEADS_OF:
