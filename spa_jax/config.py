@@ -570,24 +570,20 @@ def fit_attention(compute: ComputeConfig, rows: RowsConfig) -> ComputeConfig:
     Raises:
       UserError: names the flags, and says why.
     """
-    mesh = (rows.partition == "mesh", "XLA cannot cut it over a mesh; give --partition=pmap")
-    if mesh[0] and compute.attention == "auto":
+    kernel, mesh = compute.attention, rows.partition == "mesh"
+    if kernel == "auto" and mesh:
         return dataclasses.replace(compute, attention="xla")
-    wrong = {"--partition=mesh": mesh} if compute.attention in ("native", "splash") else {}
-    if compute.attention == "splash":
-        wrong |= {
-            "--share_prefix": (rows.share_prefix, "it has no segment that all others see; give "
-                               "--noshare_prefix"),
-            f"--row_length={rows.row_length}": (rows.row_length % 128 > 0, "it takes tokens by 128; "
-                                                "give a multiple"),
-            "--row_buckets": (rows.row_length % (128 * rows.row_buckets) > 0, "it takes tokens by "
-                              "128; give fewer"),
-        }  # fmt: skip
-    for flag, (is_wrong, why) in wrong.items():
-        if is_wrong:
-            raise UserError(
-                f"{flag} with --attention={compute.attention}: {why}, or --attention=xla"
-            )
+    wrong: dict[str, str] = {}
+    if kernel in ("native", "splash") and mesh:
+        wrong["--partition=mesh"] = "XLA cannot cut it over a mesh; give --partition=pmap"
+    if kernel == "splash" and rows.share_prefix:
+        wrong["--share_prefix"] = "it has no segment that all others see; give --noshare_prefix"
+    if kernel == "splash" and rows.row_length % 128:
+        wrong[f"--row_length={rows.row_length}"] = "it takes tokens by 128; give a multiple"
+    elif kernel == "splash" and rows.row_length % (128 * rows.row_buckets):
+        wrong["--row_buckets"] = "it takes tokens by 128; give fewer"
+    for flag, why in wrong.items():
+        raise UserError(f"{flag} with --attention={kernel}: {why}, or --attention=xla")
     return compute
 
 
