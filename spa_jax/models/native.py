@@ -73,7 +73,7 @@ def why_not() -> str | None:
     """Why the functions cannot be used; None: they can, and XLA knows them from now on."""
     try:
         library = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         reason = f"{_SOURCE.name} was not compiled: {str(detail).strip()[-500:]}"
         logging.getLogger(__name__).warning("%s; attention is XLA's, and slower", reason)
