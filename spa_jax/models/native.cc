@@ -48,10 +48,11 @@ inline void Store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 inline int64_t RoundUp(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
-// e^x for x <= 0, to 2e-7 of it: 2^n times a polynomial (Cephes' expf).
+// e^x for x <= 0, to 2e-7 of it, and 0 below e^-87: 2^n times a polynomial (Cephes' expf).
 inline Floats Exp(Floats x) {
   const Floats least = Floats{} - 87.0f;
-  x = x < least ? least : x;
+  const auto vanishes = x < least;
+  x = vanishes ? least : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   const Floats shifted = x * 1.44269504f + magic;
   const Ints n = (Ints)shifted - (Ints)(Floats{} + magic);
@@ -63,7 +64,7 @@ inline Floats Exp(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * (Floats)((n + 127) << 23);
+  return vanishes ? Floats{} : p * (Floats)((n + 127) << 23);
 }
 
 // A matrix that is read: element (row, column) lies at data[row * down + column * right].
