@@ -75,7 +75,7 @@ def thinking(tmp_path):
 
 def test_a_stage_without_conversations_needs_no_format(thinking):
     policy = common.load_policy(thinking)
-    assert policy.config == tiny.tiny_config()
+    assert policy.config == common.computed(tiny.tiny_config())
     with pytest.raises(UserError, match="not append-only"):
         _ = policy.chat
     with pytest.raises(UserError, match="not append-only"):

@@ -48,7 +48,7 @@ def test_it_is_compiled_here():
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 64), (2, 2, 80)])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 64), (2, 2, 80), (4, 1, 24), (2, 1, 8)])
 def test_packed_rows(runs, heads, groups, size):
     """Outputs, padding's too, and all three gradients; two rows, the second one unpacked."""
     row = [segment for segment, count in runs for _ in range(count)]
@@ -73,7 +73,7 @@ def test_packed_rows(runs, heads, groups, size):
 
 @pytest.mark.parametrize("places", [48, 37, 5])
 @pytest.mark.parametrize("length", [1, 3, 40])
-@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (9, 3, 64)])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (9, 3, 64), (4, 1, 24), (2, 1, 8)])
 def test_cached(places, length, heads, groups, size):
     """Every slot at its own place, two rows of one slot, one of padding, positions of padding."""
     q = _normal(0, 4, length, heads, size)
@@ -150,7 +150,7 @@ def test_the_decoder_is_the_same_by_both():
     [
         (("float32", 16, "gpu"), "computes on a gpu"),
         (("bfloat16", 16, "cpu"), "takes float32.*this is bfloat16"),
-        (("float32", 24, "cpu"), "multiple of 16.*heads of 24"),
+        (("float32", 20, "cpu"), "multiple of 8.*heads of 20"),
     ],
 )
 def test_what_it_cannot_compute_is_refused(kind, words):
