@@ -25,7 +25,7 @@ from tests.experiments import stages
 pytestmark = [pytest.mark.slow, pytest.mark.pod]
 
 GAMES, ROLLOUTS, RATE = 5, 2, 1e-3
-MANY = 250  # rollouts a game: more than are played before a signal comes
+MANY = 600  # rollouts a game: more than are played before a signal comes
 ENV = ("--env=custom", "--custom_data=tests.envs.odd:Split")
 PLAY = (*ENV, f"--games={GAMES}", f"--rollouts={ROLLOUTS}", "--slots=3", "--max_steps=4",
         "--max_new_tokens=12", "--context_length=512")  # fmt: skip
