@@ -151,9 +151,11 @@ def make(seed: int, index: int, kind: str, rooms: int, things: int) -> Made:
     while True:
         home = draw_home(rng, rooms, things)
         try:
-            return _solved(seed, kind, home, *_KINDS[kind](rng, home))
+            sentence, lines = _KINDS[kind](rng, home)
         except (IndexError, ValueError):
             continue  # nothing to choose from: this home has no such furniture
+        try:
+            return _solved(seed, kind, home, sentence, lines)
         except LeftOut:
             continue  # what lies on a couch may leave no room to lie down
 
