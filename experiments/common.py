@@ -18,7 +18,7 @@ import tqdm
 from absl import logging
 
 from experiments import flags as flags_lib
-from spa_jax import pretrained, rollout, store, tokenizer
+from spa_jax import batching, pretrained, rollout, store, tokenizer
 from spa_jax.chat import TEMPLATE, TEMPLATES, ChatFormat
 from spa_jax.config import (
     DEFAULT_COMPUTE,
@@ -26,6 +26,7 @@ from spa_jax.config import (
     DistributedConfig,
     EnvConfig,
     LoraConfig,
+    RowsConfig,
     SamplingConfig,
     ServerConfig,
 )
@@ -204,11 +205,20 @@ def recorded_chat_format(folder: pathlib.Path) -> str:
     return json.loads(path.read_text())["chat_format"] if path.exists() else TEMPLATE
 
 
-def check_lengths(policy: Policy, trajectories: Sequence[Trajectory], source: object) -> None:
-    """Refuses episodes that are longer than the model can attend over; `source` is their file."""
+def check_lengths(
+    policy: Policy, trajectories: Sequence[Trajectory], source: object, rows: RowsConfig
+) -> None:
+    """Refuses episodes that the model cannot attend over or that fit no row, before any work.
+
+    `source` is their file.
+    """
     for t in trajectories:
         what = f"{source}: task {t.task!r} (seed {t.seed}, attempt {t.attempt})"
         transformer.check_length(policy.config, len(t.token_ids), what)
+    batching.check_fit(
+        trajectories, row_length=rows.row_length, policy_slots=rows.policy_slots,
+        step_slots=rows.step_slots,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

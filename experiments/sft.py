@@ -70,11 +70,7 @@ def run(
     policy = common.load_policy(policy_folder, chat_format, compute)
     train = [chat.encode_trajectory(policy.chat, t) for t in train]
     valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
-    common.check_lengths(policy, [*train, *valid], "demonstrations")
-    batching.check_fit(
-        [*train, *valid], row_length=rows.row_length, policy_slots=rows.policy_slots,
-        step_slots=rows.step_slots,
-    )  # fmt: skip
+    common.check_lengths(policy, [*train, *valid], "demonstrations", rows)
     common.agree_on([*train, *valid], "demonstrations")
     per_epoch = -(-len(train) // sft.batch_size)
     total = sft.updates or max(1, round(sft.epochs * per_epoch))

@@ -87,7 +87,7 @@ def run(
         check_reference(data, trajectories, reference, ppo)
     chat_format = common.recorded_chat_format(data.parent / "explore")
     policy = common.load_policy(policy_folder, chat_format, compute)
-    common.check_lengths(policy, trajectories, data)
+    common.check_lengths(policy, trajectories, data, rows)
     head: dict[str, Params] = {}
     scores: scoring.Scores | None = None
     if ppo.objective != RFT and objectives.OBJECTIVES[ppo.objective].critic:

@@ -239,7 +239,7 @@ def scores_of(
     policy: common.Policy, path: pathlib.Path, trajectories: Sequence[Trajectory], rows: RowsConfig
 ) -> scoring.Scores:
     """The trunk's scores of a file's episodes, computed once and kept beside the file."""
-    common.check_lengths(policy, trajectories, path)
+    common.check_lengths(policy, trajectories, path, rows)
     sampling = trajectories[0].sampling
     return scoring.cached_score(
         path.with_name("features.npz"),

@@ -573,18 +573,17 @@ def fit_attention(compute: ComputeConfig, rows: RowsConfig) -> ComputeConfig:
     kernel, mesh = compute.attention, rows.partition == "mesh"
     if kernel == "auto" and mesh:
         return dataclasses.replace(compute, attention="xla")
-    wrong: dict[str, str] = {}
     if kernel in ("native", "splash") and mesh:
-        wrong["--partition=mesh"] = "XLA cannot cut it over a mesh; give --partition=pmap"
-    if kernel == "splash" and rows.share_prefix:
-        wrong["--share_prefix"] = "it has no segment that all others see; give --noshare_prefix"
-    if kernel == "splash" and rows.row_length % 128:
-        wrong[f"--row_length={rows.row_length}"] = "it takes tokens by 128; give a multiple"
+        wrong = "--partition=mesh", "XLA cannot cut it over a mesh; give --partition=pmap"
+    elif kernel == "splash" and rows.share_prefix:
+        wrong = "--share_prefix", "it has no segment that all others see; give --noshare_prefix"
+    elif kernel == "splash" and rows.row_length % 128:
+        wrong = f"--row_length={rows.row_length}", "it takes tokens by 128; give a multiple"
     elif kernel == "splash" and rows.row_length % (128 * rows.row_buckets):
-        wrong["--row_buckets"] = "it takes tokens by 128; give fewer"
-    for flag, why in wrong.items():
-        raise UserError(f"{flag} with --attention={kernel}: {why}, or --attention=xla")
-    return compute
+        wrong = "--row_buckets", "it takes tokens by 128; give fewer"
+    else:
+        return compute
+    raise UserError(f"{wrong[0]} with --attention={kernel}: {wrong[1]}, or --attention=xla")
 
 
 def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:

@@ -176,7 +176,7 @@ void Parallel(ffi::ThreadPool& pool, int64_t items, F f) {
 
 // Memory of this thread, that lives as long as it does; its contents are anything.
 float* Scratch(int which, int64_t size) {
-  thread_local std::vector<float> memory[6];
+  thread_local std::vector<float> memory[4];
   if ((int64_t)memory[which].size() < size) memory[which].resize(size);
   return memory[which].data();
 }
@@ -308,14 +308,14 @@ ffi::Error Packed(ffi::ThreadPool pool, int32_t prefix, In q, In k, In v, Indice
     Transpose(keys + (b * T * G + g) * K, kv_down, T, K, transposed, wide);
     for (const Block& block : Blocks(segment + b * T, T, prefix)) {
       const int64_t at = ((b * T + block.first) * H + h) * K, padded = RoundUp(block.Keys());
+      float inverse[kQueries];
       Scores(block, K, {queries + at, down, 1}, transposed, wide, scores);
-      for (int64_t m = 0; m < block.Count(); ++m) {
-        float inverse, *row = scores + m * wide;
+      for (int64_t m = 0; m < block.Count(); ++m)
         sums[(b * T + block.first + m) * H + h] =
-            Soften(row, block.Seen(m), padded, scale, &inverse);
-        for (int64_t j = 0; j < padded; j += kWidth) Store(row + j, Load(row + j) * inverse);
-      }
+            Soften(scores + m * wide, block.Seen(m), padded, scale, inverse + m);
       Mix(block, K, scores, wide, my_values, kv_down, to + at, down);
+      for (int64_t m = 0; m < block.Count(); ++m)
+        for (int64_t i = 0; i < K; ++i) to[at + m * down + i] *= inverse[m];
     }
   });
   return ffi::Error::Success();
@@ -368,6 +368,17 @@ ffi::Error PackedBackward(ffi::ThreadPool pool, int32_t prefix, In q, In k, In v
   return ffi::Error::Success();
 }
 
+// What both functions of packed rows take first.
+auto OfRows() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Attr<int32_t>("prefix")
+      .Arg<In>()
+      .Arg<In>()
+      .Arg<In>()
+      .Arg<Indices>();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SpaCachedAttention, Cached,
@@ -380,28 +391,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SpaCachedAttention, Cached,
                                   .Arg<Indices>()
                                   .Ret<In>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SpaPackedAttention, Packed,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int32_t>("prefix")
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<Indices>()
-                                  .Ret<In>()
-                                  .Ret<In>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SpaPackedAttention, Packed, OfRows().Ret<In>().Ret<In>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SpaPackedAttentionBackward, PackedBackward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int32_t>("prefix")
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<Indices>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Ret<In>()
-                                  .Ret<In>()
-                                  .Ret<In>());
+                              OfRows().Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>().Ret<In>());

@@ -44,8 +44,7 @@ def runs(dtype: str, head_dim: int, backend: str) -> bool:
       head_dim: K.
       backend: JAX's: cpu, gpu or tpu.
     """
-    fits = backend == "cpu" and dtype == "float32" and head_dim % _HEADS_OF == 0
-    return fits and why_not() is None
+    return _in_the_way(dtype, head_dim, backend) is None
 
 
 def check(dtype: str, head_dim: int, backend: str) -> None:
@@ -54,18 +53,19 @@ def check(dtype: str, head_dim: int, backend: str) -> None:
     Raises:
       UserError: says what is in the way, and what to use instead.
     """
-    reason: str | None
+    if reason := _in_the_way(dtype, head_dim, backend):
+        raise UserError(f"--attention=native: {reason}; use --attention=auto")
+
+
+def _in_the_way(dtype: str, head_dim: int, backend: str) -> str | None:
     if backend != "cpu":
-        reason = f"it runs on CPUs, and this machine's JAX computes on a {backend}"
-    elif dtype != "float32" or head_dim % _HEADS_OF:
-        reason = (
+        return f"it runs on CPUs, and this machine's JAX computes on a {backend}"
+    if dtype != "float32" or head_dim % _HEADS_OF:
+        return (
             f"it takes float32 and heads of a multiple of {_HEADS_OF}; this is {dtype} with heads "
             f"of {head_dim}"
         )
-    else:
-        reason = why_not()
-    if reason:
-        raise UserError(f"--attention=native: {reason}; use --attention=auto")
+    return why_not()
 
 
 @functools.cache

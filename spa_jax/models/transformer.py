@@ -216,11 +216,11 @@ class Block(nn.Module):
 
     Attributes:
       config: the model's shape.
-      cached_attention: in place of `attention.attend` where there is a cache.
+      cached_attention: in place of what --attention means where there is a cache.
     """
 
     config: ModelConfig
-    cached_attention: Callable[..., jax.Array] = attention.attend
+    cached_attention: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(
@@ -262,13 +262,13 @@ class Block(nn.Module):
             k = cache[0].at[at, :, :, positions].set(k.astype(cache[0].dtype), mode="drop")
             v = cache[1].at[at, :, positions].set(v.astype(cache[1].dtype), mode="drop")
             cache = (k, v)
-            if c.compute.attention == "native" and self.cached_attention is attention.attend:
+            if c.compute.attention == "native" and self.cached_attention is None:
                 out = native.cached(q, k, v, positions, at[:, 0])
             else:
                 if rows is not None:
                     k, v = k.at[rows].get(mode="clip"), v.at[rows].get(mode="clip")
-                out = self.cached_attention(self._grouped(q), k, v, seen)
-                out = out.transpose(0, 3, 1, 2, 4)
+                attend = self.cached_attention or attention.attend
+                out = attend(self._grouped(q), k, v, seen).transpose(0, 3, 1, 2, 4)
         x = x + self._linear(out.reshape(batch, length, -1), "o", c.hidden_size)
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         gate = self._linear(h, "gate", c.intermediate_size)

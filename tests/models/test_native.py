@@ -1,5 +1,6 @@
 """The C++ attention gives what `attention.attend` gives, whatever the shapes and masks."""
 
+import dataclasses
 import itertools
 import pathlib
 import subprocess
@@ -31,7 +32,7 @@ def _packed_by_xla(q, k, v, segment_ids):
 
 
 def test_it_is_compiled_here():
-    """The other tests would pass by skipping themselves otherwise."""
+    """Else every run here would take XLA's attention, and only a log line would say so."""
     assert native.why_not() is None
 
 
@@ -48,7 +49,9 @@ def test_it_is_compiled_here():
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 64), (2, 2, 80), (4, 1, 24), (2, 1, 8)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "size"), [(4, 2, 16), (3, 1, 64), (2, 2, 80), (4, 1, 24), (2, 1, 8)]
+)
 def test_packed_rows(runs, heads, groups, size):
     """Outputs, padding's too, and all three gradients; two rows, the second one unpacked."""
     row = [segment for segment, count in runs for _ in range(count)]
@@ -73,7 +76,9 @@ def test_packed_rows(runs, heads, groups, size):
 
 @pytest.mark.parametrize("places", [48, 37, 5])
 @pytest.mark.parametrize("length", [1, 3, 40])
-@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (9, 3, 64), (4, 1, 24), (2, 1, 8)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "size"), [(4, 2, 16), (9, 3, 64), (4, 1, 24), (2, 1, 8)]
+)
 def test_cached(places, length, heads, groups, size):
     """Every slot at its own place, two rows of one slot, one of padding, positions of padding."""
     q = _normal(0, 4, length, heads, size)
@@ -124,7 +129,7 @@ def test_a_row_does_not_depend_on_its_company():
 def test_the_decoder_is_the_same_by_both():
     """Training's rows and sampling's cache."""
     config = tiny.tiny_config()
-    ours = transformer.dataclasses.replace(
+    ours = dataclasses.replace(
         config,
         compute=transformer.ComputeConfig(compute_dtype="float32", attention="native"),
     )
