@@ -9,7 +9,9 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from absl import flags
@@ -18,6 +20,7 @@ from spa_jax.config import ServerConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import Observation
 from spa_jax.envs.server import LocalServer
+from spa_jax.envs.worker import resident_mb
 
 _GAMES, _SEED, _SPLIT = 12, 1, "bench"
 _ROUNDS = 3  # the median of them is reported
@@ -60,20 +63,32 @@ def _in_process(root: str, memoised: bool) -> tuple[float, float]:
     engine = AlfworldEngine(memoised)
     folders = sorted((Path(root) / _SPLIT).glob("*/*"))
     engine.reset(folders[0])  # parses the grammar
+    return _time(engine, [(folder,) for folder in folders])
+
+
+def _play(player: Any, game: tuple[Any, ...]) -> tuple[float, float, int]:
+    """The expert's game: seconds of the reset, seconds of the steps, and how many there were.
+
+    Args:
+      player: an engine, or a session that plays as one.
+      game: what its reset takes.
+    """
+    start = time.perf_counter()
+    observation = player.reset(*game, expert=True)
+    middle, count = time.perf_counter(), 0
+    while not observation.done:
+        observation = player.step(observation.expert_action)
+        count += 1
+    return middle - start, time.perf_counter() - middle, count
+
+
+def _time(player: Any, games: Sequence[tuple[Any, ...]]) -> tuple[float, float]:
+    """Median over the rounds of (seconds a reset, seconds a step) of the expert's games."""
     resets, steps = [], []
     for _ in range(_ROUNDS):
-        count, resetting, stepping = 0, 0.0, 0.0
-        for folder in folders:
-            start = time.perf_counter()
-            observation = engine.reset(folder, expert=True)
-            middle = time.perf_counter()
-            while not observation.done:
-                observation = engine.step(observation.expert_action)
-                count += 1
-            resetting += middle - start
-            stepping += time.perf_counter() - middle
-        resets.append(resetting / len(folders))
-        steps.append(stepping / count)
+        resetting, stepping, counts = zip(*(_play(player, game) for game in games), strict=True)
+        resets.append(sum(resetting) / len(games))
+        steps.append(sum(stepping) / sum(counts))
     return statistics.median(resets), statistics.median(steps)
 
 
@@ -84,23 +99,9 @@ def _through_the_server(root: str) -> tuple[float, float, float]:
         started = time.perf_counter() - start
         client = EnvClient(server.address)
         tasks = client.tasks(_SPLIT)
-        resets, steps = [], []
         with client.session() as session:
             session.reset(tasks[0].task, _SPLIT)
-            for _ in range(_ROUNDS):
-                count, resetting, stepping = 0, 0.0, 0.0
-                for task in tasks:
-                    start = time.perf_counter()
-                    observation = session.reset(task.task, _SPLIT, expert=True)
-                    middle = time.perf_counter()
-                    while not observation.done:
-                        observation = session.step(observation.expert_action)
-                        count += 1
-                    resetting += middle - start
-                    stepping += time.perf_counter() - middle
-                resets.append(resetting / len(tasks))
-                steps.append(stepping / count)
-    return started, statistics.median(resets), statistics.median(steps)
+            return started, *_time(session, [(task.task, _SPLIT) for task in tasks])
 
 
 def _benchmarks(root: str) -> dict[str, ServerConfig]:
@@ -118,7 +119,7 @@ def _benchmarks(root: str) -> dict[str, ServerConfig]:
 
 
 def _memory(config: ServerConfig, episodes: int) -> dict[int, float]:
-    """MB of one worker after 10, 100, ... `episodes` episodes of the expert, files left out."""
+    """MiB of one worker after 10, 100, ... `episodes` episodes of the expert, files left out."""
     marks = sorted({min(n, episodes) for n in (10, 100, episodes)})
     found = {}
     with LocalServer(config) as server:
@@ -127,12 +128,9 @@ def _memory(config: ServerConfig, episodes: int) -> dict[int, float]:
         with client.session() as session:
             for played in range(1, episodes + 1):
                 task = tasks[played % len(tasks)]
-                observation = session.reset(task.task, _SPLIT, seed=played, expert=True)
-                while not observation.done:
-                    observation = session.step(observation.expert_action)
+                _play(session, (task.task, _SPLIT, played))
                 if played in marks:
-                    status = psutil.Process(session.state()["worker"]).memory_info()
-                    found[played] = (status.rss - status.shared) / 1e6
+                    found[played] = resident_mb(psutil.Process(session.state()["worker"]))
     return found
 
 

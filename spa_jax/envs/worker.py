@@ -44,6 +44,12 @@ def start_fork_server(benchmark: Benchmark) -> None:
     forkserver.ensure_running()
 
 
+def resident_mb(process: psutil.Process) -> float:
+    """A process's resident memory in MiB, without files that are mapped, such as an index."""
+    memory = process.memory_info()
+    return (memory.rss - memory.shared) / _MB
+
+
 def _answer(engine: Any, request: tuple[Any, ...]) -> tuple[str, Any]:
     try:
         if request[0] == "reset":
@@ -104,8 +110,7 @@ class Worker:
         """Its resident memory without files that are mapped, such as an index; 0 if it is gone."""
         try:
             self._watched = self._watched or psutil.Process(self.pid)
-            memory = self._watched.memory_info()
-            return (memory.rss - memory.shared) / _MB
+            return resident_mb(self._watched)
         except psutil.Error:
             return 0.0
 
