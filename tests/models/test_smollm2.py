@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import fetch_policy
+from experiments import common, fetch_policy
 from spa_jax import chat, tokenizer
 from spa_jax.models import transformer, weights
+from spa_jax.sampling.engine import Engine
+from spa_jax.trajectory import Sampling
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
@@ -130,3 +132,57 @@ def test_english_is_likely_and_the_rotary_order_is_right(model, loaded):
     nll = -log_probs[np.arange(tokens.shape[1] - 1), tokens[0, 1:]].mean()
     # 1.652 in an independent numpy implementation (Hugging Face's equations) on these weights.
     assert abs(float(nll) - 1.652) < 0.005
+
+
+def test_greedy_turns_are_those_of_plain_re_encoding(model, loaded):
+    """Three conversations of unlike lengths in two slots, two turns each, as an agent plays."""
+    config, params = model
+    fmt = chat.ChatFormat.from_tokenizer(loaded)
+    room = "You are in the middle of a room. Looking quickly around you, you see a desk 1"
+    conversations = [
+        [fmt.first_turn("Find a mug.", room + ", a shelf 2 and a sofa 1."), "The desk 1 is empty."],
+        [fmt.first_turn("Answer.", "What is the capital of France?"), "And of Italy?"],
+        [fmt.first_turn("Find a mug. Look at it under a lamp.", room * 3), "Nothing happens."],
+    ]
+    context = 320
+    engine = Engine(
+        common.computed(config), params, slots=2, context_length=context,
+        sampling=Sampling(temperature=0.0, max_new_tokens=10), end_of_turn=(fmt.end_of_turn,),
+        seed=0,
+    )  # fmt: skip
+
+    @jax.jit
+    def logits_after(ids, length):
+        positions = jnp.arange(context)[None]
+        hidden = transformer.hidden_states(config, params, ids, positions, jnp.ones_like(ids))
+        return transformer.logits(params, hidden[:, length - 1])[0]
+
+    def check(so_far, response):
+        """Each id is the likeliest after all before it, but where two are as likely."""
+        for token, log_prob in zip(response.ids, response.log_probs, strict=True):
+            padded = np.zeros((1, context), np.int32)
+            padded[0, : len(so_far)] = so_far
+            logits = logits_after(padded, len(so_far))
+            assert logits[token] >= logits.max() - 1e-4
+            assert abs(jax.nn.log_softmax(logits)[token] - log_prob) < 1e-4
+            so_far = [*so_far, token]
+        return so_far
+
+    for first, group in ((0, conversations[:2]), (2, conversations[2:])):
+        said = {}
+        for slot, (opening, _) in enumerate(group):
+            engine.open(slot, first + slot)
+            engine.submit(slot, opening)
+            said[slot] = opening
+        for turn in range(2):
+            answers = {}
+            while engine.busy:
+                answers |= engine.advance()
+            assert answers.keys() == said.keys()
+            for slot, response in answers.items():
+                said[slot] = check(said[slot], response)
+                if turn == 0:
+                    closing = [] if response.ended else [fmt.end_of_turn]
+                    more = closing + fmt.next_turn(group[slot][1])
+                    engine.submit(slot, more)
+                    said[slot] = said[slot] + more
