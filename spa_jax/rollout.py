@@ -32,6 +32,11 @@ _WAITS = 0.2  # share of the time spent waiting, from which on environments are 
 # With nothing else to do: once one environment has answered, how long a round waits for others,
 # in seconds.
 _GRACE = 0.05
+# While others read or write: the share of the engine's last round that environments may take to
+# answer before the next one, if they usually answer within it.  Who has just acted then goes on
+# with the others, instead of a round later.
+_PATIENCE = 0.2
+_RECENT = 32  # steps by which "usually" is judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Timing:
 
     Attributes:
       wall_s: seconds in all.
-      waiting_s: seconds in which the engine had nothing to do but to wait for environments.
+      waiting_s: seconds in which the engine waited for environments.
       env_s: seconds that environments took for steps, each counted by itself.
       env_steps: how many.
       slots: episodes played at once.
@@ -253,6 +258,7 @@ class _Rollout:
         self.episodes: dict[int, _Episode] = {}
         self.waiting: dict[concurrent.futures.Future, int] = {}
         self.waiting_s = 0.0
+        self.advance_s = 0.0  # the engine's last round
         self.env_seconds: list[float] = []  # of each step; appended to by the pool's threads
 
     def run(self) -> Timing:
@@ -278,7 +284,10 @@ class _Rollout:
             for slot in self._harvest():
                 self._read(slot)
             self._fill()
-            for slot, response in self.engine.advance().items():
+            started = time.perf_counter()
+            ended = self.engine.advance()
+            self.advance_s = time.perf_counter() - started
+            for slot, response in ended.items():
                 self._act(slot, response)
             self._fill()
 
@@ -295,13 +304,13 @@ class _Rollout:
         return session.reset(job.task.task, job.task.split, job.seed, prompt=self.player.prompt)
 
     def _harvest(self) -> list[int]:
-        """Slots whose environment has answered; waits for one only if the engine is idle."""
+        """Slots whose environment has answered; waits long for one only if the engine is idle."""
         started, idle = time.perf_counter(), not self.engine.busy
         if idle:
             concurrent.futures.wait(self.waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-        done, _ = concurrent.futures.wait(self.waiting, timeout=_GRACE if idle else 0)
-        if idle:
-            self.waiting_s += time.perf_counter() - started
+        grace = _GRACE if idle else self._patience()
+        done, _ = concurrent.futures.wait(self.waiting, timeout=grace)
+        self.waiting_s += time.perf_counter() - started
         ready = []
         for future in done:
             slot = self.waiting.pop(future)
@@ -311,6 +320,12 @@ class _Rollout:
             except EnvError as error:
                 self._fail(slot, error)
         return sorted(ready)
+
+    def _patience(self) -> float:
+        """Seconds that a busy engine waits for environments: 0 if they would take longer."""
+        recent = self.env_seconds[-_RECENT:]
+        allowed = _PATIENCE * self.advance_s
+        return allowed if recent and sum(recent) / len(recent) <= allowed else 0.0
 
     def _fail(self, slot: int, error: EnvError) -> None:
         """An environment error is nobody's outcome: recorded, and tried again.

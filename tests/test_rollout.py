@@ -166,6 +166,20 @@ def test_slow_environments_are_named_as_the_bottleneck(chat, client):
     assert timing.waiting_s > 0.03
 
 
+def test_waiting_a_little_for_environments_fills_the_slots_and_changes_no_token(
+    chat, client, monkeypatch
+):
+    played, timing = {}, {}
+    for patience in (0.0, 1e4):  # the tiny policy takes far less time than the environment
+        monkeypatch.setattr(rollout, "_PATIENCE", patience)
+        played[patience], timing[patience] = _play(
+            chat, client, Sampling(max_new_tokens=40), episodes=8
+        )
+    assert [t.token_ids for t in played[0.0]] == [t.token_ids for t in played[1e4]]
+    assert timing[1e4].usage.places < timing[0.0].usage.places
+    assert timing[1e4].usage.occupancy > timing[0.0].usage.occupancy
+
+
 def test_fast_environments_are_not():
     usage = Usage(prefill_s=2.0, decode_s=5.0, generated=100, places=200)
     timing = Timing(10.0, waiting_s=1.0, env_s=4.0, env_steps=40, slots=4, usage=usage)
