@@ -54,11 +54,12 @@ $(STAMP): requirements.txt pyproject.toml
 	  $$found -m venv --clear $(VENV) || exit 2; \
 	fi
 	@echo "installing into $(VENV): some minutes"
-# TextWorld's planner is compiled here, and its set-up calls a program named python.
+# TextWorld's planner is compiled here, and its set-up calls a program named python. Byte code is
+# left to the first import: most modules of these packages never see one.
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install --quiet --disable-pip-version-check \
-	  -r requirements.txt -e ".[alfworld,webshop,dev]"
+	  --no-compile -r requirements.txt -e ".[alfworld,webshop,dev]"
 # VirtualHome's package pins old versions of much that its simulator does not need.
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps virtualhome==2.3.0
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps virtualhome==2.3.0
 	@$(PY) -c 'import sys; print("installed for Python %d.%d" % sys.version_info[:2])'
 	@touch $@
 

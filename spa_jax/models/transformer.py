@@ -27,6 +27,7 @@ logits.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -368,6 +369,7 @@ def packed_mask(segment_ids: jax.Array) -> jax.Array:
     return causal & ((segment_ids[:, :, None] == keys) | (keys == SHARED))
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init(config: ModelConfig, key: chex.PRNGKey) -> Params:
     """Random parameters of the documented tree (for tests and tiny models)."""
     ids = jnp.zeros((1, 2), jnp.int32)

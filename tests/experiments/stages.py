@@ -15,8 +15,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def environment(devices: int = 1) -> dict[str, str]:
     """Ours, with one CPU device: eight virtual ones would only make the stages slower."""
-    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
-    return dict(os.environ) | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    count = "--xla_force_host_platform_device_count"
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if not f.startswith(count)]
+    if devices > 1:
+        flags.append(f"{count}={devices}")
+    return dict(os.environ) | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
 
 
 def start(stage: str, *flags: str, devices: int = 1) -> subprocess.Popen:
