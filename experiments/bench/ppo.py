@@ -9,8 +9,9 @@ The model is the one that these inputs were timed with: hidden 256, 4 layers, vo
                 A step has three passes over the rows: log-probabilities with values, those of the
                 reference, and the update.  Ours needs one forward pass where the policy that played
                 is the reference, as in the first round: log-probabilities are recorded.
-    ragged      16 episodes of 300 to 2,000 tokens, one update: ours packs rows, PyTorch pads every
-                batch of 4 to its longest row.  --trajectories takes recorded episodes instead.
+    ragged      16 episodes of 300 to 2,000 tokens, one update: ours packs rows, PyTorch takes
+                minibatches of 4, padded to the longest of the 16, as trl's PPOTrainer pads (and so
+                the released code), or to their own.  --trajectories takes recorded episodes instead
     scoring     16 trajectories of 494 tokens on average under the estimator: ours packs rows,
                 PyTorch reads one after the other, without padding
     quickstart  16 episodes of the quickstart's size under --policy (ours alone)
@@ -259,10 +260,16 @@ class Ours:
 
 
 class Theirs:
-    """PyTorch's passes over the work of `Sides`; every batch is padded to its longest row."""
+    """PyTorch's passes over the work of `Sides`, in padded minibatches."""
 
-    def __init__(self, sides: Sides) -> None:
-        """Copies the weights and makes the batches; neither is timed."""
+    def __init__(self, sides: Sides, *, whole: bool = False) -> None:
+        """Copies the weights and makes the minibatches; neither is timed.
+
+        Args:
+          sides: the work.
+          whole: pad to the longest row of the whole batch, an optimiser step's, as trl's PPOTrainer
+            and so the released code does; else to the minibatch's own.
+        """
         self._peer = ppo_peer.Peer(
             sides.config, jax.device_get(sides.params), jax.device_get(sides.value), _PPO, _LORA,
             sides.adapter,
@@ -272,10 +279,12 @@ class Theirs:
             table = sides.table.take(chosen)
             given = ppo_data.by_place(table, _PPO)
             cuts = [slice(i, i + _MINIBATCH) for i in range(0, len(chosen), _MINIBATCH)]
+            longest = max(len(sides.episodes[i].token_ids) for i in chosen)
             self._groups.append([
                 ppo_peer.batch(
                     [sides.episodes[i] for i in chosen[cut]],
                     {name: array[cut] for name, array in given.items()},
+                    longest if whole else 0,
                 )
                 for cut in cuts
             ])  # fmt: skip
@@ -384,14 +393,17 @@ def _ragged(rate: float) -> dict[str, float]:
     lengths = [len(t.token_ids) for t in episodes]
     rows = _rows_for(episodes, 512, 1)
     sides = _sides(episodes, rows, len(episodes), config, params, lora=False)
-    ours, theirs = Ours(sides), Theirs(sides)
+    ours, whole, theirs = Ours(sides), Theirs(sides, whole=True), Theirs(sides)
     print(f"ragged: {len(lengths)} episodes of {min(lengths)} to {max(lengths)} tokens, "
-          f"{sum(lengths)} in all, {_written(episodes)} of the policy's; padded to each batch's "
-          f"longest row {theirs.padded}")  # fmt: skip
-    _check(ours.update(), theirs.update(everywhere=False))
+          f"{sum(lengths)} in all, {_written(episodes)} of the policy's; padded to the batch's "
+          f"longest row {whole.padded}, to each minibatch's {theirs.padded}")  # fmt: skip
+    norm = ours.update()
+    _check(norm, whole.update(everywhere=False))
+    _check(norm, theirs.update(everywhere=False))
     times = updates.take_turns(
         {
             "ours update": ours.update,
+            "plain update, whole": lambda: whole.update(everywhere=True),
             "plain update": lambda: theirs.update(everywhere=True),
             "tokens only update": lambda: theirs.update(everywhere=False),
         },
@@ -401,7 +413,8 @@ def _ragged(rate: float) -> dict[str, float]:
     _show(times, dict.fromkeys(times, updates.update_flops(forward, lora=False)), rate,
           sum(lengths))  # fmt: skip
     return {
-        "ragged": updates.ratio(times["ours update"], times["plain update"]),
+        "ragged": updates.ratio(times["ours update"], times["plain update, whole"]),
+        "ragged_minibatches": updates.ratio(times["ours update"], times["plain update"]),
         "ragged_tokens_only": updates.ratio(times["ours update"], times["tokens only update"]),
         "ragged_tokens_per_second": sum(lengths) / statistics.median(times["ours update"]),
     }

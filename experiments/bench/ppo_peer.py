@@ -1,8 +1,8 @@
 """The passes of a PPO update written plainly in transformers and PyTorch, on our weights.
 
-Rows are padded to the longest of their batch, as PyTorch programs do.  `everywhere` is what calling
-a transformers model does: logits of all tokens; without it the vocabulary is projected on the
-tokens that the policy wrote only, which a careful program does.
+Rows are padded to the longest of their minibatch, or of the whole batch as trl's PPOTrainer does.
+`everywhere` is what calling a transformers model does: logits of all tokens; without it the
+vocabulary is projected on the tokens that the policy wrote only, which a careful program does.
 """
 
 import dataclasses
@@ -44,16 +44,19 @@ class Batch:
     old_values: Any
 
 
-def batch(trajectories: Sequence[Trajectory], by_step: Mapping[str, np.ndarray]) -> Batch:
+def batch(
+    trajectories: Sequence[Trajectory], by_step: Mapping[str, np.ndarray], width: int = 0
+) -> Batch:
     """The batch of trajectories, each step of which has a token of the policy's.
 
     Args:
       trajectories: B encoded ones.
       by_step: "advantages", "returns" and "old_values", [B, S] by (trajectory, step).
+      width: tokens of a row, if the longest has fewer.
     """
     torch = peers.torch()
     lengths = [len(t.token_ids) for t in trajectories]
-    shape = (len(trajectories), max(lengths))
+    shape = (len(trajectories), max(width, *lengths))
     tokens, attention = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     written, before = np.zeros(shape, bool), np.zeros(shape, bool)
     numbers: dict[str, list[Any]] = {
