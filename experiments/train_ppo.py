@@ -90,11 +90,14 @@ def run(
     common.check_lengths(policy, trajectories, data, rows)
     head: dict[str, Params] = {}
     scores: scoring.Scores | None = None
+    own = False  # whether the scores are the policy's that is trained
     if ppo.objective != RFT and objectives.OBJECTIVES[ppo.objective].critic:
-        scores = start_scores(policy, data, trajectories, rows, temperature)
+        reader = critics_reader(policy, reference, ppo, compute)
+        scores = start_scores(reader, data, trajectories, rows, ppo, temperature)
+        own = reader is policy
         if ppo.critic == "head":
             head["value"] = value_head(policy, scores, seed)
-    mismatch = sampler_mismatch(policy, trajectories, scores, rows)
+    mismatch = sampler_mismatch(policy, trajectories, scores if own else None, rows)
 
     optimizer = state_lib.adamw(
         optax.constant_schedule(ppo.learning_rate),
@@ -125,17 +128,35 @@ def run(
     )  # fmt: skip
 
 
+def critics_reader(
+    policy: common.Policy, reference: pathlib.Path, ppo: PpoConfig, compute: ComputeConfig
+) -> common.Policy:
+    """The policy whose hidden states the values are made of.
+
+    A value head reads the policy that is trained, and goes on with it.  The ridge critic is fitted
+    anew in every round, so it can read the reference in all of them: the estimator has read these
+    episodes with it, and its pass is kept.
+    """
+    if ppo.critic == "head" or not reference.exists():
+        return policy
+    if pretrained.resolve(reference) == policy.folder:
+        return policy
+    return common.load_policy(reference, policy.chat_format, compute)
+
+
 def start_scores(
     policy: common.Policy,
     data: pathlib.Path,
     trajectories: Sequence[Trajectory],
     rows: RowsConfig,
+    ppo: PpoConfig,
     temperature: float,
 ) -> scoring.Scores:
-    """The scores of the episodes under the policy and its value head, if it has one."""
-    heads_of = {name: head for name, head in policy.heads.items() if name == "value"}
+    """The scores of the episodes under the policy, and its value head if that is the critic."""
+    kept = policy.heads.items() if ppo.critic == "head" else ()
+    heads_of = {name: head for name, head in kept if name == "value"}
     return scoring.cached_score(
-        # In round 0 the policy is the estimator's trunk, whose pass is there already.
+        # If the policy is the estimator's trunk, as in round 0, its pass is there already.
         data.parent / "explore" / "features.npz",
         policy.folder,
         policy.config,

@@ -98,7 +98,7 @@ def fitted_values(
 
     Args:
       trajectories: N annotated trajectories.
-      hidden: [N, S, D] the policy's hidden state before each step.
+      hidden: [N, S, D] a frozen policy's hidden state before each step.
       ppo: the discount.
 
     Raises:

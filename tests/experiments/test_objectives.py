@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import train_ppo
+from experiments import common, train_ppo, train_progress
 from spa_jax import store
 from spa_jax.attribution import credit
 from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
 from spa_jax.models import weights
 from spa_jax.rl.objectives import OBJECTIVES
 from spa_jax.training import metrics as metrics_lib
-from spa_jax.training import ppo_data
+from spa_jax.training import ppo_data, scoring
 from tests import tiny
 from tests.experiments import stages
 
@@ -99,6 +99,30 @@ def test_a_critic_that_is_fitted_before_the_pass(policy, tmp_path):
     for line in lines:
         assert "explained_variance" in line and "value_loss" not in line
         assert np.isfinite(list(line.values())).all()
+
+
+def test_a_later_rounds_ridge_critic_reads_the_pass_that_the_estimator_made(
+    policy, tmp_path, monkeypatch
+):
+    later = tiny.tiny_policy(tmp_path / "later", seed=1)
+    data, episodes = tmp_path / "iteration_1" / "annotated.jsonl", _episodes("terminal")
+    store.write(data, episodes)
+    explored = tmp_path / "iteration_1" / "explore" / "trajectories.jsonl"
+    explored.parent.mkdir()
+    train_progress.scores_of(common.load_policy(policy), explored, episodes, ROWS)
+    passes, score = [], scoring.score
+
+    def counted(*args, title, **kwargs):
+        passes.append(title)
+        return score(*args, title=title, **kwargs)
+
+    monkeypatch.setattr(scoring, "score", counted)
+    for critic, expected in (("ridge", ["sampler mismatch"]), ("head", ["values"])):
+        passes.clear()
+        ppo = PpoConfig(critic=critic, batch_size=6, train_layers=1)
+        out = tmp_path / "iteration_1" / critic
+        train_ppo.run(out, str(later), data, ppo, ROWS, 0, LoraConfig(), policy)
+        assert passes == expected
 
 
 def test_rft_clones_the_won_episodes(policy, tmp_path):
