@@ -90,11 +90,14 @@ def run(
     common.check_lengths(policy, trajectories, data, rows)
     head: dict[str, Params] = {}
     scores: scoring.Scores | None = None
-    own = False  # whether the scores are the policy's that is trained
+    read = critics_folder(policy.folder, reference, ppo)
+    own = read == policy.folder
     if ppo.objective != RFT and objectives.OBJECTIVES[ppo.objective].critic:
-        reader = critics_reader(policy, reference, ppo, compute)
-        scores = start_scores(reader, data, trajectories, rows, ppo, temperature)
-        own = reader is policy
+        scores = start_scores(
+            # Without a name of its own, another policy is gone before training starts.
+            policy if own else common.load_policy(read, policy.chat_format, compute),
+            data, trajectories, rows, ppo, temperature,
+        )  # fmt: skip
         if ppo.critic == "head":
             head["value"] = value_head(policy, scores, seed)
     mismatch = sampler_mismatch(policy, trajectories, scores if own else None, rows)
@@ -128,20 +131,15 @@ def run(
     )  # fmt: skip
 
 
-def critics_reader(
-    policy: common.Policy, reference: pathlib.Path, ppo: PpoConfig, compute: ComputeConfig
-) -> common.Policy:
-    """The policy whose hidden states the values are made of.
+def critics_folder(policy: pathlib.Path, reference: pathlib.Path, ppo: PpoConfig) -> pathlib.Path:
+    """The folder of the policy whose hidden states the values are made of.
 
     A value head reads the policy that is trained, and goes on with it.  The ridge critic is fitted
     anew in every round, so it can read the reference in all of them: the estimator has read these
     episodes with it, and its pass is kept.
     """
-    if ppo.critic == "head" or not reference.exists():
-        return policy
-    if pretrained.resolve(reference) == policy.folder:
-        return policy
-    return common.load_policy(reference, policy.chat_format, compute)
+    ridge = ppo.critic == "ridge" and reference.exists()
+    return pretrained.resolve(reference) if ridge else policy
 
 
 def start_scores(
@@ -153,8 +151,8 @@ def start_scores(
     temperature: float,
 ) -> scoring.Scores:
     """The scores of the episodes under the policy, and its value head if that is the critic."""
-    kept = policy.heads.items() if ppo.critic == "head" else ()
-    heads_of = {name: head for name, head in kept if name == "value"}
+    kept = ("value",) if ppo.critic == "head" else ()
+    heads_of = {name: head for name, head in policy.heads.items() if name in kept}
     return scoring.cached_score(
         # If the policy is the estimator's trunk, as in round 0, its pass is there already.
         data.parent / "explore" / "features.npz",

@@ -377,8 +377,9 @@ class PpoConfig:
     gamma: float = _setting(0.99, "Discount a step.")
     gae_lambda: float = _setting(0.95, "Lambda of generalised advantage estimation.")
     critic: str = _setting(
-        "head", "Values of ppo. head: a value head that is trained along; ridge: ridge regression "
-        "of the returns on the reference policy's hidden states, on the other tasks' episodes.",
+        "head", "Values of ppo. head: a value head that is trained along; ridge: no head, but "
+        "ridge regression of the returns on the reference policy's hidden states, on the other "
+        "tasks' episodes.",
         choices=("head", "ridge"),
     )  # fmt: skip
     step_baseline: bool = _setting(

@@ -55,7 +55,7 @@ def model() -> tuple[ModelConfig, Params, str]:
     if folder.exists():
         config, params = weights.load_pretrained(folder)
         return common.computed(config), jax.device_put(params), str(folder)
-    params = jax.jit(transformer.init, static_argnums=0)(SMOLLM2_135M, jax.random.key(0))
+    params = transformer.init(SMOLLM2_135M, jax.random.key(0))
     return common.computed(SMOLLM2_135M), params, "random weights of SmolLM2-135M's shape"
 
 

@@ -107,7 +107,7 @@ def projection_memory(sizes: Sizes) -> dict[str, tuple[float, float]]:
     )
     one = dataclasses.replace(sizes, rows=1, length=sizes.tokens)
     rows = pack(one, 1.0, sizes.vocabulary)
-    params = jax.jit(transformer.init, static_argnums=0)(shape, jax.random.key(0))
+    params = transformer.init(shape, jax.random.key(0))
     found = {}
     for name, chunk in (("chunked", DEFAULT_COMPUTE.logits_chunk), ("whole", 0)):
         compute = dataclasses.replace(shape.compute, logits_chunk=chunk)
@@ -239,7 +239,7 @@ def model(sizes: Sizes) -> tuple[ModelConfig, Params, str]:
     config = dataclasses.replace(
         SMOLLM2_135M, num_layers=2, vocab_size=2048, hidden_size=192, num_heads=3, num_kv_heads=1
     )
-    params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    params = transformer.init(config, jax.random.key(0))
     return common.computed(config), params, "a small random model (rehearsal)"
 
 

@@ -11,7 +11,7 @@ The model is the one that these inputs were timed with: hidden 256, 4 layers, vo
                 is the reference, as in the first round: log-probabilities are recorded.
     ragged      16 episodes of 300 to 2,000 tokens, one update: ours packs rows, PyTorch takes
                 minibatches of 4, padded to the longest of the 16, as trl's PPOTrainer pads (and so
-                the released code), or to their own.  --trajectories takes recorded episodes instead
+                the released code), or to their own; --trajectories takes recorded episodes instead
     scoring     16 trajectories of 494 tokens on average under the estimator: ours packs rows,
                 PyTorch reads one after the other, without padding
     quickstart  16 episodes of the quickstart's size under --policy (ours alone)
@@ -93,7 +93,7 @@ def run() -> None:
 def _model() -> tuple[ModelConfig, Params]:
     """The timed model, or the rehearsal's."""
     config = common.computed(_SMALL if flags.FLAGS.rehearsal else TIMED)
-    return config, jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    return config, transformer.init(config, jax.random.key(0))
 
 
 def _head(kind: type, size: int) -> Params:
