@@ -89,6 +89,7 @@ def run(
     valid_data = Demonstrations(
         valid, rows, policy.config, layers, trainer.devices, "frozen layers, held-out"
     )
+    del layers  # on a mesh a copy of the trainer's own
     best, done = _train(
         out, trainable, trainer, optimizer, rate, train_data, valid_data, evaluate, sft, total, seed
     )

@@ -173,8 +173,8 @@ class RowsConfig:
         True, "Compute what all of a batch's trajectories open with once a row."
     )
     partition: str = _setting(
-        "pmap", "Of SFT and the policy's update. pmap: every device holds all parameters; mesh: "
-        "they are cut over --mesh.",
+        "pmap", "Of SFT and the policy's update. pmap: every device holds all parameters (a "
+        "single one needs no pmap and gets none); mesh: they are cut over --mesh.",
         choices=("pmap", "mesh"),
     )  # fmt: skip
     mesh: str = _setting(

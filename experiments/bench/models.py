@@ -148,7 +148,7 @@ class OurUpdate:
         self, config: ModelConfig, params: Params, rows: PackedRows, rate: float = _RATE
     ) -> None:
         optimizer = updates.adamw(rate)
-        self._trainer = partition.Pmap(sft_update.make_loss(config), optimizer, devices=1)
+        self._trainer = partition.Mesh(sft_update.make_loss(config), optimizer, (1, 1))
         self._state = self._trainer.replicate(state_lib.create({"policy": params}, optimizer))
         count = len(rows.tokens)
         self._batches = [sft_update.SftBatch(b) for b in batching.microbatches(rows, count, 1)]

@@ -233,7 +233,7 @@ class Ours:
             parts = parts_lib.adapt(_LORA, sides.params, sides.adapter)
             self._policy = lora_lib.merge(_LORA, sides.params, sides.adapter)
         loss = parts.on_parts(ppo_update.make_loss(sides.config, _PPO, 1.0))
-        self._trainer = partition.Pmap(loss, optimizer, frozen=parts.frozen)
+        self._trainer = partition.make(sides.rows, loss, optimizer, parts.frozen)
         trained = parts.trained | {"value": sides.value}
         self._state = self._trainer.replicate(state_lib.create(trained, optimizer))
 
@@ -505,7 +505,7 @@ def _quickstart(rate: float) -> dict[str, float]:
     batch = 16
     config, params, name = floor.model()
     optimizer, ppo = updates.adamw(), PpoConfig()
-    trainer = partition.Pmap(ppo_update.make_loss(config, ppo, 1.0), optimizer)
+    trainer = partition.make(updates.ROWS, ppo_update.make_loss(config, ppo, 1.0), optimizer)
     value = _head(heads.ValueHead, config.hidden_size)
     played = updates.episodes(batch, config.vocab_size)
     steps = len(played[0].steps)

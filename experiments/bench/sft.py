@@ -11,7 +11,7 @@ def run() -> None:
     """Prints the figures and a last RESULT line."""
     config, params, name = floor.model()
     rows, optimizer = updates.ROWS, updates.adamw()
-    trainer = partition.Pmap(sft_update.make_loss(config), optimizer)
+    trainer = partition.make(rows, sft_update.make_loss(config), optimizer)
     packed = batching.pack(updates.episodes(_BATCH, config.vocab_size), **rows.packing)
     seconds = updates.time_update(
         trainer,

@@ -120,7 +120,7 @@ def update_flops(forward: float, *, lora: bool) -> float:
 
 
 def time_update(
-    trainer: partition.Pmap,
+    trainer: partition.Trainer,
     optimizer: optax.GradientTransformation,
     params: Params,
     batches: Callable[[], Sequence[Any]],

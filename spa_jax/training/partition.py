@@ -1,7 +1,7 @@
 """Compiles the pure update functions for the devices at hand, in one of two ways.
 
-`Pmap` (`--partition=pmap`): data parallel.  Every device holds all parameters and adds up the
-gradients of its own microbatches; they meet once an update, in `apply`.
+`Pmap` (`--partition=pmap`, from two devices on): data parallel.  Every device holds all
+parameters and adds up the gradients of its own microbatches; they meet once an update, in `apply`.
 
 `Mesh` (`--partition=mesh --mesh=data:A,fsdp:B`): A x B devices share the rows, and B devices
 share each parameter with its gradient and its moments, for what one device cannot hold:
@@ -301,14 +301,17 @@ def make(
 ) -> Trainer:
     """The trainer that `--partition` and `--mesh` ask for, on the devices of all processes.
 
+    One device, alone, gets a mesh of itself: pmap would copy its parameters, gradients and moments
+    to give them an axis and take it away again.
+
     Raises:
       UserError: if the mesh is no mesh, has more devices than there are, or leaves some of
         several processes' out.
     """
-    if rows.partition == "pmap":
-        return Pmap(loss_fn, optimizer, frozen=frozen, accum_dtype=accum_dtype)
     devices = jax.device_count()
-    shape = mesh_shape(rows.mesh, devices)
+    if rows.partition == "pmap" and devices > 1:
+        return Pmap(loss_fn, optimizer, frozen=frozen, accum_dtype=accum_dtype)
+    shape = mesh_shape("" if rows.partition == "pmap" else rows.mesh, devices)
     if distributed.count() > 1 and shape[0] * shape[1] < devices:
         raise UserError(
             f"--mesh={rows.mesh}: with several processes all {devices} devices must be in it, not "

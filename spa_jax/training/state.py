@@ -54,14 +54,64 @@ def zero_gradients(params: Params, dtype: str = "float32") -> Params:
     return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
 
 
-def adamw(
-    schedule: optax.ScalarOrSchedule, *, clip_norm: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) behind a clip of the global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, weight_decay=weight_decay),
-    )
+class Guarded(optax.GradientTransformation):
+    """An optimiser that changes nothing, itself included, where a gradient is not finite."""
+
+
+@struct.dataclass
+class AdamWState:
+    """What AdamW remembers.
+
+    Attributes:
+      count: int32, the updates that were made.
+      mu: the mean of the gradients.
+      nu: that of their squares.
+    """
+
+    count: jax.Array
+    mu: Params
+    nu: Params
+
+
+def adamw(schedule: optax.ScalarOrSchedule, *, clip_norm: float, weight_decay: float) -> Guarded:
+    """AdamW (arXiv 1711.05101) behind a clip of the global norm: optax's numbers, less memory.
+
+    Behind `optax.adamw`, a guard against gradients that are not finite makes XLA compute every new
+    moment twice from the old one, once to keep and once for the weights.  The old one cannot be
+    overwritten then: both moments are copied, and memory is read or written 21 times the weights'
+    size on a CPU.  Here the weights are made from the new moments, which replace the old in place:
+    11 times, and no copy.
+    """
+    b1, b2, epsilon = 0.9, 0.999, 1e-8
+
+    def init(params: Params) -> AdamWState:
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return AdamWState(jnp.zeros((), jnp.int32), mu, nu)
+
+    def update(grads: Params, state: AdamWState, params: Params) -> tuple[Params, AdamWState]:
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm)
+        clip = clip_norm / jnp.maximum(norm, clip_norm)
+
+        def mean(decay: float, power: int, old: Params) -> Params:
+            def one(m: jax.Array, g: jax.Array) -> jax.Array:
+                return jnp.where(finite, decay * m + (1 - decay) * (clip * g) ** power, m)
+
+            return jax.tree.map(one, old, grads)
+
+        count = state.count + finite
+        # Behind the barrier XLA knows the new moments as arrays, not as formulas.
+        mu, nu = jax.lax.optimization_barrier((mean(b1, 1, state.mu), mean(b2, 2, state.nu)))
+        rate = schedule(state.count) if callable(schedule) else schedule
+        mu_scale, nu_scale = 1 / (1 - b1**count), 1 / (1 - b2**count)
+
+        def change(p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            step = m * mu_scale / (jnp.sqrt(v * nu_scale) + epsilon)
+            return jnp.where(finite, -rate * (step + weight_decay * p.astype(jnp.float32)), 0.0)
+
+        return jax.tree.map(change, params, mu, nu), AdamWState(count, mu, nu)
+
+    return Guarded(init, update)
 
 
 def accumulate(
@@ -103,11 +153,12 @@ def apply(
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
-    )
+    if not isinstance(optimizer, Guarded):
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
     return (
         TrainState(
             params=params,
