@@ -1,6 +1,8 @@
 """absl flags from the frozen dataclasses of `spa_jax.config`: a default is written once."""
 
 import dataclasses
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -57,7 +59,7 @@ def read(config: type[Config], **overrides: Any) -> Config:
 
 
 def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder) -> None:
-    """`app.run`, with a user's own mistake told in one line and exit code 2.
+    """`app.run`, with a user's own mistake, or a full disk, told in one line and exit code 2.
 
     Args:
       main: the binary.
@@ -75,6 +77,16 @@ def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder) -> Non
             main(argv)
         except UserError as error:
             tqdm.tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own
+            sys.exit(2)
+        except Exception as error:
+            # Python, Orbax and safetensors raise three kinds of errors for it, with this text in.
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            tqdm.tqdm.write(
+                f"error: the disk is full ({str(error).splitlines()[0]}); make room and give the "
+                "same command again: it goes on where it was",
+                file=sys.stderr,
+            )
             sys.exit(2)
 
     app.run(guarded, flags_parser=_parse)

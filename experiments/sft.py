@@ -138,8 +138,8 @@ def _train(
             writer.write(done, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", valid=f"{best:.3f}")
             stop, asked = bool(sft.patience) and bad >= sft.patience, preemption.asked()
-            last = done == total or stop or asked
-            checkpoints.maybe_save(done, trainer.unreplicate(state), force=last)
+            last = done == total or stop
+            checkpoints.maybe_save(done, trainer.unreplicate(state), last=last, force=asked)
             if asked:
                 preemption.stop(done, total)
             if stop:

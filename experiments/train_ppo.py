@@ -259,8 +259,8 @@ def train(
             }
             writer.write(update + 1, metrics)
             asked = preemption.asked()
-            last = asked or update + 1 == total
-            checkpoints.maybe_save(update + 1, trainer.unreplicate(state), force=last)
+            last, now = update + 1 == total, trainer.unreplicate(state)
+            checkpoints.maybe_save(update + 1, now, last=last, force=asked)
             if asked:
                 preemption.stop(update + 1, total)
     checkpoints.close()

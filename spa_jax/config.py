@@ -315,7 +315,10 @@ class SftConfig:
         "sft_train_layers",
     )  # fmt: skip
     updates: int = _setting(0, "This many updates instead of epochs; 0: by epochs.", "sft_updates")
-    checkpoint_every: int = _setting(50, "Updates between checkpoints.", "sft_checkpoint_every")
+    checkpoint_every: int = _setting(
+        50, "Updates between checkpoints; 0: none, but when the stage is told to stop.",
+        "sft_checkpoint_every",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,7 +407,10 @@ class PpoConfig:
     entropy_coef: float = _setting(0.0, "Weight of the entropy bonus.", "ppo_entropy_coef")
     clip_norm: float = _setting(1.0, "Largest norm of the gradient.", "ppo_clip_norm")
     weight_decay: float = _setting(0.0, "AdamW's weight decay.", "ppo_weight_decay")
-    checkpoint_every: int = _setting(50, "Updates between checkpoints.", "ppo_checkpoint_every")
+    checkpoint_every: int = _setting(
+        50, "Updates between checkpoints; 0: none, but when the stage is told to stop.",
+        "ppo_checkpoint_every",
+    )  # fmt: skip
     allow_truncated_behaviour: bool = _setting(
         False, "Train on data sampled greedily or with top-k/top-p: its log-probs are not those "
         "of the distribution it was drawn from."
@@ -479,6 +485,9 @@ def check(config: Any) -> None:
         raise UserError(f"--mesh={config.mesh} needs --partition=mesh")
     if isinstance(config, ComputeConfig) and config.logits_chunk < 0:
         raise UserError(f"--logits_chunk={config.logits_chunk} must be >= 0")
+    if isinstance(config, SftConfig | PpoConfig) and config.checkpoint_every < 0:
+        name = "sft" if isinstance(config, SftConfig) else "ppo"
+        raise UserError(f"--{name}_checkpoint_every={config.checkpoint_every} must be >= 0")
     if isinstance(config, PpoConfig):
         _check_objective(config)
     if isinstance(config, LoraConfig):

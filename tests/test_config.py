@@ -12,6 +12,7 @@ from spa_jax.config import (
     ExploreConfig,
     PpoConfig,
     RowsConfig,
+    SftConfig,
     check,
     check_together,
 )
@@ -101,8 +102,10 @@ def test_processes_that_could_not_find_each_other_are_refused(settings, words):
     [
         (RowsConfig(row_buckets=0), "--row_buckets=0 must be in 1"),
         (ComputeConfig(logits_chunk=-1), "--logits_chunk=-1 must be >= 0"),
+        (SftConfig(checkpoint_every=-1), "--sft_checkpoint_every=-1 must be >= 0"),
+        (PpoConfig(checkpoint_every=-1), "--ppo_checkpoint_every=-1 must be >= 0"),
     ],
 )
-def test_shapes_that_cannot_be_are_refused(settings, words):
+def test_numbers_that_cannot_be_are_refused(settings, words):
     with pytest.raises(UserError, match=words):
         check(settings)

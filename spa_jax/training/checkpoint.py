@@ -19,7 +19,7 @@ class Checkpoints:
     """The checkpoints of one stage's folder."""
 
     def __init__(self, folder: pathlib.Path, *, every: int) -> None:
-        """Opens (and makes) the folder; `every` updates `maybe_save` saves."""
+        """Opens (and makes) the folder; `every` updates `maybe_save` saves, 0: when it must."""
         self._folder = pathlib.Path(folder).resolve()
         self._every = every
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
@@ -48,15 +48,19 @@ class Checkpoints:
             raise self._mismatch(step, "an array has another shape")
         return jax.device_get(restored)
 
-    def maybe_save(self, update: int, tree: Any, *, force: bool = False) -> None:
-        """Saves after every `every` updates, or now; returns when it is on the disk.
+    def maybe_save(
+        self, update: int, tree: Any, *, last: bool = False, force: bool = False
+    ) -> None:
+        """Saves after every `every` updates, and the last; returns when it is on the disk.
 
         Args:
           update: how many there have been.
           tree: as a trainer's `unreplicate` gives it.
-          force: now.
+          last: no update follows.
+          force: save it, whatever `every` is.
         """
-        if not force and (update == 0 or update % self._every):
+        due = self._every and update and (last or update % self._every == 0)
+        if not due and not force:
             return
         self._manager.save(update, args=ocp.args.StandardSave(jax.tree.map(_host, tree)))
         self._manager.wait_until_finished()

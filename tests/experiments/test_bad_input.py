@@ -224,3 +224,18 @@ def test_every_preset_parses(preset):
         cwd=stages.ROOT, env=stages.environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+# --- the machine ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_told_in_one_line():
+    program = (
+        "from experiments import flags\n"
+        "flags.run(lambda argv: open('/dev/full', 'w').write('x' * 100_000))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: the disk is full (") and "make room" in done.stderr
