@@ -75,21 +75,27 @@ def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder) -> Non
             if len(argv) > 1:
                 raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
             main(argv)
-        except UserError as error:
-            tqdm.tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own
-            sys.exit(2)
         except Exception as error:
-            # Python, Orbax and safetensors raise three kinds of errors for it, with this text in.
-            if os.strerror(errno.ENOSPC) not in str(error):
+            said = _complaint(error)
+            if said is None:
                 raise
-            tqdm.tqdm.write(
-                f"error: the disk is full ({str(error).splitlines()[0]}); make room and give the "
-                "same command again: it goes on where it was",
-                file=sys.stderr,
-            )
+            tqdm.tqdm.write(f"error: {said}", file=sys.stderr)  # on a line of its own
             sys.exit(2)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _complaint(error: Exception) -> str | None:
+    """What to tell of an error that is not ours; None if it is."""
+    if isinstance(error, UserError):
+        return str(error)
+    # Python, Orbax and safetensors raise three kinds of errors for it, with this text in.
+    if os.strerror(errno.ENOSPC) in str(error):
+        return (
+            f"the disk is full ({str(error).splitlines()[0]}); make room and give the same command "
+            "again: it goes on where it was"
+        )
+    return None
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -311,7 +311,7 @@ def make(
     devices = jax.device_count()
     if rows.partition == "pmap" and devices > 1:
         return Pmap(loss_fn, optimizer, frozen=frozen, accum_dtype=accum_dtype)
-    shape = mesh_shape("" if rows.partition == "pmap" else rows.mesh, devices)
+    shape = mesh_shape(rows.mesh, devices)
     if distributed.count() > 1 and shape[0] * shape[1] < devices:
         raise UserError(
             f"--mesh={rows.mesh}: with several processes all {devices} devices must be in it, not "

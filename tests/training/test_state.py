@@ -53,6 +53,16 @@ def test_the_optimiser_is_float32_whatever_is_trained(trainer, param, accum):
     assert sums["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1 / 128)
 
 
+def test_adamw_in_float32_is_optax_s_own():
+    """One update by hand: g = 2 (w - mean x), then optax."""
+    state, _ = _updated(TRAINERS["pmap"], "float32", "float32")
+    w = np.arange(1, 5, dtype=np.float32)
+    gradient = {"w": (2 * (3 * w - 6.5) / 3).astype(np.float32)}
+    optimizer = optax.adamw(0.25, weight_decay=0.1)
+    changes, _ = optimizer.update(gradient, optimizer.init({"w": w}), {"w": w})
+    np.testing.assert_allclose(state.params["w"], w + changes["w"], rtol=1e-6)
+
+
 def _adamw_updates(optimizer, gradients):
     """The parameters after every update, and the last state."""
     params = {"a": np.linspace(-1, 2, 6, dtype=np.float32).reshape(2, 3), "b": np.ones(2)}
@@ -72,7 +82,7 @@ def _gradients(*sizes):
     ]
 
 
-def test_adamw_is_optax_s_own():
+def test_adamw_is_optax_s_own_over_several_updates():
     """Clipped and unclipped gradients under a schedule."""
     rate = optax.linear_schedule(0.0, 0.3, 4)
     ours, _ = _adamw_updates(
