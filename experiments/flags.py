@@ -1,8 +1,6 @@
 """absl flags from the frozen dataclasses of `spa_jax.config`: a default is written once."""
 
 import dataclasses
-import errno
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,7 +9,7 @@ import tqdm
 from absl import app, flags
 
 from spa_jax import config as config_lib
-from spa_jax.errors import UserError
+from spa_jax.errors import UserError, complaint
 
 Config = TypeVar("Config")
 
@@ -76,26 +74,13 @@ def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder) -> Non
                 raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
             main(argv)
         except Exception as error:
-            said = _complaint(error)
+            said = complaint(error)
             if said is None:
                 raise
             tqdm.tqdm.write(f"error: {said}", file=sys.stderr)  # on a line of its own
             sys.exit(2)
 
     app.run(guarded, flags_parser=_parse)
-
-
-def _complaint(error: Exception) -> str | None:
-    """What to tell of an error that is not ours; None if it is."""
-    if isinstance(error, UserError):
-        return str(error)
-    # Python, Orbax and safetensors raise three kinds of errors for it, with this text in.
-    if os.strerror(errno.ENOSPC) in str(error):
-        return (
-            f"the disk is full ({str(error).splitlines()[0]}); make room and give the same command "
-            "again: it goes on where it was"
-        )
-    return None
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ import tqdm
 from jax.experimental import multihost_utils
 
 from spa_jax.config import DistributedConfig
-from spa_jax.errors import UserError
+from spa_jax.errors import UserError, complaint
 
 T = TypeVar("T")
 
@@ -220,10 +220,11 @@ def ending_together() -> Iterator[None]:
         return
     try:
         yield
-    except UserError as error:
-        say(f"error: {error}")
-        fail(str(error), 2)
     except Exception as error:
+        said = complaint(error)
+        if said is not None:
+            say(f"error: {said}")
+            fail(said, 2)
         # If this came from another one's end, the watcher ends us meanwhile, with the reason.
         time.sleep(3 * _LOOK_EVERY_S)
         say("".join(traceback.format_exception(error)).rstrip())

@@ -98,14 +98,16 @@ def main() -> None:
             found = updates(trainer_of(name, jax.device_count()), folder / name)
             if distributed.is_first():
                 np.savez(folder / f"{name}.npz", **found)
-        if sys.argv[5:] == ["fail"]:
-            end_badly(index)
+        if sys.argv[5:]:
+            end_badly(index, sys.argv[5])
 
 
-def end_badly(index: int) -> None:
+def end_badly(index: int, why: str) -> None:
     """Process 1 fails; the others wait for it in a collective, which never answers."""
-    if index == 1:
+    if index == 1 and why == "mistake":
         raise UserError("the dog ate it")
+    if index == 1 and why == "full disk":
+        pathlib.Path("/dev/full").write_text("x")
     run = jax.pmap(functools.partial(jax.lax.psum, axis_name="d"), axis_name="d")
     jax.block_until_ready(run(np.ones((jax.local_device_count(), 1))))
     raise AssertionError("the collective answered")

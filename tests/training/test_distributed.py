@@ -60,7 +60,7 @@ def _compare(folder: pathlib.Path) -> None:
 
 def test_two_processes_of_two_devices_update_as_one_and_end_together(tmp_path):
     """Checkpoints restore bit for bit, and a failure ends even one that is in a collective."""
-    ended = _members(tmp_path, 2, 2, "fail")
+    ended = _members(tmp_path, 2, 2, "mistake")
     for code, said in ended:
         assert code == 2, said
     assert "the dog ate it" in ended[1][1]
@@ -74,6 +74,13 @@ def test_four_processes_update_as_one(tmp_path):
     for code, said in _members(tmp_path, 4, 1):
         assert code == 0, said
     _compare(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_process_ends_both_without_a_traceback(tmp_path):
+    for code, said in _members(tmp_path, 2, 1, "full disk"):
+        assert code == 2, said
+        assert "the disk is full" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(("process", "words"), [(1, "nothing answers there after 1 s")])
