@@ -307,7 +307,8 @@ class SftConfig:
     weight_decay: float = _setting(0.0, "AdamW's weight decay.", "sft_weight_decay")
     eval_every: int = _setting(0, "Updates between held-out losses; 0: an epoch.", "sft_eval_every")
     patience: int = _setting(
-        0, "Stop after this many held-out losses without a new best, and keep the best; 0: never.",
+        0, "Stop after this many held-out losses without a new best, and keep the best; 0: never, "
+        "and keep the last.",
         "sft_patience",
     )  # fmt: skip
     train_layers: int = _setting(
