@@ -166,16 +166,20 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32."""
+    """x / rms(x) * scale, computed in float32.
+
+    On a matrix: XLA's sums over an axis of [1, T, D] take 20 to 60 times as long on a CPU as the
+    same ones over a matrix's.
+    """
 
     eps: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.float32).reshape(-1, x.shape[-1])
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        return (y * scale).astype(x.dtype)
+        return (y * scale).astype(x.dtype).reshape(x.shape)
 
 
 def rope_frequencies(config: ModelConfig) -> jax.Array:
