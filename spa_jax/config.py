@@ -238,6 +238,12 @@ class ComputeConfig:
         "auto", "Of products and activations, and of weights that are frozen. auto: bfloat16 on "
         "an accelerator, float32 on a CPU.", choices=("auto", *DTYPES),
     )  # fmt: skip
+    matmul_dtype: str = _setting(
+        "compute", "Of the factors of products with a layer's weights; the sums stay as they are. "
+        "compute: --compute_dtype. auto: bfloat16 on a CPU that multiplies it faster (AMX or "
+        "AVX512-BF16), which is what a TPU makes of float32 factors.",
+        choices=("compute", "bfloat16", "auto"),
+    )  # fmt: skip
     accum_dtype: str = _setting(
         "float32", "Of the gradients, while those of an update's microbatches are added up.",
         choices=DTYPES,

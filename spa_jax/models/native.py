@@ -57,6 +57,16 @@ def check(dtype: str, head_dim: int, backend: str) -> None:
         raise UserError(f"--attention=native: {reason}; use --attention=auto")
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 factors (Linux, x86)."""
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags)
+
+
 def _in_the_way(dtype: str, head_dim: int, backend: str) -> str | None:
     if backend != "cpu":
         return f"it runs on CPUs, and this machine's JAX computes on a {backend}"

@@ -23,7 +23,8 @@ run the same `Block`.
 
 Activations are of `config.compute.compute_dtype`, and a weight is cast to it where it is
 used: nothing but one layer's weights exists twice.  Sums are float32 in norms, scores and
-logits.
+logits.  With --matmul_dtype=bfloat16 the factors of a layer's products are rounded, and nothing
+else is.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from spa_jax.batching import SHARED
 from spa_jax.config import ComputeConfig
@@ -50,7 +52,7 @@ LayerCache = tuple[jax.Array, jax.Array]
 
 # What a rematerialised layer keeps: `--remat` -> the names in `Block`.
 _KEPT = {"layer": (), "attention": ("attention",),
-         "dots": ("q", "k", "v", "attention", "o", "gate", "up")}  # fmt: skip
+         "dots": ("q", "k", "v", "attention", "o", "gate", "up", "rounded down")}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,29 +111,60 @@ class ModelConfig:
         """That of activations."""
         return self.compute.compute_dtype
 
+    @property
+    def matmul_dtype(self) -> str:
+        """That of the factors of products with weights."""
+        matmul_dtype = self.compute.matmul_dtype
+        return self.dtype if matmul_dtype == "compute" else matmul_dtype
 
-@jax.custom_vjp
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, w: jax.Array, dtype: str | None = None, name: str = "") -> jax.Array:
     """x [B, T, n] @ w [n, m] in x's dtype; the weight gradient is x^T g in w's layout and dtype.
 
     JAX's rule gives (g^T x)^T.  XLA then computes g transposed, with all of the activation's
     derivative fused into strided writes: on a CPU that fusion took longer than any product.
+
+    Args:
+      x: activations.
+      w: a weight, cast.
+      dtype: that of the factors of this product, and of those of its gradients; None: x's.
+      name: what `_KEPT` may call x, if it is rounded.
     """
-    return x @ w.astype(x.dtype)
+    del name
+    x_, w_ = x.astype(dtype or x.dtype), w.astype(dtype or x.dtype)
+    return jnp.matmul(x_, w_, preferred_element_type=x.dtype)
+
+
+def _matmul_forward(
+    x: jax.Array, w: jax.Array, dtype: str | None, name: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    rounded = x.astype(dtype or x.dtype)
+    if rounded.dtype != x.dtype:
+        rounded = checkpoint_name(rounded, f"rounded {name}")
+    return matmul(x, w, dtype, name), (rounded, w)
 
 
 def _matmul_backward(
-    saved: tuple[jax.Array, jax.Array], g: jax.Array
+    dtype: str | None, name: str, saved: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    del name
     x, w = saved
-    rows, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    rows, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]).astype(x.dtype)
     # Of bfloat16 factors a float32 weight gets the float32 sum, not the rounded one.
-    summed = jnp.promote_types(x.dtype, w.dtype)
-    dw = jax.lax.dot_general(rows, g_rows, (((0,), (0,)), ((), ())), preferred_element_type=summed)
-    return (g_rows @ w.astype(g.dtype).T).reshape(x.shape), dw.astype(w.dtype)
+    summed = jnp.promote_types(g.dtype, w.dtype)
+    if x.dtype == g.dtype:
+        contracted = (((0,), (0,)), ((), ()))
+    else:
+        # XLA has products of bfloat16 on a CPU, but none that transposes its factors.
+        rows = with_layout_constraint(rows.T, Layout((0, 1)))
+        contracted = (((1,), (0,)), ((), ()))
+    dw = jax.lax.dot_general(rows, g_rows, contracted, preferred_element_type=summed)
+    dx = jnp.matmul(g_rows, w.astype(x.dtype).T, preferred_element_type=g.dtype)
+    return dx.reshape(x.shape), dw.astype(w.dtype)
 
 
-matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nn.Module):
@@ -140,21 +173,30 @@ class Linear(nn.Module):
     With the kernel transposed (`unstack`), 16 or 32 decoded tokens pass two matrices of 576 x 1536
     in 0.6 or 0.9 ms on two cores instead of 1.0 or 1.3: XLA packs the larger operand of a
     product anew for every call, and that one needs no packing.
+
+    Attributes:
+      features: m.
+      use_bias: whether there is a b.
+      dtype: that of the product's factors; None: x's.
     """
 
     features: int
     use_bias: bool = False
+    dtype: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.has_variable("params", "transposed"):
-            w: jax.Array = self.get_variable("params", "transposed").astype(x.dtype)
-            y = jax.lax.dot_general(w, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
+            dtype = self.dtype or x.dtype
+            w: jax.Array = self.get_variable("params", "transposed").astype(dtype)
+            rows, contracted = x.reshape(-1, x.shape[-1]).astype(dtype), (((1,), (1,)), ((), ()))
+            y = jax.lax.dot_general(w, rows, contracted, preferred_element_type=x.dtype)
             # Else XLA turns the product round again.
             y = jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
         else:
             shape = (x.shape[-1], self.features)
-            y = matmul(x, self.param("kernel", nn.initializers.lecun_normal(), shape))
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+            y = matmul(x, kernel, self.dtype, self.name or "")
         if self.has_variable("params", "lora_a"):  # put there by `lora.attach`
             a: jax.Array = self.get_variable("params", "lora_a")
             b: jax.Array = self.get_variable("params", "lora_b")
@@ -302,7 +344,8 @@ class Block(nn.Module):
 
     def _linear(self, x: jax.Array, name: str, features: int, use_bias: bool = False) -> jax.Array:
         """A product under a name that `_KEPT` knows."""
-        return checkpoint_name(Linear(features, use_bias, name=name)(x), name)
+        linear = Linear(features, use_bias, self.config.matmul_dtype, name=name)
+        return checkpoint_name(linear(x), name)
 
     def _heads(self, h: jax.Array, name: str, heads: int) -> jax.Array:
         y = self._linear(h, name, heads * self.config.head_dim, self.config.qkv_bias)
@@ -505,13 +548,13 @@ def logits(params: Params, hidden: jax.Array) -> jax.Array:
     return jnp.dot(hidden, table.T, preferred_element_type=float32)
 
 
-def unstack(params: Params, dtype: str | None = None) -> Params:
+def unstack(params: Params, dtype: str | None = None, matmul_dtype: str | None = None) -> Params:
     """The tree with `layers` as a list of one-layer trees, for `cached_hidden_states`.
 
     A scan would copy each layer's weights out of the stack on every decoded token,
     which for a token at a time is more traffic than the matrix products themselves.
-    Kernels are transposed, see `Linear`, and matrices cast to `dtype` (None: as they are), once
-    and for all: a decoded token reads each of them.
+    Kernels are transposed, see `Linear`, and cast to `matmul_dtype`, the other matrices to `dtype`
+    (None: as they are), once and for all: a decoded token reads each of them.
     """
 
     def one(i: int) -> Params:
@@ -521,8 +564,12 @@ def unstack(params: Params, dtype: str | None = None) -> Params:
             for name, part in layer.items()
         }
 
+    def typed(path: tuple, x: jax.Array) -> jax.Array:
+        of_kernels = matmul_dtype if path[-1].key == "transposed" else None
+        return x.astype(of_kernels or dtype or x.dtype) if x.ndim > 1 else x
+
     made = {**params, "layers": [one(i) for i in range(depth(params))]}
-    return jax.tree.map(lambda x: x.astype(dtype or x.dtype) if x.ndim > 1 else x, made)
+    return jax.tree_util.tree_map_with_path(typed, made)
 
 
 def empty_cache(

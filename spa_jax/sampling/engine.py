@@ -47,7 +47,7 @@ _CHUNKS = (16, 24, 32, 48)  # tokens of a chunk that a prefill call reads: the c
 _STEPS = 4  # decoding steps between two looks at who has ended
 _SHARED_LEAST = 16  # tokens; a shorter opening is encoded again (not tuned)
 
-_unstack = jax.jit(transformer.unstack, static_argnames="dtype")
+_unstack = jax.jit(transformer.unstack, static_argnames=("dtype", "matmul_dtype"))
 
 
 class Ending(enum.StrEnum):
@@ -159,7 +159,8 @@ class Engine:
         self.sampling = sampling
         self.usage = Usage()
         device = device or jax.local_devices()[0]
-        self._params = _unstack(jax.device_put(params, device), dtype=config.dtype)
+        params = jax.device_put(params, device)
+        self._params = _unstack(params, dtype=config.dtype, matmul_dtype=config.matmul_dtype)
         dtype = self._params["embed"]["embedding"].dtype
         empty = decode.empty_state(config, slots, context_length, dtype)
         self._state = jax.device_put(empty, device)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import common
 from spa_jax.config import ComputeConfig, RowsConfig, fit_attention
 from spa_jax.errors import UserError
-from spa_jax.models import attention, fused, lora, transformer
+from spa_jax.models import attention, fused, lora, native, transformer
 from spa_jax.training import memory
 from tests import tiny
 
@@ -230,6 +231,56 @@ def test_bfloat16_rounds_and_no_more():
     _close(gradient, wanted, 6e-2)
     logits = transformer.logits(PARAMS, jnp.asarray(hidden, jnp.bfloat16))
     assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_products_of_bfloat16_factors_round_them_and_nothing_else(remat):
+    packed, _ = _rows()
+    weight = np.random.default_rng(2).normal(size=(1, 128, CONFIG.hidden_size))
+    config = _computed(matmul_dtype="bfloat16", remat=remat)
+    hidden, gradient = _gradient(config, packed, weight)
+    exact, wanted = _gradient(_computed(remat=remat), packed, weight)
+    assert hidden.dtype == np.float32
+    assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+    assert np.abs(hidden - exact).max() > 1e-4, "nothing was rounded"
+    _close(hidden, exact, 1e-2)
+    _close(gradient, wanted, 3e-2)
+
+
+def test_a_product_of_rounded_factors_is_that_of_rounded_arrays():
+    keys = jax.random.split(jax.random.key(3), 3)
+    shapes = ((2, 3, 4), (4, 5), (2, 3, 5))
+    x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    y, backward = jax.vjp(lambda x, w: transformer.matmul(x, w, "bfloat16"), x, w)
+    x, w, rounded = (np.float32(np.asarray(a).astype(jnp.bfloat16)) for a in (x, w, g))
+    np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-5)
+    dx, dw = backward(g)
+    np.testing.assert_allclose(dx, rounded @ w.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, np.einsum("btn,btm->nm", x, rounded), rtol=1e-5, atol=1e-5)
+
+
+def test_the_sampler_rounds_the_factors_that_the_trainer_rounds():
+    config = _computed(matmul_dtype="bfloat16")
+    layers = transformer.unstack(PARAMS, config.dtype, config.matmul_dtype)
+    kernels = [layer[k]["transposed"] for layer in layers["layers"] for k in ("q", "o", "down")]
+    assert {x.dtype for x in kernels} == {jnp.dtype("bfloat16")}
+    assert layers["embed"]["embedding"].dtype == jnp.float32
+    tokens = np.random.default_rng(1).integers(0, 384, (2, 9)).astype(np.int32)
+    at = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
+    cache = transformer.empty_cache(config, 2, 12)
+    ours, _ = transformer.cached_hidden_states(config, layers, tokens, at, cache)
+    wanted = transformer.hidden_states(config, PARAMS, tokens, at, np.ones_like(tokens))
+    exact = transformer.hidden_states(_computed(), PARAMS, tokens, at, np.ones_like(tokens))
+    # A sum in another order may round the next factor the other way, and that is all.
+    assert np.abs(ours - wanted).max() < np.abs(exact - wanted).max()
+    _close(ours, wanted, 1e-2)
+
+
+def test_auto_rounds_factors_where_the_processor_has_products_of_them(monkeypatch):
+    for has, wanted in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(native, "multiplies_bfloat16", lambda has=has: has)
+        config = common.computed(CONFIG, ComputeConfig(matmul_dtype="auto"))
+        assert (config.dtype, config.matmul_dtype) == ("float32", wanted)
 
 
 @pytest.mark.parametrize("tied", [True, False])
