@@ -145,6 +145,22 @@ def test_dealing_the_batch_out_changes_nothing(name):
         _close(move, one[1], 2e-4)  # a difference of parameters: their rounding over the move
 
 
+def test_nor_does_it_where_the_factors_of_products_are_rounded(monkeypatch):
+    """Up to a factor that a sum in another order rounds the other way."""
+    compute = dataclasses.replace(CONFIG.compute, matmul_dtype="bfloat16")
+    rounded = dataclasses.replace(CONFIG, compute=compute)
+    monkeypatch.setattr(f"{__name__}.CONFIG", rounded)
+    moves = []
+    for deal in ((1, 9), (2, 1), ((2, 4), 1)):
+        metrics, before, after = _updated(_sft, *deal)
+        moves.append(jax.tree.map(lambda a, b: (a - b) / RATE, after.params, before))
+        _close(moves[-1], moves[0], 1e-2)
+    monkeypatch.undo()
+    exact, before, after = _updated(_sft, 1, 9)
+    assert metrics["nll"] != pytest.approx(exact["nll"], rel=1e-6), "nothing was rounded"
+    assert metrics["nll"] == pytest.approx(exact["nll"], rel=1e-2)
+
+
 def _same_opening(episodes, ids=(5, 6, 7, 8, 9)):
     """The episodes, each behind the same instruction."""
     n = len(ids)
