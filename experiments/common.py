@@ -151,8 +151,7 @@ def computed(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> M
     else:
         fused.check(compute.attention, *kind)
     if compute.matmul_dtype == "auto":
-        faster = platform == "cpu" and native.multiplies_bfloat16()
-        matmul_dtype = "bfloat16" if faster else "compute"
+        matmul_dtype = "bfloat16" if native.multiplies_bfloat16() else "compute"
         compute = dataclasses.replace(compute, matmul_dtype=matmul_dtype)
     return dataclasses.replace(config, compute=compute)
 

@@ -268,14 +268,19 @@ class ComputeConfig:
     def resolved(self, platform: str) -> "ComputeConfig":
         """With what `auto` means on a platform: cpu, gpu or tpu.
 
-        Which attention it means on a CPU depends on the model too: it stays.
+        Which attention it means on a CPU depends on the model too, and which factors of products on
+        the processor: they stay.
         """
-        dtype, attention = self.compute_dtype, self.attention
+        dtype, attention, factors = self.compute_dtype, self.attention, self.matmul_dtype
         if dtype == "auto":
             dtype = "float32" if platform == "cpu" else "bfloat16"
         if attention == "auto" and platform != "cpu":
             attention = "xla"
-        return dataclasses.replace(self, compute_dtype=dtype, attention=attention)
+        if factors == "auto" and platform != "cpu":
+            factors = "compute"
+        return dataclasses.replace(
+            self, compute_dtype=dtype, attention=attention, matmul_dtype=factors
+        )
 
 
 DEFAULT_COMPUTE = ComputeConfig()

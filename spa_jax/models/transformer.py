@@ -131,9 +131,7 @@ def matmul(x: jax.Array, w: jax.Array, dtype: str | None = None, name: str = "")
       dtype: that of the factors of this product, and of those of its gradients; None: x's.
       name: what `_KEPT` may call x, if it is rounded.
     """
-    del name
-    x_, w_ = x.astype(dtype or x.dtype), w.astype(dtype or x.dtype)
-    return jnp.matmul(x_, w_, preferred_element_type=x.dtype)
+    return _matmul_forward(x, w, dtype, name)[0]
 
 
 def _matmul_forward(
@@ -142,7 +140,8 @@ def _matmul_forward(
     rounded = x.astype(dtype or x.dtype)
     if rounded.dtype != x.dtype:
         rounded = checkpoint_name(rounded, f"rounded {name}")
-    return matmul(x, w, dtype, name), (rounded, w)
+    y = jnp.matmul(rounded, w.astype(rounded.dtype), preferred_element_type=x.dtype)
+    return y, (rounded, w)
 
 
 def _matmul_backward(

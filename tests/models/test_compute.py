@@ -281,6 +281,7 @@ def test_auto_rounds_factors_where_the_processor_has_products_of_them(monkeypatc
         monkeypatch.setattr(native, "multiplies_bfloat16", lambda has=has: has)
         config = common.computed(CONFIG, ComputeConfig(matmul_dtype="auto"))
         assert (config.dtype, config.matmul_dtype) == ("float32", wanted)
+    assert ComputeConfig(matmul_dtype="auto").resolved("gpu").matmul_dtype == "compute"
 
 
 @pytest.mark.parametrize("tied", [True, False])
