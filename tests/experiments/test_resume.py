@@ -126,9 +126,14 @@ def _command(name: str, workdir: pathlib.Path, policy: pathlib.Path) -> tuple[st
     return (name.split()[0], f"--workdir={workdir}", f"--policy={policy}", *ROWS, *flags)
 
 
-KILLS = [(name, signal.SIGKILL) for name in STAGES] + [
-    pytest.param(name, signal.SIGTERM, marks=() if name == "train_ppo" else pytest.mark.slow)
+# Fast: every stage killed, one of them told to stop; training of adapters differs in its state only.
+KILLS = [
+    pytest.param(name, how, marks=() if fast else pytest.mark.slow)
     for name in STAGES
+    for how, fast in (
+        (signal.SIGKILL, name != "train_ppo adapters"),
+        (signal.SIGTERM, name == "train_ppo"),
+    )
 ]
 
 

@@ -55,9 +55,8 @@ _OTHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "env", ["webshop", pytest.param("virtualhome", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("env", ["webshop", "virtualhome"])
 def test_the_whole_method_on_the_other_environments(env, tmp_path):
     tiny.tiny_policy(tmp_path / "policy")
     out = stages.succeed(
