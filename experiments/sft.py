@@ -2,8 +2,9 @@
 
     python -m experiments.sft --workdir=W --policy=models/smollm2-135m-instruct
 
-Reads W/demos/{train,valid}/trajectories.jsonl; writes W/sft/policy (a Hugging Face folder, the
-weights of the best held-out loss), metrics.jsonl and checkpoints.  Run again, it continues.
+Reads W/demos/{train,valid}/trajectories.jsonl; writes W/sft/policy (a Hugging Face folder: the
+last weights, with --sft_patience those of the best held-out loss), metrics.jsonl and checkpoints.
+Run again, it continues.
 """
 
 import pathlib

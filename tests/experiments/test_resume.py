@@ -126,7 +126,7 @@ def _command(name: str, workdir: pathlib.Path, policy: pathlib.Path) -> tuple[st
     return (name.split()[0], f"--workdir={workdir}", f"--policy={policy}", *ROWS, *flags)
 
 
-# Fast: every stage killed, one of them told to stop; training of adapters differs in its state only.
+# Fast: every stage killed, one told to stop; training adapters differs in its state only.
 KILLS = [
     pytest.param(name, how, marks=() if fast else pytest.mark.slow)
     for name in STAGES
