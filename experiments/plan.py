@@ -9,6 +9,7 @@ tables: parameters whole on every device (--partition=pmap), and cut over --mesh
 it is empty).
 """
 
+import functools
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -53,17 +54,17 @@ def stages(r: run_spa.Run, config: ModelConfig, fsdp: int) -> dict[str, Need]:
     rows, lora = r.rows, r.lora_of
     scoring = memory.forward(config, rows)
 
-    def update(stage: str, train_layers: int = 0, fsdp: int = fsdp) -> Need:
-        return memory.update(config, rows, lora(stage), train_layers=train_layers, fsdp=fsdp)
+    update = functools.partial(memory.update, config, rows)
 
     progress = [scoring]
     if lora("progress").rank:
-        progress.append(update("progress", fsdp=1))  # an estimator's trunk is never cut
+        progress.append(update(lora("progress")))  # an estimator's trunk is never cut
+    sft = {"train_layers": r.sft.train_layers, "averaged": r.sft.ema > 0}
     by_stage = {
-        "sft": [update("sft", r.sft.train_layers)],
+        "sft": [update(lora("sft"), **sft, fsdp=fsdp)],
         "explore": [memory.exploration(config, r.sampling)],
         "train_progress": progress,
-        "train_ppo": [scoring, update("ppo", r.ppo.train_layers)],
+        "train_ppo": [scoring, update(lora("ppo"), train_layers=r.ppo.train_layers, fsdp=fsdp)],
     }
     return {name: max(needs, key=lambda n: n.total) for name, needs in by_stage.items()}
 

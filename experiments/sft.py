@@ -3,8 +3,8 @@
     python -m experiments.sft --workdir=W --policy=models/smollm2-135m-instruct
 
 Reads W/demos/{train,valid}/trajectories.jsonl; writes W/sft/policy (a Hugging Face folder: the
-last weights, with --sft_patience those of the best held-out loss), metrics.jsonl and checkpoints.
-Run again, it continues.
+last weights, with --sft_ema their average, with --sft_patience those of the best held-out loss),
+metrics.jsonl and checkpoints.  Run again, it continues.
 """
 
 import pathlib
@@ -75,8 +75,11 @@ def run(
     common.agree_on([*train, *valid], "demonstrations")
     per_epoch = -(-len(train) // sft.batch_size)
     total = sft.updates or max(1, round(sft.epochs * per_epoch))
-    rate = schedule.warmup_cosine(sft.learning_rate, total, sft.warmup_share)
+    schedules = {"cosine": schedule.warmup_cosine, "constant": schedule.warmup_constant}
+    rate = schedules[sft.schedule](sft.learning_rate, total, sft.warmup_share)
     optimizer = state_lib.adamw(rate, clip_norm=sft.clip_norm, weight_decay=sft.weight_decay)
+    if sft.ema:
+        optimizer = state_lib.averaged(optimizer, sft.ema)
     trainable = common.trainable(policy, sft.train_layers, lora, seed)
     parts = trainable.parts
     loss_fn = parts.on_parts(sft_update.make_loss(policy.config))
@@ -131,11 +134,12 @@ def _train(
             metrics["learning_rate"] = float(rate(update))
             done = update + 1
             if valid.trajectories and (done % eval_every == 0 or done == total):
-                metrics["valid_loss"] = held_out_loss(evaluate, state.params, valid)
+                kept = state_lib.kept(state)
+                metrics["valid_loss"] = held_out_loss(evaluate, kept, valid)
                 improved = metrics["valid_loss"] < best
                 best, bad = (metrics["valid_loss"], 0) if improved else (best, bad + 1)
                 if improved or not sft.patience:
-                    trainable.save(out / "policy", trainer.fetch(state.params), {}, done)
+                    trainable.save(out / "policy", trainer.fetch(kept), {}, done)
             writer.write(done, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", valid=f"{best:.3f}")
             stop, asked = bool(sft.patience) and bad >= sft.patience, preemption.asked()
@@ -146,7 +150,7 @@ def _train(
             if stop:
                 break
     if not valid.trajectories:
-        trainable.save(out / "policy", trainer.fetch(state.params), {}, total)
+        trainable.save(out / "policy", trainer.fetch(state_lib.kept(state)), {}, total)
     checkpoints.close()
     return best, done
 

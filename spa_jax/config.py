@@ -312,6 +312,15 @@ class SftConfig:
 
     learning_rate: float = _setting(2e-5, "Peak learning rate.", "sft_learning_rate")
     warmup_share: float = _setting(0.03, "Share of updates that warm up.", "sft_warmup_share")
+    schedule: str = _setting(
+        "cosine", "The learning rate after that: a cosine to zero, or constant (for --sft_ema).",
+        "sft_schedule", choices=("cosine", "constant"),
+    )  # fmt: skip
+    ema: float = _setting(
+        0.0, "Keep the exponential moving average of the weights, of this decay, early on of less: "
+        "of n / (n + 9) after n updates; 0: the weights themselves.",
+        "sft_ema",
+    )  # fmt: skip
     epochs: float = _setting(3.0, "Passes over the demonstrations, at most.", "sft_epochs")
     batch_size: int = _setting(16, "Trajectories an update.", "sft_batch_size")
     clip_norm: float = _setting(1.0, "Largest norm of the gradient.", "sft_clip_norm")
@@ -500,6 +509,8 @@ def check(config: Any) -> None:
     if isinstance(config, SftConfig | PpoConfig) and config.checkpoint_every < 0:
         name = "sft" if isinstance(config, SftConfig) else "ppo"
         raise UserError(f"--{name}_checkpoint_every={config.checkpoint_every} must be >= 0")
+    if isinstance(config, SftConfig) and not 0 <= config.ema < 1:
+        raise UserError(f"--sft_ema={config.ema:g} must be at least 0 and below 1")
     if isinstance(config, PpoConfig):
         _check_objective(config)
     if isinstance(config, LoraConfig):

@@ -36,7 +36,7 @@ class Need:
     Attributes:
       parameters: the weights, trained and frozen.
       gradients: of an update, as they are added up, and of one microbatch.
-      optimizer: AdamW's moments.
+      optimizer: AdamW's moments, and the average of the weights.
       reference: a second set of weights for the reference policy. There is none: its
         log-probabilities are on the episodes (`annotate`), and adapters can be left out.
       gathered: weights that a mesh has brought together for use, and their gradient.
@@ -68,6 +68,7 @@ def update(
     *,
     train_layers: int = 0,
     fsdp: int = 1,
+    averaged: bool = False,
 ) -> Need:
     """An update of SFT, of PPO, or of an estimator with adapters.
 
@@ -77,6 +78,7 @@ def update(
       lora: adapters; rank 0: none.
       train_layers: as in `transformer.split`; 0: all.
       fsdp: how many devices share each parameter (1 under pmap).
+      averaged: whether the weights' average is kept too (`state.averaged`).
 
     Raises:
       UserError: the model has no layer left to freeze.
@@ -94,7 +96,7 @@ def update(
     return Need(
         parameters=count(trained) * param + count(frozen) * _width(config),
         gradients=count(trained) * (accum + param),
-        optimizer=count(trained) * _MOMENTS * _FLOAT32,
+        optimizer=count(trained) * (_MOMENTS + averaged) * _FLOAT32,
         gathered=_gathered(config, trained, lora) if fsdp > 1 else 0.0,
         activations=kept,
         logits=_LOGITS_UPDATE * chunk * config.vocab_size * _FLOAT32,

@@ -17,6 +17,12 @@ def warmup_cosine(peak: float, updates: int, warmup_share: float) -> optax.Sched
     )
 
 
+def warmup_constant(peak: float, updates: int, warmup_share: float) -> optax.Schedule:
+    """Linear warm-up over a share of the updates, then the peak: for averaged weights."""
+    warmup = max(1, round(warmup_share * updates))
+    return optax.linear_schedule(peak / warmup, peak, warmup)
+
+
 def batch_of(update: int, lengths: Sequence[int], batch_size: int, seed: int) -> np.ndarray:
     """The indices of an update's examples: every epoch is a random partition of its own.
 

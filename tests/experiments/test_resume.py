@@ -72,7 +72,7 @@ STAGES = {
     "sft": (
         ("--sft_updates=24", "--sft_batch_size=4", "--sft_checkpoint_every=5",
          "--sft_learning_rate=1e-2", "--sft_eval_every=3", "--sft_patience=20",
-         "--sft_train_layers=1"),
+         "--sft_train_layers=1", "--sft_ema=0.9"),
         8,
     ),
     "train_progress": (
