@@ -9,8 +9,8 @@ tables: parameters whole on every device (--partition=pmap), and cut over --mesh
 it is empty).
 """
 
-import functools
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -59,9 +59,10 @@ def stages(r: run_spa.Run, config: ModelConfig, fsdp: int) -> dict[str, Need]:
     progress = [scoring]
     if lora("progress").rank:
         progress.append(update(lora("progress")))  # an estimator's trunk is never cut
-    sft = {"train_layers": r.sft.train_layers, "averaged": r.sft.ema > 0}
+    sft = r.sft
+    cloned = update(lora("sft"), train_layers=sft.train_layers, averaged=sft.ema > 0, fsdp=fsdp)
     by_stage = {
-        "sft": [update(lora("sft"), **sft, fsdp=fsdp)],
+        "sft": [cloned],
         "explore": [memory.exploration(config, r.sampling)],
         "train_progress": progress,
         "train_ppo": [scoring, update(lora("ppo"), train_layers=r.ppo.train_layers, fsdp=fsdp)],

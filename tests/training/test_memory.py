@@ -28,7 +28,7 @@ ROWS = RowsConfig(row_length=256, policy_slots=64, step_slots=16, rows_per_devic
 TOLERANCE = 0.15  # of the total
 
 
-def _update_bytes(config, rows, lora, train_layers) -> tuple[int, int]:
+def _update_bytes(config, rows, lora, train_layers, averaged=False) -> tuple[int, int]:
     """(bytes of the accumulation of a microbatch, of the optimiser's step) as XLA compiled them."""
     params = memory.shapes(config)
     trained, frozen = memory.split(config, lora, train_layers)
@@ -43,6 +43,8 @@ def _update_bytes(config, rows, lora, train_layers) -> tuple[int, int]:
     trained = trained | {"value": value["params"]}
     batch = _batch(rows, config, bool(train_layers))
     optimizer = state_lib.adamw(1e-5, clip_norm=1.0, weight_decay=0.0)
+    if averaged:
+        optimizer = state_lib.averaged(optimizer, 0.9)
     state = jax.eval_shape(lambda: state_lib.create(_zeros(trained), optimizer))
     grads = jax.eval_shape(lambda: state_lib.zero_gradients(_zeros(trained)))
     counts = {"tokens": 1.0, "steps": 1.0}
@@ -112,6 +114,15 @@ def test_an_update_needs_what_the_plan_says(settings, lora, train_layers):
     compiled = max(_update_bytes(config, ROWS, lora, train_layers))
     print(planned, compiled, planned / compiled)
     assert planned == pytest.approx(compiled, rel=TOLERANCE)
+
+
+def test_an_update_with_averaged_weights_needs_what_the_plan_says():
+    """Of the optimiser's step nothing is copied, or it would need more than a microbatch does."""
+    config = dataclasses.replace(CONFIG, compute=ComputeConfig(compute_dtype="float32"))
+    planned = memory.update(config, ROWS, LoraConfig(), averaged=True).total
+    compiled = max(_update_bytes(config, ROWS, LoraConfig(), 0, averaged=True))
+    assert planned == pytest.approx(compiled, rel=TOLERANCE)
+    assert planned > 1.1 * memory.update(config, ROWS, LoraConfig()).total
 
 
 def test_an_update_on_a_mesh_needs_what_the_plan_says():

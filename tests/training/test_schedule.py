@@ -50,3 +50,10 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert values.argmax() == 10 and values.max() == pytest.approx(1e-3)
     assert (np.diff(values[:10]) > 0).all() and (np.diff(values[10:]) < 0).all()
     assert 0 < values[-1] < 1e-5
+
+
+def test_a_constant_rate_warms_up_and_stays():
+    rate = schedule.warmup_constant(1e-4, 100, 0.04)
+    assert [float(rate(n)) for n in (0, 2, 4, 50, 150)] == pytest.approx(
+        [0.25e-4, 0.625e-4, 1e-4, 1e-4, 1e-4]
+    )

@@ -121,6 +121,49 @@ def test_adamw_overwrites_what_it_was_given():
     assert analysis.alias_size_in_bytes >= 3 * grads["w"].nbytes
 
 
+def test_averaged_weights_by_hand():
+    """The newest weights' share is 9 / (n + 9), and 1 - decay where that is more."""
+    plain, _ = _adamw_updates(
+        state_lib.adamw(0.1, clip_norm=2.0, weight_decay=0.1), _gradients(1, 5, 2)
+    )
+    optimizer = state_lib.averaged(
+        state_lib.adamw(0.1, clip_norm=2.0, weight_decay=0.1), decay=0.2
+    )
+    seen, state = _adamw_updates(optimizer, _gradients(1, 5, 2))
+    jax.tree.map(np.testing.assert_array_equal, seen, plain)  # the updates are the same
+    mean = np.linspace(-1, 2, 6, dtype=np.float32).reshape(2, 3)
+    for params, share in zip(plain, (0.9, 9 / 11, 0.8), strict=True):
+        mean = share * params["a"] + (1 - share) * mean
+    np.testing.assert_allclose(state_lib.kept(state)["a"], mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_average_takes_no_part_of_an_update_that_was_not_made(at):
+    optimizer = state_lib.averaged(state_lib.adamw(0.1, clip_norm=2.0, weight_decay=0.0), 0.9)
+    good = _gradients(1.0, 5.0)
+    bad = {"a": np.full((2, 3), np.nan, np.float32), "b": np.ones(2, np.float32)}
+    _, state = _adamw_updates(optimizer, [*good[:at], bad, *good[at:]])
+    _, wanted = _adamw_updates(optimizer, good)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, wanted.opt_state)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("param", ["float32", "bfloat16"])
+def test_an_average_is_float32_and_kept_in_the_dtype_of_the_weights(trainer, param):
+    optimizer = state_lib.averaged(state_lib.adamw(0.25, clip_norm=1e9, weight_decay=0.0), 0.9)
+    start = np.arange(1, 5, dtype=np.float32)
+    made = TRAINERS[trainer](optimizer, "float32")
+    state = made.replicate(state_lib.create({"w": start.astype(jnp.dtype(param))}, optimizer))
+    state, _ = made.update(state, [np.full((1, 4), 2.75, np.float32)], {"n": 1.0})
+    state = jax.device_get(made.unreplicate(state))
+    assert state.opt_state.mean["w"].dtype == np.float32
+    kept = state_lib.kept(state)["w"]
+    assert kept.dtype == jnp.dtype(param)
+    wanted = 0.9 * state.params["w"].astype(np.float32) + 0.1 * start
+    np.testing.assert_allclose(kept.astype(np.float32), wanted, rtol=1 / 128)
+    assert not np.allclose(kept.astype(np.float32), start)
+
+
 def test_what_is_trained_is_cast_and_what_is_saved_is_not():
     """--param_dtype rounds the trained weights; a policy's folder holds float32 as ever."""
     config = tiny.tiny_config()
