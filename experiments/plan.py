@@ -10,9 +10,9 @@ it is empty).
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -54,18 +54,17 @@ def stages(r: run_spa.Run, config: ModelConfig, fsdp: int) -> dict[str, Need]:
     rows, lora = r.rows, r.lora_of
     scoring = memory.forward(config, rows)
 
-    update = functools.partial(memory.update, config, rows)
+    def update(stage: str, fsdp: int = fsdp, **trained: Any) -> Need:
+        return memory.update(config, rows, lora(stage), fsdp=fsdp, **trained)
 
     progress = [scoring]
     if lora("progress").rank:
-        progress.append(update(lora("progress")))  # an estimator's trunk is never cut
-    sft = r.sft
-    cloned = update(lora("sft"), train_layers=sft.train_layers, averaged=sft.ema > 0, fsdp=fsdp)
+        progress.append(update("progress", fsdp=1))  # an estimator's trunk is never cut
     by_stage = {
-        "sft": [cloned],
+        "sft": [update("sft", train_layers=r.sft.train_layers, averaged=r.sft.ema > 0)],
         "explore": [memory.exploration(config, r.sampling)],
         "train_progress": progress,
-        "train_ppo": [scoring, update(lora("ppo"), train_layers=r.ppo.train_layers, fsdp=fsdp)],
+        "train_ppo": [scoring, update("ppo", train_layers=r.ppo.train_layers)],
     }
     return {name: max(needs, key=lambda n: n.total) for name, needs in by_stage.items()}
 

@@ -11,7 +11,7 @@ import optax
 
 def warmup_cosine(peak: float, updates: int, warmup_share: float) -> optax.Schedule:
     """Linear warm-up over a share of the updates, then a cosine to zero."""
-    warmup = max(1, round(warmup_share * updates))
+    warmup = _warmup(updates, warmup_share)
     return optax.warmup_cosine_decay_schedule(
         init_value=peak / warmup, peak_value=peak, warmup_steps=warmup, decay_steps=updates + 1
     )
@@ -19,8 +19,13 @@ def warmup_cosine(peak: float, updates: int, warmup_share: float) -> optax.Sched
 
 def warmup_constant(peak: float, updates: int, warmup_share: float) -> optax.Schedule:
     """Linear warm-up over a share of the updates, then the peak: for averaged weights."""
-    warmup = max(1, round(warmup_share * updates))
+    warmup = _warmup(updates, warmup_share)
     return optax.linear_schedule(peak / warmup, peak, warmup)
+
+
+def _warmup(updates: int, share: float) -> int:
+    """How many updates warm up: one at least."""
+    return max(1, round(share * updates))
 
 
 def batch_of(update: int, lengths: Sequence[int], batch_size: int, seed: int) -> np.ndarray:
