@@ -32,18 +32,25 @@ def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def matmul_rate(rows: int = 1536, inner: int = 1536, columns: int = 1536) -> float:
-    """FLOP/s of a float32 matrix product [rows, inner] x [inner, columns]."""
-    x, y = jnp.ones((rows, inner)), jnp.ones((inner, columns))
+def matmul_rate(dtype: str = "float32") -> float:
+    """FLOP/s of a large square matrix product of random numbers.
+
+    Args:
+      dtype: of the factors; float32 ones are multiplied as JAX does by default, on a GPU in TF32.
+    """
+    # An accelerator needs longer products, beside which starting one takes no time.
+    size = 1536 if jax.default_backend() == "cpu" else 8192
+    x, y = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(jnp.dot)
-    return 2.0 * rows * inner * columns / seconds(lambda: product(x, y), 15)
+    return 2.0 * size**3 / seconds(lambda: product(x, y), 15)
 
 
-def copy_rate(megabytes: int = 256) -> float:
+def copy_rate() -> float:
     """Bytes/s read by a sum over an array that fits into no processor cache.
 
     Reading is what decoding does to the weights; a copy would also write.
     """
+    megabytes = 256 if jax.default_backend() == "cpu" else 4096
     x = jnp.ones((megabytes * 2**20 // 4,), jnp.float32)
     total = jax.jit(jnp.sum)
     return x.nbytes / seconds(lambda: total(x), 7)
@@ -64,13 +71,18 @@ def layer_parameters(params: Params) -> int:
     return sum(x.size for x in jax.tree.leaves(params["layers"]) if x.ndim == 3)
 
 
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of a weight as it is read."""
+    return jnp.dtype(config.dtype).itemsize
+
+
 def vocabulary_parameters(config: ModelConfig) -> int:
     """Parameters that multiply every token whose logits are wanted."""
     return config.vocab_size * config.hidden_size
 
 
-def show_rates(matmul: float, read: float) -> None:
+def show_rates(matmul: float, read: float, dtype: str = "float32") -> None:
     """Prints the machine's two rates."""
-    print(f"machine: {matmul / 1e9:.0f} GFLOP/s in a float32 matrix product, "
+    print(f"machine: {matmul / 1e9:.0f} GFLOP/s in a {dtype} matrix product, "
           f"{read / 1e9:.1f} GB/s read from memory, {jax.local_device_count()} x "
           f"{jax.devices()[0].device_kind}")  # fmt: skip

@@ -1,9 +1,10 @@
 """A model's training update and forward pass against PyTorch's, and the memory of the vocabulary.
 
 Both sides are timed in turns in one process, on the same weights and tokens: full fine-tuning of
-float32 weights with AdamW, 15% of the tokens written by the policy.  transformers projects the
-vocabulary for every token, as its users get it; "policy tokens only" is its model with our
-projection, which shows how much of a difference that one thing makes.  Needs `make setup-peers`.
+float32 weights with AdamW, 15% of the tokens written by the policy, computed in float32 on a CPU
+and in bfloat16 on a GPU (PyTorch's update by autocast).  transformers projects the vocabulary for
+every token, as its users get it; "policy tokens only" is its model with our projection, which
+shows how much of a difference that one thing makes.  Needs `make setup-peers`.
 
 Memory is measured first: the process's peak only grows.
 """
@@ -34,6 +35,7 @@ from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
 _SHARE, _STEPS = 0.15, 8  # of the tokens that the policy wrote; steps an episode
 _RATE = 1e-5
+_SAME = {"float32": 1e-3, "bfloat16": 0.05}  # what losses may differ by, by what is computed in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,23 +171,32 @@ class TheirUpdate:
       everywhere: transformers' own loss, with logits for every token; else for the policy's.
     """
 
-    def __init__(self, model: Any, rows: PackedRows, everywhere: bool, rate: float = _RATE) -> None:
-        torch = peers.torch()
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        rows: PackedRows,
+        everywhere: bool,
+        rate: float = _RATE,
+    ) -> None:
+        torch, model = peers.torch(), peers.model(config, params)
+        self._config = config
         self._model, self._rows, self._torch = model, rows, torch
         self.everywhere = everywhere
-        self._tokens = torch.tensor(rows.tokens, dtype=torch.long)
+        self._tokens = peers.tensor(rows.tokens, dtype=torch.long)
         labels = np.full(rows.tokens.shape, -100)
         np.put_along_axis(labels, rows.token_index + 1, rows.targets, 1)
-        self._labels = torch.tensor(labels)
+        self._labels = peers.tensor(labels)
         self._optimizer = torch.optim.AdamW(
             model.parameters(), lr=rate, weight_decay=0.0, fused=True
         )
 
     def __call__(self) -> float:
-        if self.everywhere:
-            loss = self._model(input_ids=self._tokens, labels=self._labels).loss
-        else:
-            loss = -peers.log_probs(self._model, self._rows).mean()
+        with peers.autocast(self._config):
+            if self.everywhere:
+                loss = self._model(input_ids=self._tokens, labels=self._labels).loss
+            else:
+                loss = -peers.log_probs(self._model, self._rows).mean()
         loss.backward()
         self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
@@ -198,7 +209,7 @@ def forward_sides(
 ) -> dict[str, Callable[[], Any]]:
     """The forward passes that are compared."""
     torch = peers.torch()
-    tokens = torch.tensor(rows.tokens, dtype=torch.long)
+    tokens = peers.tensor(rows.tokens, dtype=torch.long)
     here, given = jax.device_put(params), jax.device_put(rows)
     everywhere = jax.jit(lambda params, rows: transformer.logits(
         params, forward.rows_hidden(config, params, rows)))  # fmt: skip
@@ -206,11 +217,11 @@ def forward_sides(
 
     def theirs() -> Any:
         with torch.inference_mode():
-            return model(input_ids=tokens).logits
+            return peers.finished(model(input_ids=tokens).logits)
 
     def theirs_at_policy() -> Any:
         with torch.inference_mode():
-            return peers.log_probs(model, rows)
+            return peers.finished(peers.log_probs(model, rows))
 
     return {
         "ours": lambda: jax.block_until_ready(everywhere(here, given)),
@@ -222,13 +233,13 @@ def forward_sides(
     }
 
 
-def check_same(losses: Mapping[str, float]) -> None:
+def check_same(losses: Mapping[str, float], tolerance: float = 1e-3) -> None:
     """That all sides compute the same, before any is timed.
 
     Raises:
       AssertionError: they do not.
     """
-    if max(losses.values()) - min(losses.values()) > 1e-3:
+    if max(losses.values()) - min(losses.values()) > tolerance:
         raise AssertionError(f"the sides compute different losses: {losses}")
 
 
@@ -251,19 +262,19 @@ def run() -> None:
     config, params, name = model(sizes)
     params = jax.device_get(params)
     rows = pack(sizes, _SHARE, config.vocab_size)
-    print(f"model: {name}, {config.num_layers} layers, float32; {sizes.rows} rows of "
+    print(f"model: {name}, {config.num_layers} layers, {config.dtype}; {sizes.rows} rows of "
           f"{sizes.length} tokens, {rows.token_mask.mean():.0%} of their slots filled: "
           f"{rows.token_mask.sum() / rows.tokens.size:.1%} of the tokens are the policy's; "
           f"{peers.torch().get_num_threads()} threads")  # fmt: skip
     trained: dict[str, Callable[[], float]] = {
         "ours": OurUpdate(config, params, rows),
-        "theirs": TheirUpdate(peers.model(config, params), rows, True),
-        "theirs, policy tokens only": TheirUpdate(peers.model(config, params), rows, False),
+        "theirs": TheirUpdate(config, params, rows, True),
+        "theirs, policy tokens only": TheirUpdate(config, params, rows, False),
     }
-    check_same({name: side() for name, side in trained.items()})
+    check_same({name: side() for name, side in trained.items()}, _SAME[config.dtype])
     took = {"update": in_turns(trained, sizes.repeats)}
     del trained
-    passes = forward_sides(config, params, peers.model(config, params), rows)
+    passes = forward_sides(config, params, peers.model(config, params, config.dtype), rows)
     took["forward"] = in_turns(passes, sizes.repeats)
     report(config, params, rows, took, memory)
 
@@ -276,10 +287,10 @@ def report(
     memory: Mapping[str, tuple[float, float]],
 ) -> None:
     """Prints the table and the RESULT line; a floor counts 2 FLOP a parameter, token and pass."""
-    rate, read = floor.matmul_rate(), floor.copy_rate()
+    rate, read = floor.matmul_rate(config.dtype), floor.copy_rate()
     tokens, written = rows.tokens.size, float(rows.token_mask.sum())
     layers, vocabulary = floor.layer_parameters(params), floor.vocabulary_parameters(config)
-    floor.show_rates(rate, read)
+    floor.show_rates(rate, read, config.dtype)
     print(f"{'':36}{'tokens/s':>10}{'floor':>10}{'share':>8}")
     for what, sides in took.items():
         for side, seconds in sides.items():

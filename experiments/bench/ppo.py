@@ -77,6 +77,11 @@ def run() -> None:
     if unknown := set(flags.FLAGS.parts) - set(parts):
         raise UserError(f"--parts={','.join(sorted(unknown))}: expected some of {', '.join(parts)}")
     if set(flags.FLAGS.parts) != {"quickstart"}:
+        if jax.default_backend() != "cpu":
+            raise UserError(
+                "ppo compares in float32 on a CPU: JAX_PLATFORMS=cpu, or --parts=quickstart, which "
+                "compares with nothing"
+            )
         for name in ("torch", "transformers", "peft"):
             peers.require(name)
     rates = floor.matmul_rate(), floor.copy_rate()

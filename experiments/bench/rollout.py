@@ -27,7 +27,8 @@ from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.sampling.engine import Engine, Usage
 from spa_jax.trajectory import Sampling
 
-_SAME = 1e-3  # nats: more than float32 explains in the log-probability of a token
+# Nats: more than rounding explains in the log-probability of a token, by what is computed in.
+_SAME = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Theirs:
 
     def __init__(self, config: ModelConfig, params: Params, load: Load) -> None:
         self._torch = peers.torch()
-        self._model = peers.model(config, jax.device_get(params)).eval()
+        self._model = peers.model(config, jax.device_get(params), config.dtype).eval()
         self._load = load
         self._vocabulary = config.vocab_size
         self._generate(np.zeros((load.episodes, 8), int), 2)  # warms up
@@ -148,14 +149,14 @@ class Theirs:
 
     def log_probs(self, conversation: np.ndarray, last: int) -> np.ndarray:
         """[B, last] log-probabilities of the last tokens of conversations [B, T]."""
-        ids = self._torch.tensor(conversation)
+        ids = peers.tensor(conversation)
         with self._torch.inference_mode():
             logits = self._model(input_ids=ids, logits_to_keep=last + 1).logits[:, :-1]
-            log_probs = self._torch.log_softmax(logits, -1)
-            return log_probs.gather(-1, ids[:, -last:, None])[..., 0].numpy()
+            log_probs = self._torch.log_softmax(logits.float(), -1)
+            return log_probs.gather(-1, ids[:, -last:, None])[..., 0].cpu().numpy()
 
     def _generate(self, conversation: np.ndarray, tokens: int) -> np.ndarray:
-        ids = self._torch.tensor(conversation)
+        ids = peers.tensor(conversation)
         with self._torch.inference_mode():
             made = self._model.generate(
                 input_ids=ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=tokens,
@@ -163,23 +164,23 @@ class Theirs:
                 use_cache=True, pad_token_id=0,
             )  # fmt: skip
         assert made.shape[1] == conversation.shape[1] + tokens
-        return made.numpy()
+        return made.cpu().numpy()
 
 
-def _check(ours: Ours, theirs: Theirs, load: Load, vocabulary: int) -> float:
+def _check(ours: Ours, theirs: Theirs, load: Load, config: ModelConfig) -> float:
     """The largest difference of a written token's log-probability between the two.
 
     Raises:
       AssertionError: it is more than rounding: they do not compute the same.
     """
-    prompts, _ = load.script(vocabulary, seed=99)
+    prompts, _ = load.script(config.vocab_size, seed=99)
     _, written = ours.decode(seed=99)
     ids = np.array([ids for ids, _ in written])
     difference = theirs.log_probs(np.concatenate([prompts, ids], 1), load.decode) - np.array(
         [log_probs for _, log_probs in written]
     )
     found = float(np.abs(difference).max())
-    assert found < _SAME, f"log-probabilities differ by {found} nats"
+    assert found < _SAME[config.dtype], f"log-probabilities differ by {found} nats"
     return found
 
 
@@ -214,7 +215,7 @@ def run() -> None:
     config, params, name = _load()
     theirs, ours = Theirs(config, params, load), Ours(config, params, load)
     print(f"model: {name}; {load}")
-    same = _check(ours, theirs, load, config.vocab_size)
+    same = _check(ours, theirs, load, config)
     print(f"largest difference of a token's log-probability: {same:.1e} nats", flush=True)
     rates = _between(lambda seed: ours.decode(seed)[0], theirs.decode, given.rounds or 1)
     played, their_seconds = _between(ours.play, theirs.play, given.rounds or 1)
@@ -243,12 +244,13 @@ def _against_floor(
     Every token that is read passes the layers; a step that writes a token in every slot passes
     the vocabulary too, or takes as long as to read all weights once.
     """
-    matmul, read = floor.matmul_rate(), floor.copy_rate()
+    matmul, read = floor.matmul_rate(config.dtype), floor.copy_rate()
     layers, vocabulary = floor.layer_parameters(params), floor.vocabulary_parameters(config)
-    step = (layers + vocabulary) * max(2.0 * load.episodes / matmul, 4.0 / read)
+    a_weight = max(2.0 * load.episodes / matmul, floor.weight_bytes(config) / read)
+    step = (layers + vocabulary) * a_weight
     least = 2.0 * layers * used.prefilled / matmul + step * load.turns * load.response
     most = load.episodes / step
-    floor.show_rates(matmul, read)
+    floor.show_rates(matmul, read, config.dtype)
     print(f"ours: {used.prefilled} tokens read in {used.prefill_s:.1f} s, {used.reused} copied, "
           f"{used.generated} written in {used.decode_s:.1f} s, occupancy {used.occupancy:.0%}, "
           f"host {seconds - used.prefill_s - used.decode_s:.2f} s")  # fmt: skip

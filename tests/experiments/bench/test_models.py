@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.bench import models, peers
+from experiments.bench import models
 from tests import tiny
 from tests.experiments import stages
 
@@ -45,8 +45,8 @@ def test_all_sides_take_the_same_steps():
     rows = models.pack(models.Sizes(rows=2, length=64), 0.15, config.vocab_size)
     sides = [
         models.OurUpdate(config, params, rows, rate=1e-2),
-        models.TheirUpdate(peers.model(config, params), rows, True, rate=1e-2),
-        models.TheirUpdate(peers.model(config, params), rows, False, rate=1e-2),
+        models.TheirUpdate(config, params, rows, True, rate=1e-2),
+        models.TheirUpdate(config, params, rows, False, rate=1e-2),
     ]
     losses = np.array([[side() for side in sides] for _ in range(3)])
     np.testing.assert_allclose(losses, losses[:, :1].repeat(3, 1), atol=1e-4)
