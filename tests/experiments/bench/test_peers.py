@@ -1,6 +1,7 @@
 """The PyTorch side of the comparisons: the same numbers, or an error that says what to install."""
 
 import importlib
+import types
 
 import jax
 import numpy as np
@@ -19,6 +20,16 @@ def test_a_missing_peer_is_an_error_that_says_how_to_install_it(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UserError, match="needs torch, .*make setup-peers"):
+        peers.torch()
+
+
+def test_a_pytorch_without_cuda_is_refused_where_jax_computes_on_a_gpu(monkeypatch):
+    cpu_only = types.SimpleNamespace(
+        set_num_threads=lambda n: None, cuda=types.SimpleNamespace(is_available=lambda: False)
+    )
+    monkeypatch.setattr(importlib, "import_module", lambda name: cpu_only)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="JAX_PLATFORMS=cpu"):
         peers.torch()
 
 
