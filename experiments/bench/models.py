@@ -233,13 +233,13 @@ def forward_sides(
     }
 
 
-def check_same(losses: Mapping[str, float], tolerance: float = 1e-3) -> None:
+def check_same(losses: Mapping[str, float], dtype: str = "float32") -> None:
     """That all sides compute the same, before any is timed.
 
     Raises:
       AssertionError: they do not.
     """
-    if max(losses.values()) - min(losses.values()) > tolerance:
+    if max(losses.values()) - min(losses.values()) > _SAME[dtype]:
         raise AssertionError(f"the sides compute different losses: {losses}")
 
 
@@ -271,7 +271,7 @@ def run() -> None:
         "theirs": TheirUpdate(config, params, rows, True),
         "theirs, policy tokens only": TheirUpdate(config, params, rows, False),
     }
-    check_same({name: side() for name, side in trained.items()}, _SAME[config.dtype])
+    check_same({name: side() for name, side in trained.items()}, config.dtype)
     took = {"update": in_turns(trained, sizes.repeats)}
     del trained
     passes = forward_sides(config, params, peers.model(config, params, config.dtype), rows)

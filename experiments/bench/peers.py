@@ -43,7 +43,7 @@ def torch() -> Any:
     """
     module = require("torch")
     module.set_num_threads(len(os.sched_getaffinity(0)))
-    if jax.default_backend() == "gpu":
+    if device() == "cuda":
         if not module.cuda.is_available():
             raise UserError(
                 "JAX computes on a GPU and this PyTorch cannot: install one with CUDA, or compare "
@@ -63,7 +63,7 @@ def tensor(values: Any, **settings: Any) -> Any:
 
     (`torch.set_default_device` would do, but it makes each call of PyTorch half as long again.)
     """
-    return torch().tensor(values, device=device(), **settings)
+    return require("torch").tensor(values, device=device(), **settings)
 
 
 def autocast(config: ModelConfig) -> contextlib.AbstractContextManager[Any]:
