@@ -5,6 +5,7 @@ faster than reading each of its weights from memory once.  Other programs on the
 both down, which is why the rates are measured beside the subject and not looked up.
 """
 
+import dataclasses
 import pathlib
 import statistics
 import time
@@ -32,7 +33,32 @@ def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def matmul_rate(dtype: str = "float32") -> float:
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What the machine does at most; printed, a line for the reader.
+
+    Attributes:
+      matmul: FLOP/s of a large matrix product.
+      read: bytes/s read from memory.
+      dtype: of that product's factors.
+    """
+
+    matmul: float
+    read: float
+    dtype: str
+
+    def __str__(self) -> str:
+        return (f"machine: {self.matmul / 1e9:.0f} GFLOP/s in a {self.dtype} matrix product, "
+                f"{self.read / 1e9:.1f} GB/s read from memory, {jax.local_device_count()} x "
+                f"{jax.devices()[0].device_kind}")  # fmt: skip
+
+
+def measure(dtype: str = "float32") -> Rates:
+    """Measures both rates, now."""
+    return Rates(_matmul_rate(dtype), _copy_rate(), dtype)
+
+
+def _matmul_rate(dtype: str) -> float:
     """FLOP/s of a large square matrix product of random numbers.
 
     Args:
@@ -45,7 +71,7 @@ def matmul_rate(dtype: str = "float32") -> float:
     return 2.0 * size**3 / seconds(lambda: product(x, y), 15)
 
 
-def copy_rate() -> float:
+def _copy_rate() -> float:
     """Bytes/s read by a sum over an array that fits into no processor cache.
 
     Reading is what decoding does to the weights; a copy would also write.
@@ -79,10 +105,3 @@ def weight_bytes(config: ModelConfig) -> int:
 def vocabulary_parameters(config: ModelConfig) -> int:
     """Parameters that multiply every token whose logits are wanted."""
     return config.vocab_size * config.hidden_size
-
-
-def show_rates(matmul: float, read: float, dtype: str = "float32") -> None:
-    """Prints the machine's two rates."""
-    print(f"machine: {matmul / 1e9:.0f} GFLOP/s in a {dtype} matrix product, "
-          f"{read / 1e9:.1f} GB/s read from memory, {jax.local_device_count()} x "
-          f"{jax.devices()[0].device_kind}")  # fmt: skip

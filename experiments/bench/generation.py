@@ -59,17 +59,17 @@ def run() -> None:
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (_SLOTS, _PROMPT))
     _measure(engine, prompts)  # compiles
     prefill, turn, tokens = _measure(engine, prompts)
-    matmul, read = floor.matmul_rate(config.dtype), floor.copy_rate()
+    rates = floor.measure(config.dtype)
 
     layers, vocabulary = floor.layer_parameters(params), floor.vocabulary_parameters(config)
-    prefill_floor = 2.0 * layers * _SLOTS * _PROMPT / matmul
+    prefill_floor = 2.0 * layers * _SLOTS * _PROMPT / rates.matmul
     # A decoded token of every slot reads all weights once, and does their products.
-    products = 2.0 * (layers + vocabulary) * _SLOTS / matmul
-    traffic = floor.weight_bytes(config) * (layers + vocabulary) / read
+    products = 2.0 * (layers + vocabulary) * _SLOTS / rates.matmul
+    traffic = floor.weight_bytes(config) * (layers + vocabulary) / rates.read
     turn_floor = _NEW * max(products, traffic)
 
     print(f"model: {name}; {_SLOTS} slots, context {_CONTEXT}, {_NEW} tokens a turn")
-    floor.show_rates(matmul, read, config.dtype)
+    print(rates)
     print(f"{'':10}{'tokens/s':>10}{'floor':>10}{'share':>8}")
     for what, count, took, least in (
         ("prefill", _SLOTS * _PROMPT, prefill, prefill_floor),

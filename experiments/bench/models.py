@@ -287,16 +287,16 @@ def report(
     memory: Mapping[str, tuple[float, float]],
 ) -> None:
     """Prints the table and the RESULT line; a floor counts 2 FLOP a parameter, token and pass."""
-    rate, read = floor.matmul_rate(config.dtype), floor.copy_rate()
+    rates = floor.measure(config.dtype)
     tokens, written = rows.tokens.size, float(rows.token_mask.sum())
     layers, vocabulary = floor.layer_parameters(params), floor.vocabulary_parameters(config)
-    floor.show_rates(rate, read, config.dtype)
+    print(rates)
     print(f"{'':36}{'tokens/s':>10}{'floor':>10}{'share':>8}")
     for what, sides in took.items():
         for side, seconds in sides.items():
             few = "only" in side or (what == "update" and side == "ours")
             flops = 2.0 * (layers * tokens + vocabulary * (written if few else tokens))
-            least = flops * (3 if what == "update" else 1) / rate
+            least = flops * (3 if what == "update" else 1) / rates.matmul
             print(f"{what + ', ' + side:36}{tokens / seconds:10.0f}{tokens / least:10.0f}"
                   f"{least / seconds:8.0%}")  # fmt: skip
     for name, (temporaries, peak) in memory.items():
@@ -304,7 +304,7 @@ def report(
             f"logits {name}: {temporaries:.2f} GiB of temporaries, process at most {peak:.2f} GiB"
         )
     update, passes = took["update"], took["forward"]
-    ours = 6.0 * (layers * tokens + vocabulary * written) / rate / update["ours"]
+    ours = 6.0 * (layers * tokens + vocabulary * written) / rates.matmul / update["ours"]
     at_policy = passes["theirs"] / passes["ours, policy tokens only"]
     print(
         f"RESULT update_tokens_per_second={tokens / update['ours']:.1f} "

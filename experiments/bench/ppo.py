@@ -84,11 +84,11 @@ def run() -> None:
             )
         for name in ("torch", "transformers", "peft"):
             peers.require(name)
-    rates = floor.matmul_rate(), floor.copy_rate()
-    floor.show_rates(*rates)
-    found: dict[str, float] = {"matmul_gflops": rates[0] / 1e9}
+    rates = floor.measure()
+    print(rates)
+    found: dict[str, float] = {"matmul_gflops": rates.matmul / 1e9}
     for part in flags.FLAGS.parts:
-        found |= parts[part](rates[0])
+        found |= parts[part](rates.matmul)
     updates.show_result(found)
 
 

@@ -244,13 +244,13 @@ def _against_floor(
     Every token that is read passes the layers; a step that writes a token in every slot passes
     the vocabulary too, or takes as long as to read all weights once.
     """
-    matmul, read = floor.matmul_rate(config.dtype), floor.copy_rate()
+    rates = floor.measure(config.dtype)
     layers, vocabulary = floor.layer_parameters(params), floor.vocabulary_parameters(config)
-    a_weight = max(2.0 * load.episodes / matmul, floor.weight_bytes(config) / read)
+    a_weight = max(2.0 * load.episodes / rates.matmul, floor.weight_bytes(config) / rates.read)
     step = (layers + vocabulary) * a_weight
-    least = 2.0 * layers * used.prefilled / matmul + step * load.turns * load.response
+    least = 2.0 * layers * used.prefilled / rates.matmul + step * load.turns * load.response
     most = load.episodes / step
-    floor.show_rates(matmul, read, config.dtype)
+    print(rates)
     print(f"ours: {used.prefilled} tokens read in {used.prefill_s:.1f} s, {used.reused} copied, "
           f"{used.generated} written in {used.decode_s:.1f} s, occupancy {used.occupancy:.0%}, "
           f"host {seconds - used.prefill_s - used.decode_s:.2f} s")  # fmt: skip

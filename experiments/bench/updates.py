@@ -155,16 +155,16 @@ def report(
     every token, the vocabulary's for those that the policy wrote.  Attention scores, padding,
     the optimiser and what is computed twice to save memory are what a better program avoids.
     """
-    matmul, read = floor.matmul_rate(config.dtype), floor.copy_rate()
+    rates = floor.measure(config.dtype)
     tokens = float(batching.token_count(packed))
     written = float(packed.token_mask.sum())
     layers, vocabulary = floor.layer_parameters(params), floor.vocabulary_parameters(config)
     flops = 6.0 * (layers * tokens + vocabulary * written)
-    least = flops / matmul
+    least = flops / rates.matmul
     count, length = packed.tokens.shape
     print(f"model: {name}; {count} rows of {length}, {tokens:.0f} tokens, {written:.0f} of them "
           "written by the policy")  # fmt: skip
-    floor.show_rates(matmul, read, config.dtype)
+    print(rates)
     print(f"update {seconds:.2f} s, {tokens / seconds:.0f} tokens/s; floor {least:.2f} s, "
           f"{tokens / least:.0f} tokens/s ({flops / 1e12:.2f} TFLOP); share {least / seconds:.0%}"
           )  # fmt: skip
