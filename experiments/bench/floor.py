@@ -55,7 +55,7 @@ class Rates:
 
 def measure(dtype: str = "float32") -> Rates:
     """Measures both rates, now."""
-    return Rates(_matmul_rate(dtype), _copy_rate(), dtype)
+    return Rates(_matmul_rate(dtype), _read_rate(), dtype)
 
 
 def _matmul_rate(dtype: str) -> float:
@@ -71,7 +71,7 @@ def _matmul_rate(dtype: str) -> float:
     return 2.0 * size**3 / seconds(lambda: product(x, y), 15)
 
 
-def _copy_rate() -> float:
+def _read_rate() -> float:
     """Bytes/s read by a sum over an array that fits into no processor cache.
 
     Reading is what decoding does to the weights; a copy would also write.
