@@ -19,6 +19,7 @@ from experiments import common, evaluate, run_spa, sft, train_ppo
 from experiments import flags as flags_lib
 from spa_jax import config as config_lib
 from spa_jax import evaluation, store
+from spa_jax.errors import UserError
 from spa_jax.training import metrics as metrics_lib
 
 ARMS = ("sft", "continued_sft", "terminal", "spa")
@@ -102,6 +103,11 @@ def main(argv: Sequence[str]) -> None:
     del argv
     common.prepare_jax()
     r = run_spa.from_flags()
+    if r.run.base:
+        raise UserError(
+            f"--base={r.run.base}: continued SFT goes on with the demonstrations that made the "
+            "base, so every seed makes its own; drop --base"
+        )
     found: dict[str, dict[str, dict]] = {}
     for seed in map(int, _SEEDS.value):
         workdir = pathlib.Path(flags_lib.WORKDIR.value) / f"seed_{seed}"

@@ -186,6 +186,8 @@ def test_contradicting_and_unknown_flags(policy, tmp_path):
     assert "--lora_rank=4" in said and "--ppo_train_layers=1" in said
     said = _refused(tmp_path, "train_ppo", "--lora_rank=4", "--lora_targets=q,w")
     assert "--lora_targets=q,w" in said and "'w'" in said
+    said = _refused(tmp_path, "compare", f"--policy={policy}", f"--base={policy}")
+    assert f"--base={policy}" in said and "drop --base" in said
     assert not list(tmp_path.iterdir())
 
 

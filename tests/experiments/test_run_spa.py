@@ -3,17 +3,19 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
 
-from experiments import common, generated, import_demos
+from experiments import common, compare, generated, import_demos
 from spa_jax import store
 from spa_jax.config import CreditConfig, RowsConfig, RunConfig
 from spa_jax.envs.protocol import Task
 from spa_jax.envs.webshop import tasks
 from spa_jax.errors import UserError
 from spa_jax.models import weights
+from spa_jax.training.metrics import read_metrics
 from tests import tiny
 from tests.experiments import stages
 from tests.test_chat import DROPS_THOUGHTS
@@ -180,6 +182,26 @@ def test_run_again_it_is_done(finished):
     assert "already done" in again
     after = (folder / "iteration_1" / "ppo" / "policy" / "model.safetensors").stat().st_mtime_ns
     assert before == after
+
+
+@pytest.mark.slow
+def test_the_arms_of_a_comparison_see_as_many_tokens(finished, tmp_path):
+    folder, flags, _ = finished
+    seed = tmp_path / "seed_0"
+    shutil.copytree(folder, seed)
+    out = stages.succeed("compare", *flags, f"--workdir={tmp_path}", "--seeds=0")
+    assert re.search(
+        r"RESULT sft=\d\.\d{4} continued_sft=\d\.\d{4} terminal=\d\.\d{4} spa=\d\.\d{4}\n$", out
+    ), out
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert {arm: s["games"] for arm, s in found["0"].items()} == dict.fromkeys(compare.ARMS, 3)
+    spent = [m["tokens"] for m in read_metrics(seed / "continued_sft" / "metrics.jsonl")]
+    assert sum(spent) == pytest.approx(compare.ppo_tokens(seed, 2), abs=max(spent))
+    explored = "iteration_0/explore/trajectories.jsonl"
+    assert (seed / "terminal" / explored).read_text() == (seed / explored).read_text()
+    for t in store.read(seed / "terminal" / "iteration_1" / "annotated.jsonl"):
+        paid = [step.contribution for step in t.steps]
+        assert paid == [0.0] * (len(paid) - 1) + [t.final_reward]
 
 
 def test_a_shared_layout_or_seed_is_refused():
