@@ -42,6 +42,12 @@ from spa_jax.trajectory import Trajectory
 
 SHARED = -1  # the segment of a row's shared prefix
 
+# Fields of `PackedRows` whose last axis is that of the columns, or of the policy-token slots.
+_BY_COLUMN = ("tokens", "positions", "segment_ids")
+_BY_TOKEN_SLOT = (
+    "token_index", "targets", "token_mask", "token_step", "log_probs", "ref_log_probs",
+)  # fmt: skip
+
 
 @struct.dataclass
 class PackedRows:
@@ -250,11 +256,7 @@ def _first_fit_decreasing(items: list[_Item], limits: np.ndarray) -> list[list[_
 
 def _empty(num_rows: int, length: int, policy_slots: int, step_slots: int) -> PackedRows:
     """Rows of padding only."""
-    widths = {"tokens": length, "positions": length, "segment_ids": length}
-    widths |= dict.fromkeys(
-        ("token_index", "targets", "token_mask", "token_step", "log_probs", "ref_log_probs"),
-        policy_slots,
-    )
+    widths = dict.fromkeys(_BY_COLUMN, length) | dict.fromkeys(_BY_TOKEN_SLOT, policy_slots)
     floats = ("token_mask", "log_probs", "ref_log_probs", "step_mask")
     arrays = {
         f.name: np.full(
@@ -265,6 +267,11 @@ def _empty(num_rows: int, length: int, policy_slots: int, step_slots: int) -> Pa
         for f in dataclasses.fields(PackedRows)
     }
     return PackedRows(**arrays)
+
+
+def _used(values: np.ndarray) -> int:
+    """How many of the last axis' places come before the end of what is not 0 in any row."""
+    return int(np.flatnonzero(values.any(0)).max(initial=-1)) + 1
 
 
 def _place(
@@ -416,9 +423,11 @@ def microbatches(
     """Cuts the rows, in order, into batches of one static shape, or of a few.
 
     The last batch is filled up with padding rows, which change no sum.  With buckets, a batch
-    loses the padding at its rows' ends, down to the next of so many lengths:
+    loses the padding at its rows' ends, down to the next of so many lengths, and the same share of
+    its policy-token slots unless it needs more (then it keeps all: few shapes are compiled):
 
-        L = 8, buckets = 4    lengths 2 4 6 8      rows that use 3 and 5 columns: a batch of 6
+        L = 8, P = 4, buckets = 4    (columns, slots) 2, 1   4, 2   6, 3   8, 4
+        rows that use 3 and 5 columns, 1 and 3 slots: a batch of 6 columns and 3 slots
 
     Args:
       rows: [R, ...] arrays.
@@ -429,7 +438,6 @@ def microbatches(
     Yields:
       Batches of [rows_per_batch, ...] or [devices, rows_per_batch, ...] arrays.
     """
-    by_column = ("tokens", "positions", "segment_ids")
     count = rows_per_batch * (devices or 1)
     lead = (rows_per_batch,) if devices is None else (devices, rows_per_batch)
     names = [f.name for f in dataclasses.fields(PackedRows)]
@@ -441,8 +449,11 @@ def microbatches(
             fill = _empty(missing, *shape)
             part = {name: np.concatenate([part[name], getattr(fill, name)]) for name in names}
         if buckets > 1:
-            used = np.flatnonzero(part["segment_ids"].any(0))
-            step = -(-shape[0] // buckets)
-            length = min(shape[0], max(1, -(-(used.max(initial=-1) + 1) // step)) * step)
-            part |= {name: part[name][:, :length] for name in by_column}
+            columns, slots, _ = shape
+            step = -(-columns // buckets)
+            length = min(columns, max(1, -(-_used(part["segment_ids"]) // step)) * step)
+            share = -(-slots * length // columns)
+            slots = share if _used(part["token_mask"]) <= share else slots
+            part |= {name: part[name][:, :length] for name in _BY_COLUMN}
+            part |= {name: part[name][:, :slots] for name in _BY_TOKEN_SLOT}
         yield PackedRows(**{name: a.reshape(*lead, a.shape[-1]) for name, a in part.items()})

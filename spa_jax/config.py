@@ -167,7 +167,7 @@ class RowsConfig:
     rows_per_device: int = _setting(2, "Rows that a device takes at once (a microbatch).")
     row_buckets: int = _setting(
         1, "Lengths that a microbatch can have in an update: it is cut to the next k-th of "
-        "--row_length. More leave less padding, and are compiled one by one.",
+        "--row_length, its policy slots too. More leave less padding, and are compiled one by one.",
     )  # fmt: skip
     share_prefix: bool = _setting(
         True, "Compute what all of a batch's trajectories open with once a row."

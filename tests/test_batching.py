@@ -341,6 +341,28 @@ def test_buckets_cut_padding_and_nothing_else():
     assert next(batching.microbatches(nothing, 1, buckets=5)).tokens.shape == (1, 2)
 
 
+def test_buckets_cut_slots_by_the_same_share_unless_they_are_needed():
+    """In rows of 8 columns and 4 slots: 5 columns with 2 policy tokens, then 3 with 2, 3 with 1."""
+    made = [
+        trajectory([i + 1] * n, [-1] * (n - p) + [0] * p)
+        for i, (n, p) in enumerate(((5, 2), (3, 2), (3, 1)))
+    ]
+    shape = {"row_length": 8, "policy_slots": 4, "step_slots": 1}
+    rows = [batching.pack([t], **shape) for t in made]
+    cut = [next(batching.microbatches(r, 1, buckets=4)) for r in rows]
+    assert [(b.tokens.shape[1], b.targets.shape[1]) for b in cut] == [(6, 3), (4, 2), (4, 2)]
+    for ours, wanted in zip(cut, rows, strict=True):
+        for field in ("token_index", "targets", "token_mask", "token_step", "log_probs"):
+            a, b = getattr(ours, field), getattr(wanted, field)
+            np.testing.assert_array_equal(a, b[:, : a.shape[1]])
+        assert ours.token_mask.sum() == wanted.token_mask.sum()
+    # Half of the columns have room for one policy token of two: both places stay.
+    (narrow,) = batching.microbatches(
+        batching.pack(made[1:2], row_length=8, policy_slots=2, step_slots=1), 1, buckets=2
+    )
+    assert (narrow.tokens.shape[1], narrow.targets.shape[1]) == (4, 2)
+
+
 def _loss_terms(made, new_log_prob, values, order=None, **limits):
     """Every loss term of PPO, through the rows, from tables by token id and by step."""
     rows = batching.pack(made, **limits)
