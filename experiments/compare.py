@@ -20,6 +20,7 @@ from experiments import flags as flags_lib
 from spa_jax import config as config_lib
 from spa_jax import evaluation, store
 from spa_jax.errors import UserError
+from spa_jax.training import distributed
 from spa_jax.training import metrics as metrics_lib
 
 ARMS = ("sft", "continued_sft", "terminal", "spa")
@@ -56,13 +57,17 @@ def train_terminal(r: run_spa.Run) -> pathlib.Path:
         credit=dataclasses.replace(r.credit, credit="terminal"),
     )
     explored = arm.workdir / "iteration_0" / "explore"
-    if not explored.exists():
-        # The base plays the same games with the same random numbers in both arms.
-        explored.parent.mkdir(parents=True, exist_ok=True)
-        partial = explored.with_name(".explore.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(r.workdir / "iteration_0" / "explore", partial)
-        partial.rename(explored)
+
+    def copy() -> None:
+        if not explored.exists():
+            explored.parent.mkdir(parents=True, exist_ok=True)
+            partial = explored.with_name(".explore.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(r.workdir / "iteration_0" / "explore", partial)
+            partial.rename(explored)
+
+    # The base plays the same games with the same random numbers in both arms.
+    distributed.first_alone("exploration of the base", copy)
     for iteration in range(arm.run.iterations):
         run_spa.train_round(arm, iteration)
     return train_ppo.policy_before(arm.workdir, arm.run.iterations)
@@ -101,7 +106,6 @@ def run_seed(r: run_spa.Run) -> dict[str, evaluation.Summary]:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.prepare_jax()
     r = run_spa.from_flags()
     if r.run.base:
         raise UserError(
@@ -125,4 +129,5 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the comparison.")
     run_spa.define_flags()
-    flags_lib.run(main, flags_lib.WORKDIR)
+    flags_lib.define(config_lib.DistributedConfig)
+    flags_lib.run(common.stage(main), flags_lib.WORKDIR)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -185,11 +186,16 @@ def test_run_again_it_is_done(finished):
 
 
 @pytest.mark.slow
-def test_the_arms_of_a_comparison_see_as_many_tokens(finished, tmp_path):
+def test_a_comparison_stops_when_told_and_its_arms_see_as_many_tokens(finished, tmp_path):
     folder, flags, _ = finished
     seed = tmp_path / "seed_0"
     shutil.copytree(folder, seed)
-    out = stages.succeed("compare", *flags, f"--workdir={tmp_path}", "--seeds=0")
+    command = ("compare", *flags, f"--workdir={tmp_path}", "--seeds=0")
+    going = stages.start(*command)
+    begun = seed / "continued_sft" / "metrics.jsonl"
+    said = stages.kill_when(going, lambda: stages.lines(begun) > 0, how=signal.SIGTERM)
+    assert going.returncode == 143 and "stopped by SIGTERM" in said, said
+    out = stages.succeed(*command)
     assert re.search(
         r"RESULT sft=\d\.\d{4} continued_sft=\d\.\d{4} terminal=\d\.\d{4} spa=\d\.\d{4}\n$", out
     ), out
