@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from experiments import common, evaluate, run_spa, sft, train_ppo
+from experiments import common, run_spa, sft, train_ppo
 from experiments import flags as flags_lib
 from spa_jax import config as config_lib
 from spa_jax import evaluation, store
@@ -48,6 +48,16 @@ def continue_sft(r: run_spa.Run) -> None:
     )  # fmt: skip
 
 
+def _copy_folder(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies under a temporary name, then renames; nothing if the target is there."""
+    if target.exists():
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    partial.rename(target)
+
+
 def train_terminal(r: run_spa.Run) -> pathlib.Path:
     """PPO with the final reward at the last step, from the same base on the same games."""
     arm = dataclasses.replace(
@@ -56,18 +66,9 @@ def train_terminal(r: run_spa.Run) -> pathlib.Path:
         run=dataclasses.replace(r.run, base=str(r.base)),
         credit=dataclasses.replace(r.credit, credit="terminal"),
     )
-    explored = arm.workdir / "iteration_0" / "explore"
-
-    def copy() -> None:
-        if not explored.exists():
-            explored.parent.mkdir(parents=True, exist_ok=True)
-            partial = explored.with_name(".explore.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(r.workdir / "iteration_0" / "explore", partial)
-            partial.rename(explored)
-
+    played, own = (x.workdir / "iteration_0" / "explore" for x in (r, arm))
     # The base plays the same games with the same random numbers in both arms.
-    distributed.first_alone("exploration of the base", copy)
+    distributed.first_alone("exploration of the base", lambda: _copy_folder(played, own))
     for iteration in range(arm.run.iterations):
         run_spa.train_round(arm, iteration)
     return train_ppo.policy_before(arm.workdir, arm.run.iterations)
@@ -75,33 +76,16 @@ def train_terminal(r: run_spa.Run) -> pathlib.Path:
 
 def run_seed(r: run_spa.Run) -> dict[str, evaluation.Summary]:
     """All arms of one seed; each is evaluated on the same games."""
-    run_spa.execute(r)
-    r = run_spa.generate_games(r)
+    r = run_spa.execute(r)
     continue_sft(r)
     terminal = train_terminal(r)
-    sampling = dataclasses.replace(r.sampling, temperature=r.run.eval_temperature)
-    games = config_lib.ExploreConfig(
-        rollouts=1, games=r.run.heldout_games, split=r.run.heldout_split
-    )
     folders = {
         "sft": r.base,
         "continued_sft": r.workdir / "continued_sft" / "policy",
         "terminal": terminal,
         "spa": train_ppo.policy_before(r.workdir, r.run.iterations),
     }
-    return {
-        arm: evaluate.run(
-            r.workdir / "eval" / arm,
-            str(folders[arm]),
-            r.env,
-            sampling,
-            games,
-            r.seed,
-            r.chat.chat_format,
-            r.compute,
-        )
-        for arm in ARMS
-    }
+    return {arm: run_spa.play_heldout(r, arm, folders[arm]) for arm in ARMS}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -195,21 +195,26 @@ def train_round(r: Run, iteration: int) -> None:
     )  # fmt: skip
 
 
+def play_heldout(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summary:
+    """Plays the held-out games: W/eval/NAME."""
+    sampling = dataclasses.replace(r.sampling, temperature=r.run.eval_temperature)
+    games = config_lib.ExploreConfig(
+        rollouts=1, games=r.run.heldout_games, split=r.run.heldout_split
+    )
+    out = r.workdir / "eval" / name
+    return evaluate.run(
+        out, str(policy), r.env, sampling, games, r.seed, r.chat.chat_format, r.compute
+    )
+
+
 def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summary:
     """Plays the held-out games, and annotates what is read of them.
 
     Of the base's that is all, which the estimator is judged on; else what the report shows.
     """
-    out = r.workdir / "eval" / name
-    sampling = dataclasses.replace(r.sampling, temperature=r.run.eval_temperature)
-    games = config_lib.ExploreConfig(
-        rollouts=1, games=r.run.heldout_games, split=r.run.heldout_split
-    )
-    summary = evaluate.run(
-        out, str(policy), r.env, sampling, games, r.seed, r.chat.chat_format, r.compute
-    )
+    summary = play_heldout(r, name, policy)
     last = r.workdir / f"iteration_{r.run.iterations - 1}" / "progress"
-    path = out / "trajectories.jsonl"
+    path = r.workdir / "eval" / name / "trajectories.jsonl"
     keys = None if name == BASE else {t.key for t in shown(store.read(path))}
     annotate.run(path, str(r.base), path, last, r.credit, r.rows, r.seed, keys, r.compute)
     return summary
@@ -226,8 +231,8 @@ def judge_estimator(r: Run) -> dict[str, float]:
     )
 
 
-def execute(r: Run) -> None:
-    """All stages; prints the table and the RESULT line."""
+def execute(r: Run) -> Run:
+    """All stages; prints the table and the RESULT line; returns the run on its games."""
     started = time.time()
     first = r.base if r.run.base or r.base.exists() else r.policy
     common.check_chat_format(first, r.chat.chat_format)
@@ -255,6 +260,7 @@ def execute(r: Run) -> None:
         f"spa_grounding={spa.grounding:.4f} games={spa.games} "
         f"seconds={time.time() - started:.1f} report={report}"
     )
+    return r
 
 
 def define_flags() -> None:
