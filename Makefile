@@ -15,7 +15,10 @@ SHELL := /bin/sh
 
 VENV := .venv
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/installed
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install --no-compile
+ALFWORLD := $(VENV)/installed-alfworld
+ALL := $(VENV)/installed
 POLICY := models/smollm2-135m-instruct
 # Pythons that are tried, in this order: your own first.
 PYTHON ?=
@@ -26,13 +29,13 @@ PYTEST_ARGS ?=
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-quickstart: setup policy
+quickstart: policy
 	$(PY) -m experiments.run_spa --flagfile=experiments/presets/quickstart.flags $(ARGS)
 
-setup: $(STAMP)
+setup: $(ALL)
 
 # 3.13 is refused: TextWorld 1.7, which plays the games, breaks there.
-$(STAMP): requirements.txt pyproject.toml
+$(ALFWORLD): requirements.txt pyproject.toml
 	@for python in $(CANDIDATES); do \
 	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) \
 	    || { tried="$$tried $$python (does not run),"; continue; }; \
@@ -54,22 +57,31 @@ $(STAMP): requirements.txt pyproject.toml
 	  $$found -m venv --clear $(VENV) || exit 2; \
 	fi
 	@echo "installing into $(VENV): some minutes"
-# TextWorld's planner is compiled here, and its set-up calls a program named python. Byte code is
-# left to the first import: most modules of these packages never see one.
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install --quiet --disable-pip-version-check \
-	  --no-compile -r requirements.txt -e ".[alfworld,webshop,dev]"
-# VirtualHome's package pins old versions of much that its simulator does not need.
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps virtualhome==2.3.0
+# TextWorld's planner and another of its parts are compiled here, while the rest is fetched; the
+# set-up of one calls a program named python.  Byte code is left to the first import: most modules
+# of these packages never see one.
+	@export PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
+	$(PIP) wheel --no-deps --wheel-dir $(VENV)/wheels fast-downward-textworld jericho & built=$$!; \
+	$(INSTALL) -r requirements.txt || { kill $$built; exit 2; }; \
+	wait $$built && $(INSTALL) --find-links $(VENV)/wheels -e ".[alfworld]" \
+	  && rm -r $(VENV)/wheels
 	@$(PY) -c 'import sys; print("installed for Python %d.%d" % sys.version_info[:2])'
+	@touch $@
+
+# The other environments, and what tests and lint need.
+$(ALL): $(ALFWORLD)
+	@$(INSTALL) -e ".[alfworld,webshop,dev]"
+# VirtualHome's package pins old versions of much that its simulator does not need.
+	@$(INSTALL) --no-deps virtualhome==2.3.0
 	@touch $@
 
 # The version that the figures in docs/results are of. Its CUDA build takes several GiB; a machine
 # without a GPU can have the small one: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 setup-peers: setup
-	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[peers]"
+	$(PIP) install torch==2.13.0
+	$(PIP) install -e ".[peers]"
 
-policy: setup
+policy: $(ALFWORLD)
 	$(PY) -m experiments.fetch_policy --out $(POLICY)
 
 test: setup

@@ -55,7 +55,7 @@ from spa_jax.trajectory import Trajectory
 
 RFT = "rft"
 _MISMATCH = 0.01  # nats between sampler and trainer that are worth a word; float32 has 1e-5
-_MISMATCH_EPISODES = 16  # scored for that where the objective needs no scores
+_MISMATCH_EPISODES = 6  # scored for that where the objective needs no scores of the policy
 
 
 def run(
