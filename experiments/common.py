@@ -32,8 +32,8 @@ from spa_jax.config import (
 )
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.guard import read_token
+from spa_jax.envs.local import LocalServer
 from spa_jax.envs.openenv import OPENENV, OpenEnvClient
-from spa_jax.envs.server import LocalServer
 from spa_jax.errors import UserError
 from spa_jax.models import fused, native, transformer, weights
 from spa_jax.models import lora as lora_lib

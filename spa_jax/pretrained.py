@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from spa_jax.errors import UserError
-from spa_jax.models import gguf_import, weights
+from spa_jax.models import weights
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Not "*.safetensors": Mistral's repositories hold the same weights twice.
@@ -42,6 +42,8 @@ def _converted(path: pathlib.Path) -> pathlib.Path:
     name = f"{path.stem}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
     folder = pathlib.Path.home() / ".cache" / "spa_jax" / "models" / name
     if not (folder / "config.json").is_file():  # written whole or not at all
+        from spa_jax.models import gguf_import  # few policies come so
+
         print(f"{path}: converting to {folder}", flush=True)
         gguf_import.import_gguf(path, folder)
     return folder

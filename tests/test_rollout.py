@@ -8,9 +8,10 @@ import pytest
 
 from spa_jax import rollout, tokenizer
 from spa_jax.chat import ChatFormat
+from spa_jax.config import ServerConfig
 from spa_jax.envs.client import EnvClient
+from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import Observation, Task
-from spa_jax.envs.server import LocalServer, ServerConfig
 from spa_jax.rollout import Job, Player, Timing, _Episode, _final_reward, _outcome
 from spa_jax.sampling.engine import Engine, Usage
 from spa_jax.trajectory import Sampling, Status, Step

@@ -18,8 +18,8 @@ from absl import flags
 
 from spa_jax.config import ServerConfig
 from spa_jax.envs.client import EnvClient
+from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import Observation
-from spa_jax.envs.server import LocalServer
 from spa_jax.envs.worker import resident_mb
 
 _GAMES, _SEED, _SPLIT = 12, 1, "bench"

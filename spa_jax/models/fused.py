@@ -10,7 +10,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 
 from spa_jax.errors import UserError
 
@@ -82,25 +81,23 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> 
     Returns:
       [B, T, H, K].
     """
+    # What it is made of takes a tenth of a second to import, which only a TPU needs.
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
     length, heads, size = q.shape[1:]
-    causal = splash_attention.CausalMask((length, length))
-    block = next(n for n in (512, 256, 128) if length % n == 0)
-    kernel = splash_attention.make_splash_mha_single_device(
-        splash_attention.MultiHeadMask([causal] * heads),
-        block_sizes=_blocks(block),
+    causal = kernels.CausalMask((length, length))
+    block = next(n for n in (512, 256, 128) if length % n == 0)  # of queries and of keys
+    kernel = kernels.make_splash_mha_single_device(
+        kernels.MultiHeadMask([causal] * heads),
+        block_sizes=kernels.BlockSizes(
+            block_q=block, block_kv=block, block_kv_compute=block,
+            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+            block_q_dq=block, block_kv_dq=block,
+        ),
         interpret=jax.default_backend() != "tpu",
-    )
+    )  # fmt: skip
     q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
     heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
-    segments = splash_attention.SegmentIds(segment_ids, segment_ids)
+    segments = kernels.SegmentIds(segment_ids, segment_ids)
     out = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), segments)
     return heads_first(out)
-
-
-def _blocks(size: int) -> splash_attention.BlockSizes:
-    """Blocks of `size` queries and keys, forward and backward."""
-    return splash_attention.BlockSizes(
-        block_q=size, block_kv=size, block_kv_compute=size,
-        block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=size,
-        block_q_dq=size, block_kv_dq=size,
-    )  # fmt: skip

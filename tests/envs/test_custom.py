@@ -10,8 +10,8 @@ from spa_jax import store
 from spa_jax.config import ServerConfig
 from spa_jax.envs import custom
 from spa_jax.envs.client import EnvClient
+from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
-from spa_jax.envs.server import LocalServer
 from spa_jax.errors import UserError
 from spa_jax.trajectory import Status
 from tests.experiments import stages

@@ -33,6 +33,12 @@ def test_a_client_needs_no_server_framework() -> None:
     assert not _loaded("spa_jax.envs.client") & {"fastapi", "uvicorn"}
 
 
+def test_a_stage_needs_no_server_framework() -> None:
+    loaded = _loaded("experiments.explore", "experiments.train_ppo")
+    assert "jax" in loaded
+    assert not loaded & {"fastapi", "uvicorn", "gguf", "torch"}
+
+
 @pytest.mark.parametrize("module", ["generate", "preload"])
 def test_the_engine_side_does_not_load_the_trainer(module: str) -> None:
     loaded = _loaded(f"spa_jax.envs.alfworld.{module}")

@@ -14,9 +14,9 @@ from spa_jax import store
 from spa_jax.config import EnvConfig, ServerConfig
 from spa_jax.envs import protocol
 from spa_jax.envs.client import EnvClient
+from spa_jax.envs.local import LocalServer
 from spa_jax.envs.openenv import OpenEnvClient, TextWire, _choose_fields, seed_of
 from spa_jax.envs.protocol import EnvError
-from spa_jax.envs.server import LocalServer
 from spa_jax.errors import UserError
 from tests.experiments import stages
 

@@ -19,8 +19,8 @@ from websockets.sync.client import connect
 from spa_jax.config import ServerConfig
 from spa_jax.envs import protocol
 from spa_jax.envs.client import EnvClient, Session
+from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import EnvError, Observation
-from spa_jax.envs.server import LocalServer
 from spa_jax.errors import UserError
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -264,7 +264,7 @@ def test_it_ends_with_its_parent(games: Path, how: signal.Signals) -> None:
     code = f"""
 from spa_jax.envs.client import EnvClient
 from spa_jax.config import ServerConfig
-from spa_jax.envs.server import LocalServer
+from spa_jax.envs.local import LocalServer
 with LocalServer(ServerConfig({str(games)!r})) as server:
     client = EnvClient(server.address)
     session = client.session()

@@ -29,8 +29,8 @@ from spa_jax.config import ServerConfig
 from spa_jax.envs import benchmarks, capacity
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.guard import TOKEN_VARIABLE, check_host, is_loopback, read_token
+from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import CAPACITY_REACHED, ENV_ERROR, SESSION_ERROR, EnvError
-from spa_jax.envs.server import LocalServer
 from spa_jax.errors import UserError
 
 _REPOSITORY = Path(__file__).parents[2]

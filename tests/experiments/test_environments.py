@@ -7,7 +7,7 @@ import pytest
 from spa_jax import store
 from spa_jax.config import ServerConfig
 from spa_jax.envs.client import EnvClient
-from spa_jax.envs.server import LocalServer
+from spa_jax.envs.local import LocalServer
 from spa_jax.trajectory import Status
 from tests.experiments import stages
 

@@ -18,7 +18,7 @@ import pytest
 from spa_jax import store
 from spa_jax.config import ServerConfig
 from spa_jax.envs.alfworld.generate import generate
-from spa_jax.envs.server import LocalServer
+from spa_jax.envs.local import LocalServer
 from spa_jax.trajectory import Status, Trajectory, from_json
 from tests import tiny
 from tests.experiments import stages

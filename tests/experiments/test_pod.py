@@ -17,7 +17,8 @@ import pytest
 import safetensors.numpy
 
 from spa_jax import store
-from spa_jax.envs.server import LocalServer, ServerConfig
+from spa_jax.config import ServerConfig
+from spa_jax.envs.local import LocalServer
 from spa_jax.training import metrics
 from tests import tiny
 from tests.experiments import stages
