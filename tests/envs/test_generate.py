@@ -16,8 +16,9 @@ def _files(root: Path) -> dict[str, bytes]:
 
 
 def test_the_same_seed_makes_the_same_games_with_any_number_of_workers(
-    games: Path, tmp_path: Path
+    games: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(generator, "_GAMES_WORTH_A_WORKER", 4)
     names = generator.generate(tmp_path / "two", games=12, seed=7, workers=2)
     assert _files(tmp_path / "two") == _files(games / "train")
     assert [int(name.rpartition("_")[2]) for name in names] == list(range(12))

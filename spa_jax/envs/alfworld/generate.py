@@ -312,6 +312,8 @@ def make_game(
     return f"{game}/{trial}", data, trajectory
 
 
+# A process takes as long to start as it takes to write about so many.
+_GAMES_WORTH_A_WORKER = 32
 _engine: AlfworldEngine | None = None  # one a process, as the engine demands
 
 
@@ -359,7 +361,8 @@ def generate(
 ) -> list[str]:
     """Writes `games` games into `out` and returns their names, in order of their index.
 
-    Task types take turns.  The games do not depend on `workers`.
+    Task types take turns.  The games do not depend on `workers`, the most processes that write
+    them.
 
     Raises:
       UserError: if a task type is unknown or the numbers make no room.
@@ -383,6 +386,8 @@ def generate(
         (root, seed, i, task_types[i % len(task_types)], min_receptacles, max_receptacles)
         for i in range(games)
     ]
+    missing = sum(not (root / make_game(*job[1:])[0]).is_dir() for job in jobs)
+    workers = min(workers, 1 + missing // _GAMES_WORTH_A_WORKER)
     bar = {"total": games, "desc": "games", "unit": "game"}
     if workers == 1:
         return list(tqdm(map(_write_game, jobs), **bar))
@@ -399,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task_types", default=",".join(TASK_TYPES), help="comma-separated")
     parser.add_argument("--min_receptacles", type=int, default=4, help="fewest a room")
     parser.add_argument("--max_receptacles", type=int, default=8, help="most a room")
-    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--workers", type=int, default=1, help="processes, at the most")
 
     def work(flags: argparse.Namespace) -> str:
         names = generate(
