@@ -200,6 +200,7 @@ class Advantages(NamedTuple):
     returns: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("gamma", "lam", "whiten_rewards"))
 def token_gae(
     values: chex.Array,
     rewards: chex.Array,
@@ -587,9 +588,16 @@ def _epoch(
 
 def _update(state: State, gradient: Params, config: Config) -> State:
     """One step of Adam."""
-    moves, adam = optax.adam(config.learning_rate).update(gradient, state.adam)
-    trained = optax.apply_updates(state.trained, moves)
+    trained, adam = _adam(config.learning_rate, state.trained, state.adam, gradient)
     return state._replace(trained=trained, adam=adam, updates=state.updates + 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _adam(
+    learning_rate: float, trained: Params, adam: optax.OptState, gradient: Params
+) -> tuple[Params, optax.OptState]:
+    moves, adam = optax.adam(learning_rate).update(gradient, adam)
+    return optax.apply_updates(trained, moves), adam
 
 
 def mean_kl(experience: Experience, mask: chex.Array) -> jax.Array:

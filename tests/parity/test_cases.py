@@ -17,17 +17,14 @@ from spa_jax.parity import cases, files, ppo
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 RELEASED, EXTRA = GOLDEN / "released", GOLDEN / "released_extra"
-QUICK = {
-    "gae", "rewards", "ppo_lora", "ppo_accumulate_clip", "ppo_edge_full_accumulate", "ppo_left",
-}  # fmt: skip
+QUICK = {"ppo_accumulate_clip", "ppo_edge_full_accumulate", "ppo_left"}
 
 
-def _every_case():
-    for folder in (RELEASED, EXTRA):
-        for case in cases.find(folder):
-            # The authors' cases are all checked by tests/experiments/test_check_parity.py as well.
-            slow = case.name not in QUICK
-            yield pytest.param(case, id=case.name, marks=[pytest.mark.slow] if slow else [])
+def _extra_cases():
+    """Those that are not the authors', which tests/experiments/test_check_parity.py checks."""
+    for case in cases.find(EXTRA):
+        slow = case.name not in QUICK
+        yield pytest.param(case, id=case.name, marks=[pytest.mark.slow] if slow else [])
 
 
 def _copy(folder, to, *names):
@@ -46,7 +43,7 @@ def _change(path, name, by, at=0):
     np.savez(path, **arrays)
 
 
-@pytest.mark.parametrize("case", _every_case())
+@pytest.mark.parametrize("case", _extra_cases())
 def test_every_number_is_reproduced(case):
     found = case.check(case.path)
     assert not found.misses
