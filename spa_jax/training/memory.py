@@ -27,6 +27,7 @@ _FLOAT32 = 4  # bytes
 _MOMENTS = 2  # of AdamW
 # Arrays of [slots, vocabulary] float32 that live at once where log-probabilities are made.
 _LOGITS_UPDATE, _LOGITS_FORWARD = 3, 2
+_NO_LORA = LoraConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def update(
     param, accum = (jnp.dtype(d).itemsize for d in (compute.param_dtype, compute.accum_dtype))
     if lora.rank:
         param = _FLOAT32  # adapters are small
-    kept = kept_bytes(config, rows, trained, frozen, lora)
+    kept = kept_bytes(config, rows, lora, train_layers)
     # What is not kept is made again, one layer's at a time.
     kept += layer_bytes(config, rows, "none") - layer_bytes(config, rows, compute.remat)
     chunk = forward_lib.projected_at_once(compute.logits_chunk, rows.slots)
@@ -132,10 +133,12 @@ def exploration(config: ModelConfig, sampling: SamplingConfig) -> Need:
     )
 
 
+@functools.cache  # stages, and tables of several devices, ask for the same
 def kept_bytes(
-    config: ModelConfig, rows: RowsConfig, trained: Params, frozen: Params, lora: LoraConfig
+    config: ModelConfig, rows: RowsConfig, lora: LoraConfig = _NO_LORA, train_layers: int = 0
 ) -> float:
     """What the forward pass of a microbatch keeps for the backward pass."""
+    trained, frozen = split(config, lora, train_layers)
 
     def forwards(trained: Params, frozen: Params, ids: jax.Array) -> Any:
         def hidden(trained: Params) -> jax.Array:
@@ -161,7 +164,7 @@ def layer_bytes(config: ModelConfig, rows: RowsConfig, remat: str = "none") -> f
     """What one layer keeps; with --remat=none, about what it has in memory at once."""
     compute = dataclasses.replace(config.compute, remat=remat)
     one = dataclasses.replace(config, num_layers=1, compute=compute)
-    return kept_bytes(one, rows, shapes(one), {}, LoraConfig())
+    return kept_bytes(one, rows)
 
 
 def split(config: ModelConfig, lora: LoraConfig, train_layers: int) -> tuple[Params, Params]:
