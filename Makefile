@@ -84,8 +84,9 @@ setup-peers: setup
 policy: $(ALFWORLD)
 	$(PY) -m experiments.fetch_policy --out $(POLICY)
 
+# Neighbours share fixtures and shapes: whole stretches go to a process, and the idle one takes some.
 test: setup
-	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # One at a time: they measure, kill and resume. The last -m counts, so this one undoes "not slow".
 test-slow: setup policy

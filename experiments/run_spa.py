@@ -149,7 +149,7 @@ def play_demos(r: Run) -> dict[str, list[Trajectory]]:
 
 def train_base(r: Run) -> None:
     """Demonstrations, of the expert or of a log, and SFT on them."""
-    if r.run.base:
+    if r.run.base or common.is_done(r.workdir / "sft", "sft"):
         return
     if r.run.demonstrations:
         folder, log = r.workdir / "demos", r.run.demonstrations
