@@ -1,4 +1,4 @@
-"""What environment servers and their clients must not load."""
+"""What environment servers, their clients and the stages must not load."""
 
 import json
 import subprocess
