@@ -183,7 +183,7 @@ def train_round(r: Run, iteration: int) -> None:
     data = train_progress.data_files(r.workdir, iteration)
     train_progress.run(
         folder / "progress", str(r.base), data, r.progress, r.rows, r.seed,
-        r.lora_of("progress"), r.compute,
+        r.lora_of("progress"), r.compute, r.ppo.train_layers,
     )  # fmt: skip
     annotate.run(
         folder / "annotated.jsonl", str(r.base), data[0], folder / "progress", r.credit, r.rows,

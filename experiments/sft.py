@@ -138,7 +138,7 @@ def _train(
                 metrics["valid_loss"] = held_out_loss(evaluate, kept, valid)
                 improved = metrics["valid_loss"] < best
                 best, bad = (metrics["valid_loss"], 0) if improved else (best, bad + 1)
-                if improved or not sft.patience:
+                if improved and sft.patience:
                     trainable.save(out / "policy", trainer.fetch(kept), {}, done)
             writer.write(done, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", valid=f"{best:.3f}")
@@ -149,8 +149,8 @@ def _train(
                 preemption.stop(done, total)
             if stop:
                 break
-    if not valid.trajectories:
-        trainable.save(out / "policy", trainer.fetch(state_lib.kept(state)), {}, total)
+    if not (sft.patience and valid.trajectories):
+        trainable.save(out / "policy", trainer.fetch(state_lib.kept(state)), {}, done)
     checkpoints.close()
     return best, done
 

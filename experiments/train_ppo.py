@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments import common
 from experiments import flags as flags_lib
-from experiments.train_progress import playable
+from experiments.train_progress import below_file, playable
 from spa_jax import batching, pretrained, store
 from spa_jax import config as config_lib
 from spa_jax.config import (
@@ -116,8 +116,10 @@ def run(
     )
     frozen = parts.frozen_in(policy.config.dtype)
     trainer = partition.make(rows, parts.on_parts(loss), optimizer, frozen, compute.accum_dtype)
+    kept = below_file(data.parent / "explore" / data.name)
+    below = states_below(kept, trainer, parts, policy.config, trajectories, rows)
     make = updates(
-        trainer, parts, policy.config, trajectories, scores, ppo, rows, temperature, head
+        trainer, parts, policy.config, trajectories, scores, ppo, rows, temperature, head, below
     )
     state = train(
         out, trainer, optimizer, parts.trained | head, make, trajectories, ppo, seed,
@@ -129,6 +131,8 @@ def run(
         out, started, updates=int(state.update), skipped=int(state.skipped),
         sampler_mismatch=mismatch,
     )  # fmt: skip
+    if distributed.is_first():
+        kept.unlink(missing_ok=True)
 
 
 def critics_folder(policy: pathlib.Path, reference: pathlib.Path, ppo: PpoConfig) -> pathlib.Path:
@@ -175,6 +179,28 @@ def value_head(policy: common.Policy, scores: scoring.Scores, seed: int) -> Para
     return heads.fit_norm(fresh["params"], scores.value_hidden, scores.step_mask)
 
 
+def states_below(
+    kept: pathlib.Path,
+    trainer: partition.Trainer,
+    parts: Parts,
+    config: ModelConfig,
+    trajectories: Sequence[Trajectory],
+    rows: RowsConfig,
+) -> list[np.ndarray] | None:
+    """What the frozen layers make of the episodes: what the estimator's pass kept, or one more.
+
+    The estimator read them with the base policy, whose lower layers are this policy's if no round
+    has trained them.
+    """
+    below = scoring.cached_below(kept, config, parts.frozen, trajectories)
+    if below is not None:
+        return below
+    frozen = partition.whole_layers(trainer, parts.frozen_in(config.dtype))
+    return scoring.below(
+        config, frozen, trajectories, rows, devices=trainer.devices, title="frozen layers"
+    )
+
+
 def updates(
     trainer: partition.Trainer,
     parts: Parts,
@@ -185,12 +211,9 @@ def updates(
     rows: RowsConfig,
     temperature: float,
     head: dict[str, Params],
+    below: list[np.ndarray] | None,
 ) -> Callable[[np.ndarray, Any], ppo_data.Update]:
     """(indices of an update's episodes, parameters on the devices) -> the update's data."""
-    below = scoring.below(
-        config, partition.whole_layers(trainer, parts.frozen_in(config.dtype)), trajectories,
-        rows, devices=trainer.devices, title="frozen layers",
-    )  # fmt: skip
     if ppo.objective == RFT:
         return lambda chosen, _: ppo_data.make_rft_update(
             trajectories, chosen, rows, trainer.devices, below

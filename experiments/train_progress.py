@@ -60,14 +60,18 @@ def run(
     seed: int,
     lora: LoraConfig,
     compute: ComputeConfig = DEFAULT_COMPUTE,
+    ppo_layers: int = 0,
 ) -> None:
-    """Trains the head, from the newest checkpoint if there is one, and writes it to `out`."""
+    """Trains the head, from the newest checkpoint if there is one, and writes it to `out`.
+
+    `ppo_layers`: how many of the policy's layers PPO will train, see `scores_of`; 0: all, or none.
+    """
     if common.is_done(out, "progress"):
         return
     compute = config_lib.fit_attention(compute, rows)
     started = time.time()
     policy = common.load_policy(policy_folder, compute=compute)
-    features, trajectories = load_features(policy, data, rows)
+    features, trajectories = load_features(policy, data, rows, ppo_layers)
     trunk: FrozenTrunk | AdaptedTrunk = FrozenTrunk(features)
     if lora.rank:
         trunk = AdaptedTrunk(common.trainable(policy, 0, lora, seed), trajectories, rows)
@@ -201,9 +205,9 @@ class AdaptedTrunk:
 
 
 def load_features(
-    policy: common.Policy, data: Sequence[pathlib.Path], rows: RowsConfig
+    policy: common.Policy, data: Sequence[pathlib.Path], rows: RowsConfig, ppo_layers: int = 0
 ) -> tuple[StepFeatures, list[Trajectory]]:
-    """The features of all episodes of the files, and the episodes.
+    """The features of all episodes of the files, and the episodes; see `scores_of`.
 
     Raises:
       UserError: if no file holds an episode.
@@ -213,7 +217,7 @@ def load_features(
         trajectories = playable(store.read(path))
         common.agree_on(trajectories, path)
         if trajectories:
-            parts.append(_features(policy, path, trajectories, rows))
+            parts.append(_features(policy, path, trajectories, rows, ppo_layers))
             every += trajectories
     if not parts:
         raise UserError(f"{data[0]}: holds no episode to learn from; explore first")
@@ -236,9 +240,16 @@ def playable(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
 
 
 def scores_of(
-    policy: common.Policy, path: pathlib.Path, trajectories: Sequence[Trajectory], rows: RowsConfig
+    policy: common.Policy,
+    path: pathlib.Path,
+    trajectories: Sequence[Trajectory],
+    rows: RowsConfig,
+    ppo_layers: int = 0,
 ) -> scoring.Scores:
-    """The trunk's scores of a file's episodes, computed once and kept beside the file."""
+    """The trunk's scores of a file's episodes, computed once and kept beside the file.
+
+    With `ppo_layers`, so is what the layers below say, which PPO needs if it trains only these.
+    """
     common.check_lengths(policy, trajectories, path, rows)
     sampling = trajectories[0].sampling
     return scoring.cached_score(
@@ -250,7 +261,14 @@ def scores_of(
         rows,
         temperature=(sampling.temperature if sampling else 1.0) or 1.0,
         title="features",
+        below=below_file(path),
+        train_layers=ppo_layers,
     )
+
+
+def below_file(data: pathlib.Path) -> pathlib.Path:
+    """Where the states of lower layers are kept for PPO, which deletes them."""
+    return data.with_name("below.npz")
 
 
 def _features(
@@ -258,8 +276,9 @@ def _features(
     path: pathlib.Path,
     trajectories: Sequence[Trajectory],
     rows: RowsConfig,
+    ppo_layers: int,
 ) -> StepFeatures:
-    scores = scores_of(policy, path, trajectories, rows)
+    scores = scores_of(policy, path, trajectories, rows, ppo_layers)
     return StepFeatures(
         hidden=scores.end_hidden,
         step_mask=scores.step_mask,

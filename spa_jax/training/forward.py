@@ -110,26 +110,34 @@ def log_probs_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def score(
-    config: ModelConfig, params: Params, rows: PackedRows, *, temperature: float
+    config: ModelConfig,
+    params: Params,
+    rows: PackedRows,
+    frozen: Params | None = None,
+    *,
+    temperature: float,
 ) -> dict[str, jax.Array]:
     """One forward pass over data, without gradients.
 
     Args:
       config: the model's shape.
-      params: {"policy": decoder, "value": head, optional}.
+      params: {"policy": decoder, or its top layers; "value": head, optional}.
       rows: packed rows.
+      frozen: {"policy": the other layers}, whose states are wanted too.
       temperature: the policy is softmax(logits / temperature).
 
     Returns:
       All float32: log_probs [R, P]; end_hidden [R, S, D] at each step's last token; value_hidden
       [R, S, D] and values [R, S] (0 without a value head) at the last context token before
-      each step.
+      each step.  With `frozen`, in the model's dtype, below [R, L, D] of `rows_below`.
     """
-    hidden = rows_hidden(config, params["policy"], rows)
-    log_probs, _ = policy_terms(config, params["policy"], hidden, rows, temperature)
+    below = {"below": rows_below(config, frozen, rows)} if frozen else {}
+    policy = whole(params, frozen or {})
+    hidden = rows_hidden(config, policy, rows, **below)
+    log_probs, _ = policy_terms(config, policy, hidden, rows, temperature)
     value_hidden = at(hidden, rows.value_index).astype(jnp.float32)
     values = jnp.zeros(rows.value_index.shape, jnp.float32)
-    return {
+    return below | {
         "log_probs": log_probs,
         "end_hidden": at(hidden, rows.end_index).astype(jnp.float32),
         "value_hidden": value_hidden,

@@ -6,8 +6,10 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from flax import struct
@@ -15,7 +17,7 @@ from flax import struct
 from spa_jax import batching
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import weights
+from spa_jax.models import transformer, weights
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.training import distributed, forward, partition
 from spa_jax.trajectory import Trajectory
@@ -31,6 +33,8 @@ class Scores:
       values: [N, S]; 0 without a value head.
       step_mask: [N, S].
       log_probs: a list of N arrays [T], 0 for context tokens.
+      below: a list of N arrays [T, D], what the lower layers made of every token (see `below`);
+        None if nobody asked for it.
     """
 
     end_hidden: np.ndarray
@@ -38,6 +42,7 @@ class Scores:
     values: np.ndarray
     step_mask: np.ndarray
     log_probs: list[np.ndarray]
+    below: list[np.ndarray] | None = None
 
 
 def max_steps(trajectories: Sequence[Trajectory]) -> int:
@@ -53,6 +58,7 @@ def score(
     *,
     temperature: float,
     title: str,
+    train_layers: int = 0,
 ) -> Scores:
     """Scores trajectories with a policy.
 
@@ -63,6 +69,7 @@ def score(
       rows: the static shape.
       temperature: the policy is softmax(logits / temperature).
       title: of the progress bar; "" for none.
+      train_layers: not 0: the states below so many of the top layers are wanted too.
 
     Returns:
       The scores, on the host.
@@ -70,13 +77,15 @@ def score(
     packed = batching.pack(trajectories, **rows.packing)
     devices = jax.device_count()
     run = _compiled(config, temperature)
-    replicated = partition.replicate(params)
-    names = ("log_probs", "end_hidden", "value_hidden", "values")
+    top, lower = transformer.split(config, params["policy"], train_layers)
+    replicated = partition.replicate(params | {"policy": top})
+    frozen = partition.replicate({"policy": lower} if lower else {})
+    names = ["log_probs", "end_hidden", "value_hidden", "values"] + ["below"] * bool(lower)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     kept = []
     batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
     for batch in tqdm.tqdm(batches, desc=title, unit="batch", disable=not title):
-        out = run(replicated, batch)
+        out = run(replicated, batch, frozen)
         flat = jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), batch)
         kept.append(flat)
         for name in names:
@@ -105,6 +114,9 @@ def _by_trajectory(
     position = packed.positions[row, packed.token_index[row, slot]] + 1
     for i, at, value in zip(index, position, joined["log_probs"][row, slot], strict=True):
         log_probs[i][at] = value
+    if "below" in joined:
+        lengths = [len(t.token_ids) for t in trajectories]
+        arrays["below"] = batching.gather_tokens(joined["below"], packed, lengths)
     return Scores(step_mask=mask, log_probs=log_probs, **arrays)
 
 
@@ -161,51 +173,107 @@ def cached_score(
     temperature: float,
     title: str,
     keep: bool = True,
+    below: pathlib.Path | None = None,
+    train_layers: int = 0,
 ) -> Scores:
     """`score`, kept in a file: estimator, annotation and PPO's first round read the same pass.
 
     The file is used again only for the same trajectories and the same weights; `keep` says
-    whether scores that had to be computed are written to it.
+    whether scores that had to be computed are written to it.  What the layers below the top
+    `train_layers` made of every token then goes to the file `below`, for `cached_below`.
     """
-    made_of = (temperature, config, sorted(params), _stamp(policy_folder))
-    digest = hashlib.sha256(repr(made_of).encode())
-    for t in trajectories:
-        digest.update(repr((t.key, t.token_ids)).encode())
-    saved = _saved(cache, digest.hexdigest(), trajectories)
-    if distributed.told("whether scores are saved", lambda: saved is not None):
-        if saved is None:
-            raise UserError(f"{cache}: process 0 can read it and this one cannot; is it shared?")
-        return saved
-    scores = score(config, params, trajectories, rows, temperature=temperature, title=title)
+    digest = _digest(trajectories, temperature, config, sorted(params), _stamp(policy_folder))
+    saved = _read(cache, digest, (*_BY_STEP, "log_probs"))
+    if saved is not None:
+        log_probs = _by_token(saved.pop("log_probs"), trajectories)
+        return Scores(log_probs=log_probs, **saved)
+    scores = score(
+        config, params, trajectories, rows,
+        temperature=temperature, title=title, train_layers=train_layers,
+    )  # fmt: skip
     if keep and distributed.is_first():
-        _save(cache, digest.hexdigest(), scores)
+        arrays = {name: getattr(scores, name) for name in _BY_STEP}
+        _write(cache, digest, log_probs=np.concatenate(scores.log_probs), **arrays)
+        if below is not None and scores.below is not None:
+            frozen = transformer.split(config, params["policy"], train_layers)[1]
+            digest = _digest(trajectories, config, _weights(frozen))
+            _write(below, digest, below=np.concatenate(scores.below))
     return scores
 
 
-_SAVED = ("end_hidden", "value_hidden", "values", "step_mask")
+def cached_below(
+    cache: pathlib.Path, config: ModelConfig, frozen: Params, trajectories: Sequence[Trajectory]
+) -> list[np.ndarray] | None:
+    """What `cached_score` kept of layers below, as `below` gives it.
+
+    Args:
+      cache: the file.
+      config: the model's shape.
+      frozen: {"policy": the lower layers as they are now, on the host in float32}, or {}.
+      trajectories: of which they are wanted.
+
+    Returns:
+      A list of N arrays [T_i, D]; None if the file holds those of other layers or trajectories,
+      is torn or not there.
+    """
+    if not frozen.get("policy") or not trajectories:
+        return None
+    digest = _digest(trajectories, config, _weights(frozen["policy"]))
+    saved = _read(cache, digest, ("below",))
+    if saved is None:
+        return None
+    # A file has no bfloat16 of its own: it comes back as two bytes.
+    return _by_token(saved["below"].view(jnp.dtype(config.dtype)), trajectories)
 
 
-def _saved(cache: pathlib.Path, digest: str, trajectories: Sequence[Trajectory]) -> Scores | None:
-    """The scores in the file; None if it holds others, is torn or not there."""
+_BY_STEP = ("end_hidden", "value_hidden", "values", "step_mask")
+
+
+def _digest(trajectories: Sequence[Trajectory], *made_of: object) -> str:
+    """Names what was computed of these trajectories."""
+    digest = hashlib.sha256(repr(made_of).encode())
+    for t in trajectories:
+        digest.update(repr((t.key, t.token_ids)).encode())
+    return digest.hexdigest()
+
+
+def _weights(params: Params) -> str:
+    """Names weights by their values."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _by_token(values: np.ndarray, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+    """[sum of T_i, ...] -> a list of N arrays [T_i, ...]."""
+    return np.split(values, np.cumsum([len(t.token_ids) for t in trajectories])[:-1])
+
+
+def _read(cache: pathlib.Path, digest: str, names: Sequence[str]) -> dict[str, Any] | None:
+    """The arrays of that digest in the file; None if it holds others, is torn or not there.
+
+    Raises:
+      UserError: if process 0 has them and this one has not.
+    """
+    found = None
     try:
         with np.load(cache) as saved:
-            if str(saved["digest"]) != digest:
-                return None
-            offsets = np.cumsum([len(t.token_ids) for t in trajectories])[:-1]
-            arrays = {name: saved[name] for name in _SAVED}
-            return Scores(log_probs=np.split(saved["log_probs"], offsets), **arrays)
+            if str(saved["digest"]) == digest:
+                found = {name: saved[name] for name in names}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        pass
+    if not distributed.told(f"whether {cache.name} can be used", lambda: found is not None):
         return None
+    if found is None:
+        raise UserError(f"{cache}: process 0 can read it and this one cannot; is it shared?")
+    return found
 
 
-def _save(cache: pathlib.Path, digest: str, scores: Scores) -> None:
+def _write(cache: pathlib.Path, digest: str, **arrays: np.ndarray) -> None:
     temporary = cache.with_name(f".{cache.stem}.{os.getpid()}.tmp.npz")
-    np.savez(
-        temporary,
-        digest=np.array(digest),
-        log_probs=np.concatenate(scores.log_probs),
-        **{name: getattr(scores, name) for name in _SAVED},
-    )
+    np.savez(temporary, digest=np.array(digest), **arrays)  # type: ignore[arg-type]
     temporary.replace(cache)
 
 
