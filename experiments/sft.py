@@ -7,6 +7,7 @@ last weights, with --sft_ema their average, with --sft_patience those of the bes
 metrics.jsonl and checkpoints.  Run again, it continues.
 """
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,7 @@ def run(
     if common.is_done(out, "sft"):
         return
     config_lib.check_trained(lora, sft.train_layers, "--sft_train_layers")
+    rows = dataclasses.replace(rows, row_buckets=sft.row_buckets or rows.row_buckets)
     compute = config_lib.fit_attention(compute, rows)
     started = time.time()
     if not train:

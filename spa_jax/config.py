@@ -336,6 +336,10 @@ class SftConfig:
         "sft_train_layers",
     )  # fmt: skip
     updates: int = _setting(0, "This many updates instead of epochs; 0: by epochs.", "sft_updates")
+    row_buckets: int = _setting(
+        0, "--row_buckets of this stage, whose updates may be a single short row; 0: the same.",
+        "sft_row_buckets",
+    )  # fmt: skip
     checkpoint_every: int = _setting(
         50, "Updates between checkpoints; 0: none, but when the stage is told to stop.",
         "sft_checkpoint_every",
@@ -509,6 +513,8 @@ def check(config: Any) -> None:
     if isinstance(config, SftConfig | PpoConfig) and config.checkpoint_every < 0:
         name = "sft" if isinstance(config, SftConfig) else "ppo"
         raise UserError(f"--{name}_checkpoint_every={config.checkpoint_every} must be >= 0")
+    if isinstance(config, SftConfig) and config.row_buckets < 0:
+        raise UserError(f"--sft_row_buckets={config.row_buckets} must be >= 0")
     if isinstance(config, SftConfig) and not 0 <= config.ema < 1:
         raise UserError(f"--sft_ema={config.ema:g} must be at least 0 and below 1")
     if isinstance(config, PpoConfig):

@@ -103,6 +103,7 @@ def test_processes_that_could_not_find_each_other_are_refused(settings, words):
         (RowsConfig(row_buckets=0), "--row_buckets=0 must be in 1"),
         (ComputeConfig(logits_chunk=-1), "--logits_chunk=-1 must be >= 0"),
         (SftConfig(checkpoint_every=-1), "--sft_checkpoint_every=-1 must be >= 0"),
+        (SftConfig(row_buckets=-1), "--sft_row_buckets=-1 must be >= 0"),
         (SftConfig(ema=1.0), "--sft_ema=1 must be at least 0 and below 1"),
         (PpoConfig(checkpoint_every=-1), "--ppo_checkpoint_every=-1 must be >= 0"),
     ],

@@ -114,10 +114,11 @@ def _by_trajectory(
     position = packed.positions[row, packed.token_index[row, slot]] + 1
     for i, at, value in zip(index, position, joined["log_probs"][row, slot], strict=True):
         log_probs[i][at] = value
+    below = None
     if "below" in joined:
         lengths = [len(t.token_ids) for t in trajectories]
-        arrays["below"] = batching.gather_tokens(joined["below"], packed, lengths)
-    return Scores(step_mask=mask, log_probs=log_probs, **arrays)
+        below = batching.gather_tokens(joined["below"], packed, lengths)
+    return Scores(step_mask=mask, log_probs=log_probs, below=below, **arrays)
 
 
 def below(
@@ -242,7 +243,7 @@ def _weights(params: Params) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+        digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
 
 

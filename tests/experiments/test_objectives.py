@@ -11,11 +11,11 @@ import pytest
 from experiments import common, train_ppo, train_progress
 from spa_jax import store
 from spa_jax.attribution import credit
-from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
-from spa_jax.models import weights
+from spa_jax.config import ComputeConfig, LoraConfig, PpoConfig, RowsConfig
+from spa_jax.models import transformer, weights
 from spa_jax.rl.objectives import OBJECTIVES
 from spa_jax.training import metrics as metrics_lib
-from spa_jax.training import ppo_data, scoring
+from spa_jax.training import partition, ppo_data, scoring
 from tests import tiny
 from tests.experiments import stages
 
@@ -123,6 +123,61 @@ def test_a_later_rounds_ridge_critic_reads_the_pass_that_the_estimator_made(
         out = tmp_path / "iteration_1" / critic
         train_ppo.run(out, str(later), data, ppo, ROWS, 0, LoraConfig(), policy)
         assert passes == expected
+
+
+def test_the_frozen_layers_are_read_in_the_estimators_pass(policy, tmp_path, monkeypatch):
+    """Not if they are others; and what was kept says what a pass of their own says."""
+    data, episodes = tmp_path / "iteration_0" / "annotated.jsonl", _episodes()
+    store.write(data, episodes)
+    explored = tmp_path / "iteration_0" / "explore" / "trajectories.jsonl"
+    explored.parent.mkdir()
+    train_progress.scores_of(common.load_policy(policy), explored, episodes, ROWS, ppo_layers=1)
+    file = train_progress.below_file(explored)
+    kept, passes, below = file.read_bytes(), [], scoring.below
+
+    def counted(*args, title, **kwargs):
+        passes.append(title)
+        return below(*args, title=title, **kwargs)
+
+    monkeypatch.setattr(scoring, "below", counted)
+    ppo = PpoConfig(critic="ridge", batch_size=6, learning_rate=1e-3, train_layers=1)
+    lines = {}
+
+    def trained(name, of):
+        passes.clear()
+        out = tmp_path / "iteration_0" / name
+        train_ppo.run(out, str(of), data, ppo, ROWS, 0, LoraConfig(), policy)
+        lines[name] = metrics_lib.read_metrics(out / "metrics.jsonl")
+        assert not file.exists()  # it has served
+        return passes
+
+    assert trained("kept", policy) == []
+    assert trained("computed", policy) == ["frozen layers"]
+    for ours, wanted in zip(lines["kept"], lines["computed"], strict=True):
+        for key in ("policy_loss", "grad_norm", "entropy"):
+            assert ours[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6)
+    file.write_bytes(kept)
+    assert trained("others", tiny.tiny_policy(tmp_path / "others", seed=1)) == ["frozen layers"]
+
+
+def test_states_of_frozen_layers_are_kept_in_bfloat16_too(policy, tmp_path):
+    read = common.load_policy(policy, compute=ComputeConfig(compute_dtype="bfloat16"))
+    explored, episodes = tmp_path / "explore" / "trajectories.jsonl", _episodes()
+    explored.parent.mkdir()
+    train_progress.scores_of(read, explored, episodes, ROWS, ppo_layers=1)
+    frozen = {"policy": transformer.split(read.config, read.params, 1)[1]}
+    file = train_progress.below_file(explored)
+    kept = scoring.cached_below(file, read.config, frozen, episodes)
+    wanted = scoring.below(
+        read.config, partition.replicate(frozen), episodes, ROWS,
+        devices=jax.device_count(), title="below",
+    )  # fmt: skip
+    for a, b in zip(kept, wanted, strict=True):
+        assert a.dtype == b.dtype == jax.numpy.bfloat16
+        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.05)
+    assert scoring.cached_below(file, read.config, frozen, episodes[1:]) is None
+    file.write_bytes(file.read_bytes()[:1000])  # torn
+    assert scoring.cached_below(file, read.config, frozen, episodes) is None
 
 
 def test_rft_clones_the_won_episodes(policy, tmp_path):

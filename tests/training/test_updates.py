@@ -215,6 +215,27 @@ def test_scores_behind_a_shared_instruction():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_scores_are_the_same_where_the_states_below_are_asked_for():
+    opened, params = _same_opening(_episodes()), _params()
+    plain, both = (
+        scoring.score(
+            CONFIG, params, opened, ROWS, temperature=0.7, title="scores", train_layers=layers
+        )
+        for layers in (0, 1)
+    )
+    assert plain.below is None
+    for name in ("end_hidden", "value_hidden", "values", "step_mask"):
+        np.testing.assert_allclose(getattr(both, name), getattr(plain, name), atol=1e-5)
+    for a, b in zip(both.log_probs, plain.log_probs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    frozen = {"policy": transformer.split(CONFIG, params["policy"], 1)[1]}
+    wanted = scoring.below(
+        CONFIG, partition.replicate(frozen), opened, ROWS, devices=8, title="below"
+    )
+    for a, b in zip(both.below, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_adam_too(name="estimator"):
     optimizer = state_lib.adamw(RATE, clip_norm=1.0, weight_decay=0.01)
     _, before, one = _updated(UPDATES[name], 1, 9, optimizer)
