@@ -25,6 +25,7 @@ from typing import Any
 
 import flax.jax_utils
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -182,10 +183,14 @@ class Mesh:
 
     def replicate(self, tree: Any) -> Any:
         """The tree on the mesh: each device of an fsdp row gets its part of every array."""
+
         # From a copy: updates donate what they are given, and a part that lies where the caller's
         # own array does would be that array (may_alias=False does not help in JAX 0.10).
-        host = jax.tree.map(np.array, jax.device_get(tree))
-        return _place(host, self._shardings(tree))
+        def copied(x: Any) -> Any:
+            on_device = self.devices == 1 and isinstance(x, jax.Array)
+            return jnp.copy(x) if on_device else np.array(jax.device_get(x))
+
+        return _place(jax.tree.map(copied, tree), self._shardings(tree))
 
     def unreplicate(self, tree: Any) -> Any:
         """The tree itself: `fetch` and a checkpoint put an array's parts together."""
