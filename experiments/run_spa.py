@@ -210,28 +210,23 @@ def play_heldout(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summary:
 def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summary:
     """Plays the held-out games, and annotates what is read of them.
 
-    Of the base's that is what the estimator is judged on; else what the report shows.
+    Of the base's that is all, which the estimator is judged on; else what the report shows.
     """
     summary = play_heldout(r, name, policy)
     last = r.workdir / f"iteration_{r.run.iterations - 1}" / "progress"
     path = r.workdir / "eval" / name / "trajectories.jsonl"
-    played = store.read(path)
-    # By the games' names, whatever became of them.
-    judged = sorted(train_progress.playable(played), key=lambda t: t.key)
-    chosen = judged[: r.run.judged_games or None] if name == BASE else shown(played)
-    keys = {t.key for t in chosen}
+    keys = None if name == BASE else {t.key for t in shown(store.read(path))}
     annotate.run(path, str(r.base), path, last, r.credit, r.rows, r.seed, keys, r.compute)
     return summary
 
 
 def judge_estimator(r: Run) -> dict[str, float]:
-    """The last estimator on those of the base policy's held-out episodes that it annotated."""
+    """The last estimator on the base policy's held-out episodes."""
     played = train_progress.playable(store.read(r.workdir / "eval" / BASE / "trajectories.jsonl"))
-    judged = [t for t in played if all(step.contribution is not None for step in t.steps)]
-    contributions = [[step.contribution or 0.0 for step in t.steps] for t in judged]
+    contributions = [[step.contribution or 0.0 for step in t.steps] for t in played]
     return evaluation.estimator_validity(
         np.array([sum(c) for c in contributions]),
-        np.array([t.final_reward for t in judged]),
+        np.array([t.final_reward for t in played]),
         contributions,
     )
 

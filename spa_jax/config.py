@@ -464,9 +464,6 @@ class RunConfig:
     heldout_split: str = _setting("heldout", "The split that is evaluated in the end.")
     heldout_games: int = _setting(0, "How many of its games; 0: all.")
     eval_temperature: float = _setting(1.0, "Temperature of the evaluation; 0 is greedy.")
-    judged_games: int = _setting(
-        0, "Of the games that the base played there, how many the estimator is judged on; 0: all."
-    )
     generate_train: int = _setting(0, "Games to generate for demonstrations.")
     generate_valid: int = _setting(0, "Games to generate for held-out demonstrations.")
     generate_explore: int = _setting(0, "Games to generate for exploration, over all rounds.")
@@ -516,8 +513,6 @@ def check(config: Any) -> None:
     if isinstance(config, SftConfig | PpoConfig) and config.checkpoint_every < 0:
         name = "sft" if isinstance(config, SftConfig) else "ppo"
         raise UserError(f"--{name}_checkpoint_every={config.checkpoint_every} must be >= 0")
-    if isinstance(config, RunConfig) and config.judged_games < 0:
-        raise UserError(f"--judged_games={config.judged_games} must be >= 0")
     if isinstance(config, SftConfig) and config.row_buckets < 0:
         raise UserError(f"--sft_row_buckets={config.row_buckets} must be >= 0")
     if isinstance(config, SftConfig) and not 0 <= config.ema < 1:

@@ -27,7 +27,7 @@ _FLAGS = (
     "--max_new_tokens=6", "--context_length=1024", "--row_length=1024", "--policy_slots=256",
     "--rows_per_device=1", "--slots=4", "--sft_epochs=1", "--sft_batch_size=3", "--games=4",
     "--rollouts=1", "--split=explore", "--iterations=2", "--progress_epochs=2",
-    "--ppo_batch_size=4", "--ppo_train_layers=1", "--give_up_after=2", "--judged_games=2",
+    "--ppo_batch_size=4", "--ppo_train_layers=1", "--give_up_after=2",
 )  # fmt: skip
 
 
@@ -49,7 +49,6 @@ def test_it_ends_with_a_table_and_a_result_line(finished):
         last,
     ), last
     assert "base (SFT)" in out and "SPA" in out
-    assert "Estimator on 2 held-out episodes of the base" in out
     assert "<svg" in (folder / "report.html").read_text()
 
 
@@ -138,11 +137,10 @@ def test_every_stage_left_its_files(finished):
     for stage in ("sft", "iteration_0/ppo", "iteration_1/ppo"):
         assert (folder / stage / "policy" / "config.json").exists()
         assert stages.lines(folder / stage / "metrics.jsonl") >= 1
-    for name, annotated in (("sft", 2), ("spa", 3)):
+    for name in ("sft", "spa"):
         played = store.read(folder / "eval" / name / "trajectories.jsonl")
         assert len(played) == 3
-        whole = [t for t in played if all(s.contribution is not None for s in t.steps)]
-        assert len(whole) == annotated
+        assert all(step.contribution is not None for t in played for step in t.steps)
 
 
 def test_rounds_play_different_games_with_the_newest_policy(finished):
@@ -168,15 +166,14 @@ def test_only_the_episodes_asked_for_are_annotated(finished, tmp_path):
     ]
     store.write(tmp_path / "bare.jsonl", bare)
     rows = RowsConfig(row_length=1024, policy_slots=256, rows_per_device=1)
-    asked = next(i for i, t in enumerate(whole) if t.steps[0].contribution is not None)
     annotate.run(
         tmp_path / "out.jsonl", str(folder / "sft" / "policy"), tmp_path / "bare.jsonl",
-        folder / "iteration_1" / "progress", CreditConfig(), rows, 0, {whole[asked].key},
+        folder / "iteration_1" / "progress", CreditConfig(), rows, 0, {whole[1].key},
     )  # fmt: skip
-    out = store.read(tmp_path / "out.jsonl")
-    ours = [step.contribution for step in out.pop(asked).steps]
-    assert ours == pytest.approx([step.contribution for step in whole[asked].steps], abs=1e-5)
-    assert out == bare[:asked] + bare[asked + 1 :]
+    first, second, third = store.read(tmp_path / "out.jsonl")
+    assert (first, third) == (bare[0], bare[2])
+    ours = [step.contribution for step in second.steps]
+    assert ours == pytest.approx([step.contribution for step in whole[1].steps], abs=1e-5)
 
 
 def test_run_again_it_is_done(finished):
