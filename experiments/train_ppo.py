@@ -116,7 +116,7 @@ def run(
     )
     frozen = parts.frozen_in(policy.config.dtype)
     trainer = partition.make(rows, parts.on_parts(loss), optimizer, frozen, compute.accum_dtype)
-    kept = below_file(data.parent / "explore" / data.name)
+    kept = below_file(data.parent / "explore")
     below = states_below(kept, trainer, parts, policy.config, trajectories, rows)
     make = updates(
         trainer, parts, policy.config, trajectories, scores, ppo, rows, temperature, head, below

@@ -261,14 +261,14 @@ def scores_of(
         rows,
         temperature=(sampling.temperature if sampling else 1.0) or 1.0,
         title="features",
-        below=below_file(path),
+        below=below_file(path.parent),
         train_layers=ppo_layers,
     )
 
 
-def below_file(data: pathlib.Path) -> pathlib.Path:
-    """Where the states of lower layers are kept for PPO, which deletes them."""
-    return data.with_name("below.npz")
+def below_file(explored: pathlib.Path) -> pathlib.Path:
+    """Where a folder of episodes keeps the states of lower layers for PPO, which deletes them."""
+    return explored / "below.npz"
 
 
 def _features(

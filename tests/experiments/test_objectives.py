@@ -132,7 +132,7 @@ def test_the_frozen_layers_are_read_in_the_estimators_pass(policy, tmp_path, mon
     explored = tmp_path / "iteration_0" / "explore" / "trajectories.jsonl"
     explored.parent.mkdir()
     train_progress.scores_of(common.load_policy(policy), explored, episodes, ROWS, ppo_layers=1)
-    file = train_progress.below_file(explored)
+    file = train_progress.below_file(explored.parent)
     kept, passes, below = file.read_bytes(), [], scoring.below
 
     def counted(*args, title, **kwargs):
@@ -166,7 +166,7 @@ def test_states_of_frozen_layers_are_kept_in_bfloat16_too(policy, tmp_path):
     explored.parent.mkdir()
     train_progress.scores_of(read, explored, episodes, ROWS, ppo_layers=1)
     frozen = {"policy": transformer.split(read.config, read.params, 1)[1]}
-    file = train_progress.below_file(explored)
+    file = train_progress.below_file(explored.parent)
     kept = scoring.cached_below(file, read.config, frozen, episodes)
     wanted = scoring.below(
         read.config, partition.replicate(frozen), episodes, ROWS,
