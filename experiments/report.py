@@ -7,31 +7,24 @@ curves, how well the progress estimator judges unseen games, and transcripts
 with each step's contribution beside its text.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from spa_jax.errors import UserError
+from experiments import flags as flags_lib
 from spa_jax.report.page import write_report
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the run", required=True)
-_OUT = flags.DEFINE_string("out", None, "the page to write; WORKDIR/report.html if not given")
 
 
 def main(argv: Sequence[str]) -> None:
     """Writes the page and prints where it is."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; the flags are --workdir and --out")
-    out = Path(_OUT.value or Path(_WORKDIR.value) / "report.html")
-    try:
-        write_report(Path(_WORKDIR.value), out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    del argv
+    workdir = Path(flags_lib.WORKDIR.value)
+    out = Path(_OUT.value or workdir / "report.html")
+    write_report(workdir, out)
     print(f"RESULT report={out}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _OUT = flags.DEFINE_string("out", "", "The page to write; empty: WORKDIR/report.html.")
+    flags_lib.run(main, flags_lib.WORKDIR)

@@ -17,11 +17,11 @@ that compares with PyTorch stops where PyTorch is not installed.
 
 import importlib
 import pathlib
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
+from experiments import flags as flags_lib
 from spa_jax.errors import UserError
 
 SUBJECTS = ("env", "generation", "rollout", "sft", "ppo", "models")
@@ -32,17 +32,12 @@ def main(argv: Sequence[str]) -> None:
     """Runs the subject."""
     if len(argv) != 2 or argv[1] not in SUBJECTS:
         given = " ".join(argv[1:]) or "nothing"
-        print(f"error: expected one subject of {', '.join(SUBJECTS)}; got {given}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"expected one subject of {', '.join(SUBJECTS)}; got {given}")
     if argv[1] != "env":  # which reads no model
         from experiments import common
 
         common.prepare_jax()
-    try:
-        importlib.import_module(f"experiments.bench.{argv[1]}").run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    importlib.import_module(f"experiments.bench.{argv[1]}").run()
 
 
 if __name__ == "__main__":
@@ -78,4 +73,4 @@ if __name__ == "__main__":
         False,
         "ppo, models: small sizes, to see that it runs; its figures say nothing.",
     )
-    app.run(main)
+    flags_lib.run(main, words=1)

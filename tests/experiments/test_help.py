@@ -24,3 +24,4 @@ def test_help_shows_the_flags_that_the_binary_reads(binary, shown, hidden):
     flags = set(re.findall(r"^  --(?:\[no\])?(\w+):", done.stdout, re.MULTILINE))
     assert shown <= flags and not hidden & flags, done.stdout + done.stderr
     assert f"python -m experiments.{binary}" in done.stdout  # how it is called
+    assert done.returncode == 0
