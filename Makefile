@@ -58,10 +58,11 @@ $(ALFWORLD): requirements.txt pyproject.toml
 	fi
 	@echo "installing into $(VENV): some minutes"
 # TextWorld's planner and another of its parts are compiled here, while the rest is fetched; the
-# set-up of one calls a program named python.  Byte code is left to the first import: most modules
+# set-up of one calls a program named python.  (Without --use-pep517 the pip of Python 3.11's first
+# releases wants a package `wheel` beside it.)  Byte code is left to the first import: most modules
 # of these packages never see one.
 	@export PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
-	$(PIP) wheel --no-deps --wheel-dir $(VENV)/wheels fast-downward-textworld jericho & built=$$!; \
+	$(PIP) wheel --use-pep517 --no-deps --wheel-dir $(VENV)/wheels fast-downward-textworld jericho & built=$$!; \
 	$(INSTALL) -r requirements.txt || { kill $$built; exit 2; }; \
 	wait $$built && $(INSTALL) --find-links $(VENV)/wheels -e ".[alfworld]" \
 	  && rm -r $(VENV)/wheels
