@@ -30,14 +30,14 @@ _GOLDEN = pathlib.Path(__file__).parents[2] / "tests" / "golden" / "released"
 
 def main(argv: Sequence[str]) -> None:
     """Runs the subject."""
-    if len(argv) != 2 or argv[1] not in SUBJECTS:
-        given = " ".join(argv[1:]) or "nothing"
-        raise UserError(f"expected one subject of {', '.join(SUBJECTS)}; got {given}")
-    if argv[1] != "env":  # which reads no model
+    subject = argv[1] if len(argv) > 1 else "nothing"
+    if subject not in SUBJECTS:
+        raise UserError(f"expected one subject of {', '.join(SUBJECTS)}; got {subject}")
+    if subject != "env":  # which reads no model
         from experiments import common
 
         common.prepare_jax()
-    importlib.import_module(f"experiments.bench.{argv[1]}").run()
+    importlib.import_module(f"experiments.bench.{subject}").run()
 
 
 if __name__ == "__main__":
