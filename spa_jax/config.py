@@ -443,8 +443,8 @@ class PpoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """The whole method in one run, on generated games or on a data folder's own splits."""
+class MethodConfig:
+    """The whole method in one run."""
 
     iterations: int = _setting(1, "Rounds of exploration, estimator and PPO.")
     base: str = _setting("", "Start from this base policy's folder instead of running SFT.")
@@ -452,18 +452,24 @@ class RunConfig:
         "", "Clone the episodes of this ShareGPT-style log (see import_demos) instead of our "
         "expert's.",
     )  # fmt: skip
-    demo_split: str = _setting("train", "The split whose games the expert demonstrates.")
-    demo_games: int = _setting(0, "How many of them, from the first in the split's order; 0: all.")
-    demo_valid_split: str = _setting("valid", "The split of the held-out demonstrations.")
-    demo_valid_games: int = _setting(0, "How many of its games; 0: all.")
     lora_stages: tuple[str, ...] = _setting(
         ("sft", "ppo"),
         "With --lora_rank, the stages that train adapters, of sft,progress,ppo; "
         "the estimator (progress) has a frozen trunk otherwise.",
     )
+    eval_temperature: float = _setting(1.0, "Temperature of the evaluation; 0 is greedy.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The games of a whole run: which splits play which part, and how games are generated."""
+
+    demo_split: str = _setting("train", "The split whose games the expert demonstrates.")
+    demo_games: int = _setting(0, "How many of them, from the first in the split's order; 0: all.")
+    demo_valid_split: str = _setting("valid", "The split of the held-out demonstrations.")
+    demo_valid_games: int = _setting(0, "How many of its games; 0: all.")
     heldout_split: str = _setting("heldout", "The split that is evaluated in the end.")
     heldout_games: int = _setting(0, "How many of its games; 0: all.")
-    eval_temperature: float = _setting(1.0, "Temperature of the evaluation; 0 is greedy.")
     generate_train: int = _setting(0, "Games to generate for demonstrations.")
     generate_valid: int = _setting(0, "Games to generate for held-out demonstrations.")
     generate_explore: int = _setting(0, "Games to generate for exploration, over all rounds.")
@@ -477,6 +483,25 @@ class RunConfig:
     generate_products: int = _setting(
         0, "Products of the generated catalogue (WebShop); 0: four a task."
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every setting of a run, by stage or part."""
+
+    method: MethodConfig = MethodConfig()
+    data: DataConfig = DataConfig()
+    env: EnvConfig = EnvConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rows: RowsConfig = RowsConfig()
+    sft: SftConfig = SftConfig()
+    explore: ExploreConfig = ExploreConfig()
+    progress: ProgressConfig = ProgressConfig()
+    credit: CreditConfig = CreditConfig()
+    ppo: PpoConfig = PpoConfig()
+    lora: LoraConfig = LoraConfig()
+    compute: ComputeConfig = DEFAULT_COMPUTE
+    chat: ChatConfig = ChatConfig()
 
 
 def check(config: Any) -> None:
@@ -527,7 +552,7 @@ def check(config: Any) -> None:
         _check_list("--lora_targets", config.targets, LORA_TARGETS)
     if isinstance(config, DistributedConfig):
         _check_processes(config)
-    if isinstance(config, RunConfig):
+    if isinstance(config, MethodConfig):
         _check_list("--lora_stages", config.lora_stages, ("sft", "progress", "ppo"))
 
 
