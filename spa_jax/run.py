@@ -12,6 +12,7 @@ This is the only place that spells a path below the workdir, W:
                   annotated.jsonl              the episodes with contributions and rewards
                   ppo/                         metrics.jsonl, tensorboard/, checkpoints/
                       policy/                  the trained policy
+    W/continued_sft/, W/terminal/              the other arms of a comparison
     W/eval/NAME/                               held-out episodes of a policy, summary.json
     W/estimator.json                           the estimator judged on held-out episodes
     W/report.html
@@ -155,6 +156,16 @@ class Run:
     def evaluation(self, name: str) -> pathlib.Path:
         """The folder of an evaluation."""
         return self.workdir / "eval" / name
+
+    @property
+    def continued_sft(self) -> pathlib.Path:
+        """The arm of a comparison in which SFT goes on from the base."""
+        return self.workdir / "continued_sft"
+
+    @property
+    def terminal(self) -> pathlib.Path:
+        """The workdir of the arm whose PPO gets the final reward at the last step."""
+        return self.workdir / "terminal"
 
     @property
     def estimator(self) -> pathlib.Path:

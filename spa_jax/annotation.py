@@ -1,0 +1,133 @@
+"""Episodes get their contributions, rewards and the reference policy's log-probabilities."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from spa_jax.attribution import credit
+from spa_jax.config import CreditConfig, RowsConfig
+from spa_jax.errors import UserError
+from spa_jax.models import heads, weights
+from spa_jax.models import lora as lora_lib
+from spa_jax.models.transformer import Params
+from spa_jax.policy import ADAPTER, Policy
+from spa_jax.training import scoring
+from spa_jax.training.estimator_data import final_rewards
+from spa_jax.trajectory import Trajectory
+
+
+def annotate(
+    trajectories: Sequence[Trajectory],
+    scores: scoring.Scores,
+    contributions: np.ndarray,
+    *,
+    settings: CreditConfig,
+    seed: int,
+    reference: str,
+) -> list[Trajectory]:
+    """The same episodes with contributions and fused rewards.
+
+    Args:
+      trajectories: N episodes.
+      scores: of them under the reference policy.
+      contributions: [N, S] c_k; 0 where there is no step.
+      settings: whose credit the steps get, and how grounding enters.
+      seed: of the placebos.
+      reference: names the reference policy (`scoring.policy_key`).
+    """
+    mask = scores.step_mask
+    grounded = np.zeros(mask.shape, np.float32)
+    for i, trajectory in enumerate(trajectories):
+        grounded[i, : len(trajectory.steps)] = [step.grounded for step in trajectory.steps]
+    credits = credit.credit(
+        settings.credit,
+        contributions,
+        final_rewards(trajectories),
+        mask,
+        jax.random.key(seed),
+        residual=settings.credit_residual,
+    )
+    rewards = credit.fused_reward(
+        credits,
+        grounded,
+        mask,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        grounding=settings.grounding,
+    )
+    annotated = []
+    for t, c, r, ref in zip(
+        trajectories,
+        contributions.tolist(),
+        np.asarray(rewards).tolist(),
+        scores.log_probs,
+        strict=True,
+    ):
+        steps = tuple(
+            dataclasses.replace(step, contribution=contribution, reward=reward)
+            for step, contribution, reward in zip(t.steps, c, r, strict=False)
+        )
+        annotated.append(
+            dataclasses.replace(
+                t, steps=steps, ref_log_probs=tuple(ref.tolist()), ref_policy=reference
+            )
+        )
+    return annotated
+
+
+def contributions(
+    base: Policy,
+    progress: pathlib.Path,
+    trajectories: Sequence[Trajectory],
+    scores: scoring.Scores,
+    rows: RowsConfig,
+) -> np.ndarray:
+    """[N, S] what the estimator of a folder gives each step; 0 where there is none.
+
+    Args:
+      base: the trunk, or the policy beside which the head lies.
+      progress: the folder of the estimator.
+      trajectories: N episodes.
+      scores: of them under `base`.
+      rows: the static shape.
+    """
+    head = progress_head(base, progress)
+    hidden = scores.end_hidden
+    if weights.is_adapter(progress / ADAPTER):
+        hidden = _adapted_hidden(base, progress / ADAPTER, trajectories, rows)
+    return np.asarray(heads.progress(head, hidden)) * scores.step_mask
+
+
+def progress_head(base: Policy, progress: pathlib.Path) -> Params:
+    """The head of an estimator's folder, or else the one that lies beside the policy.
+
+    Raises:
+      UserError: there is none that reads this policy's hidden states.
+    """
+    trained = weights.load_heads(progress).get("progress")
+    if trained is not None:
+        return trained
+    if "progress" not in base.heads:
+        raise UserError(
+            f"{progress}: holds no progress head, nor does {base.folder}; run train_progress first"
+        )
+    if base.trunk:
+        raise UserError(
+            f"{base.folder}: its progress head reads the hidden states of {base.trunk}; give that "
+            "with --policy"
+        )
+    return base.heads["progress"]
+
+
+def _adapted_hidden(
+    base: Policy, adapter_folder: pathlib.Path, trajectories: Sequence[Trajectory], rows: RowsConfig
+) -> np.ndarray:
+    """[N, S, D] what the trunk with the estimator's adapters says at the end of each step."""
+    lora, adapter = weights.load_adapter(adapter_folder, base.config)
+    trunk = {"policy": jax.device_get(lora_lib.merge(lora, base.params, adapter))}
+    return scoring.score(
+        base.config, trunk, trajectories, rows, temperature=1.0, title="contributions"
+    ).end_hidden

@@ -1,0 +1,39 @@
+"""Files that a stage leaves: JSON written whole or not at all, and the mark of its end."""
+
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+from spa_jax import run as run_lib
+from spa_jax.training import distributed
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a file under a temporary name, then renames it.
+
+    Of several processes the first does.
+    """
+    if not distributed.is_first():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def is_done(folder: pathlib.Path, title: str) -> bool:
+    """Whether the stage of this folder has ended; says so."""
+    marker = run_lib.done(folder)
+    done = distributed.told(f"{title}: done", marker.exists)
+    if done:
+        print(f"{title}: already done ({marker})", flush=True)
+    return done
+
+
+def mark_done(folder: pathlib.Path, started: float, **results: Any) -> None:
+    """Marks the stage of this folder as ended; every process ends it here."""
+    seconds = round(time.time() - started, 1)
+    write_json(run_lib.done(folder), {"seconds": seconds, **results})
+    distributed.meet(f"{folder}: done")

@@ -1,0 +1,85 @@
+"""The whole method: every stage of a run, in order, each from its files.
+
+demonstrations -> SFT -> (exploration -> progress estimator -> annotation -> PPO) x iterations
+-> evaluation of the base and of the SPA policy on held-out games -> the estimator judged -> report.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from spa_jax import episodes, evaluation, files, policy, store
+from spa_jax import run as run_lib
+from spa_jax.evaluation import Summary
+from spa_jax.report.page import shown, write_report
+from spa_jax.run import BASE, SPA, Run
+from spa_jax.stages import (
+    annotate,
+    demonstrate,
+    evaluate,
+    explore,
+    games,
+    sft,
+    train_ppo,
+    train_progress,
+)
+from spa_jax.training import distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      run: on its games.
+      base: the base policy on the held-out games.
+      spa: the last round's policy on them.
+      validity: the last estimator on the base's held-out episodes, see
+        `evaluation.estimator_validity`.
+    """
+
+    run: Run
+    base: Summary
+    spa: Summary
+    validity: dict[str, float]
+
+
+def run(run: Run) -> Result:
+    """All stages; each that has ended is passed by."""
+    first = run.base if run.settings.method.base or run.base.exists() else run.policy
+    policy.check_chat_format(first, run.settings.chat.chat_format)
+    run = games.run(run)
+    demonstrate.run(run)
+    sft.run(run)
+    iterations = run.settings.method.iterations
+    for number in range(iterations):
+        train_round(run, number)
+    base = evaluate.run(run, BASE, policy=str(run.base))
+    annotate.run_evaluation(run, BASE)  # all: the estimator is judged on them
+    spa = evaluate.run(run, SPA, policy=str(run.newest_policy(iterations)))
+    played = store.read(run.evaluation(SPA) / run_lib.EPISODES)
+    annotate.run_evaluation(run, SPA, {t.key for t in shown(played)})  # what the report shows
+    validity = judge_estimator(run)
+    files.write_json(run.estimator, validity)
+    distributed.first_alone("report", lambda: write_report(run.workdir, run.report))
+    return Result(run, base, spa, validity)
+
+
+def train_round(run: Run, number: int) -> None:
+    """One round: exploration with the newest policy, estimator, annotation, PPO."""
+    explore.run(run, number)
+    train_progress.run(run, number)
+    annotate.run(run, number)
+    train_ppo.run(run, number)
+
+
+def judge_estimator(run: Run) -> dict[str, float]:
+    """The last estimator on the base policy's held-out episodes, which must be annotated."""
+    path = run.evaluation(BASE) / run_lib.EPISODES
+    played = episodes.completed(store.read(path))
+    contributions = [[step.contribution or 0.0 for step in t.steps] for t in played]
+    return evaluation.estimator_validity(
+        np.array([sum(c) for c in contributions]),
+        np.array([t.final_reward for t in played]),
+        contributions,
+    )

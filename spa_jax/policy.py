@@ -1,0 +1,170 @@
+"""A policy read from its folder: weights, heads, tokenizer, chat format, how it is computed."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from spa_jax import files, pretrained, tokenizer
+from spa_jax.chat import TEMPLATE, ChatFormat
+from spa_jax.config import DEFAULT_COMPUTE, ComputeConfig
+from spa_jax.errors import UserError
+from spa_jax.models import lora as lora_lib
+from spa_jax.models import weights
+from spa_jax.models.kernels.choice import resolve
+from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.training import distributed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EXPERT = "expert"  # in place of a policy's folder: the environment's own expert plays
+ADAPTER = "adapter"  # a policy's own adapter, in its folder
+ABOUT = "spa_jax.json"  # beside a policy's weights: what they do not say
+POLICY_HELP = (
+    "The pretrained policy: a Hugging Face folder, a GGUF file, or ORGANISATION/MODEL of the hub."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A policy read from its folder.
+
+    Attributes:
+      folder: which was given.
+      model: the folder of its config.json and tokenizer: `folder`, or an adapter's base.
+      config: the model's shape.
+      params: the weights, an adapter's merged.
+      heads: "value", "progress": those that lie beside the weights.
+      tokenizer: the tokenizer.
+      chat_format: the name of its conversations' format, as in `config.ChatConfig`.
+      version: the updates that made it.
+      trunk: the policy whose hidden states its progress head reads; "": this one.
+    """
+
+    folder: pathlib.Path
+    model: pathlib.Path
+    config: ModelConfig
+    params: Params
+    heads: dict[str, Params]
+    tokenizer: "PreTrainedTokenizerFast"
+    chat_format: str
+    version: int
+    trunk: str = ""
+
+    @functools.cached_property
+    def chat(self) -> ChatFormat:
+        """The format; a stage that neither writes nor reads conversations needs none."""
+        return ChatFormat.from_tokenizer(self.tokenizer, self.chat_format)
+
+
+def load(
+    policy: str | os.PathLike[str],
+    chat_format: str = TEMPLATE,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
+) -> Policy:
+    """Reads a Hugging Face folder, or a PEFT adapter's, with the heads beside it if there are any.
+
+    Args:
+      policy: the folder; or a GGUF file or a model of the hub, as `pretrained.resolve` takes it.
+      chat_format: the format of a policy that was not trained here; ours remember theirs.
+      compute: how its model is computed.
+
+    Raises:
+      UserError: the folder lacks something, its tokenizer has more ids than the embedding, it was
+        trained in another chat format, or the attention asked for does not run here.
+    """
+    path = pretrained.resolve(policy)
+    about = _about(path)
+    noted = {"version": about.get("version", 0), "trunk": about.get("progress_trunk", "")}
+    if weights.is_adapter(path):
+        trained_in = about.get("chat_format", chat_format)
+        base = load(weights.adapter_base(path), trained_in, compute)
+        lora, adapter = weights.load_adapter(path, base.config)
+        params = jax.device_get(lora_lib.merge(lora, base.params, adapter))
+        return dataclasses.replace(
+            base, folder=path, params=params, heads=weights.load_heads(path), **noted
+        )
+    config, params = weights.load_pretrained(path)
+    backend, trained_in = _conversations(path, chat_format)
+    largest = max(backend.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{path / 'tokenizer.json'}: ids up to {largest}, but {path / 'config.json'} and "
+            f"tensor model.embed_tokens.weight have vocab_size {config.vocab_size}: they belong "
+            "to different models"
+        )
+    return Policy(
+        folder=path,
+        model=path,
+        config=resolve(config, compute),
+        params=params,
+        heads=weights.load_heads(path),
+        tokenizer=backend,
+        chat_format=trained_in,
+        **noted,
+    )
+
+
+def check_chat_format(policy: str | os.PathLike[str], chat_format: str) -> None:
+    """Refuses a policy that has no chat format, before anything is done with it.
+
+    Raises:
+      UserError: as `load` and `Policy.chat` do; the weights are not read.
+    """
+    ChatFormat.from_tokenizer(*_conversations(pretrained.resolve(policy), chat_format))
+
+
+def _conversations(path: pathlib.Path, chat_format: str) -> tuple["PreTrainedTokenizerFast", str]:
+    """The tokenizer of a folder, and the name of its conversations' format."""
+    trained_in = _about(path).get("chat_format", chat_format)
+    if chat_format not in (TEMPLATE, trained_in):
+        raise UserError(
+            f"--chat_format={chat_format}: the policy was trained with {trained_in}, says "
+            f"{path / ABOUT}; leave the flag out"
+        )
+    return tokenizer.load(path), trained_in
+
+
+def _about(path: pathlib.Path) -> dict[str, Any]:
+    """What we noted of a policy of ours; {} for others."""
+    file = path / ABOUT
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
+    """Writes the chat format of a folder's episodes beside them.
+
+    Raises:
+      UserError: the episodes that are there were played in another one.
+    """
+    if not distributed.is_first():
+        return
+    path = folder / "chat.json"
+    ours = {"chat_format": policy.chat_format, "end_of_turn": policy.chat.end_of_turn}
+    if path.exists() and any(folder.glob("trajectories*.jsonl")):
+        theirs = json.loads(path.read_text())
+        if theirs != ours:
+            raise UserError(
+                f"{path}: the episodes there are in the chat format {theirs['chat_format']}, the "
+                f"policy's is {policy.chat_format}; give that --chat_format, or another folder"
+            )
+    files.write_json(path, ours)
+
+
+def recorded_chat_format(folder: pathlib.Path) -> str:
+    """The chat format of a folder's episodes; the template's own if none is recorded."""
+    path = folder / "chat.json"
+    return json.loads(path.read_text())["chat_format"] if path.exists() else TEMPLATE
+
+
+def other_ends(policy: Policy) -> list[int]:
+    """The ids that end a turn beside the chat format's, by the model's generation_config.json."""
+    path = policy.model / "generation_config.json"
+    given = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    ids = given if isinstance(given, list) else [given]
+    return [i for i in ids if isinstance(i, int) and i != policy.chat.end_of_turn]

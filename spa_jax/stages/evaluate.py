@@ -1,0 +1,51 @@
+"""Stage 6: a policy plays held-out games once each, and how well is written down.
+
+Writes W/eval/NAME/{trajectories.jsonl,summary.json}.  Run again, it plays what is missing.
+"""
+
+import dataclasses
+
+from spa_jax import evaluation, files, play
+from spa_jax.config import ExploreConfig, SamplingConfig
+from spa_jax.evaluation import Summary
+from spa_jax.play import Recording
+from spa_jax.run import Run
+
+
+def run(run: Run, name: str, *, policy: str) -> Summary:
+    """Plays the run's held-out games at --eval_temperature.
+
+    Args:
+      run: the run.
+      name: below W/eval.
+      policy: who plays.
+    """
+    method, data, sampling = run.settings.method, run.settings.data, run.settings.sampling
+    return play_games(
+        run,
+        name,
+        policy=policy,
+        games=ExploreConfig(split=data.heldout_split, games=data.heldout_games),
+        sampling=dataclasses.replace(sampling, temperature=method.eval_temperature),
+    )
+
+
+def play_games(
+    run: Run, name: str, *, policy: str, games: ExploreConfig, sampling: SamplingConfig
+) -> Summary:
+    """Plays one episode of each chosen game, and writes the summary."""
+    folder = run.evaluation(name)
+    played = play.record(
+        run,
+        Recording(
+            stage="evaluate",
+            folder=folder,
+            policy=policy,
+            games=dataclasses.replace(games, rollouts=1),
+            sampling=sampling,
+            title=f"evaluate {name}",
+        ),
+    )
+    summary = evaluation.summarize(played)
+    files.write_json(folder / "summary.json", summary.to_dict())
+    return summary

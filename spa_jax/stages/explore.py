@@ -1,0 +1,40 @@
+"""Stage 2: the newest policy plays episodes of a split; each is recorded exactly once.
+
+Appends to W/iteration_I/explore/trajectories.jsonl as episodes end.  Killed and run again, it
+plays what is missing.  Of several processes each plays its own tasks, in its own environments,
+and appends to trajectories.process_P.jsonl; in the end all are in one.
+"""
+
+import pathlib
+
+from spa_jax import play
+from spa_jax.play import Recording
+from spa_jax.run import Run
+from spa_jax.trajectory import Trajectory
+
+
+def run(
+    run: Run, number: int, *, policy: str = "", out: pathlib.Path | None = None
+) -> list[Trajectory]:
+    """Plays the games of a round.
+
+    Args:
+      run: the run.
+      number: of the round.
+      policy: who plays, or "expert"; "": the round's policy.
+      out: the folder of the episodes; None: the round's.
+
+    Returns:
+      The episodes, sorted by key.
+    """
+    return play.record(
+        run,
+        Recording(
+            stage="explore",
+            folder=out or run.round(number).explore,
+            policy=policy or str(run.newest_policy(number)),
+            games=run.games_of(number),
+            sampling=run.settings.sampling,
+            title=f"explore {number}" if out is None else f"explore into {out}",
+        ),
+    )

@@ -1,0 +1,79 @@
+"""The progress estimator is trained: a head on the features of the explored episodes."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from spa_jax.config import ProgressConfig
+from spa_jax.models import heads
+from spa_jax.models.transformer import Params
+from spa_jax.training import estimator_data, partition, schedule
+from spa_jax.training import state as state_lib
+from spa_jax.training.estimator_data import AdaptedTrunk, FrozenTrunk
+from spa_jax.training.estimator_update import StepFeatures
+from spa_jax.training.loop import Loop, Outcome
+from spa_jax.training.state import TrainState
+
+_WARMUP_SHARE = 0.03
+
+
+def estimate(
+    trunk: FrozenTrunk | AdaptedTrunk,
+    features: StepFeatures,
+    tasks: Sequence[str],
+    *,
+    progress: ProgressConfig,
+    seed: int,
+    out: pathlib.Path,
+) -> tuple[Params, dict[str, float]]:
+    """All updates, from the newest checkpoint if there is one.
+
+    Args:
+      trunk: what the head reads.
+      features: of all N episodes under the frozen trunk: they scale the head's input.
+      tasks: [N] the episodes' tasks; all episodes of a task are learnt from, or held out.
+      progress: the settings.
+      seed: of the head, the held-out tasks and the order.
+      out: gets metrics.jsonl (a line an epoch) and checkpoints.
+
+    Returns:
+      The trained parameters on the host: {"progress": head} and what was trained of the trunk;
+      and the figures of the held-out episodes with the number of updates.
+    """
+    train, valid = estimator_data.split_by_task(tasks, progress.valid_share, seed)
+    head = heads.ProgressHead(width=progress.width)
+    params = jax.jit(head.init)(jax.random.key(seed), features.hidden[:1, :1])["params"]
+    params = heads.fit_norm(params, features.hidden[train], features.step_mask[train])
+    per_epoch = -(-len(train) // progress.batch_size)
+    total = progress.epochs * per_epoch
+    rate = schedule.warmup_cosine(progress.learning_rate, total, _WARMUP_SHARE)
+    optimizer = state_lib.adamw(
+        rate, clip_norm=progress.clip_norm, weight_decay=progress.weight_decay
+    )
+    trainer = trunk.trainer(optimizer)
+    loop = Loop(
+        out,
+        trainer=trainer,
+        state=state_lib.create({"progress": params} | trunk.trained, optimizer),
+        carry={"epoch": np.zeros(2)},  # squared error and episodes of the epoch so far
+        every=max(1, progress.epochs // 2) * per_epoch,
+    )
+    equal = [1] * len(train)
+
+    def step(update: int, state: TrainState, carry: Mapping[str, Any]) -> Outcome:
+        chosen = train[schedule.batch_of(update, equal, progress.batch_size, seed)]
+        batches = trunk.batches(chosen, progress.batch_size, trainer.devices)
+        state, sums = trainer.update(state, batches, {"trajectories": len(chosen)})
+        epoch = carry["epoch"] + [sums["squared_error"], len(chosen)]
+        if (update + 1) % per_epoch:
+            return Outcome(state, None, carry={"epoch": epoch})
+        judged = estimator_data.judge(partition.unreplicate(state.params), trunk, valid)
+        line = {"loss": epoch[0] / epoch[1], **judged}
+        return Outcome(state, line, carry={"epoch": np.zeros(2)})
+
+    state = loop.run(step, total=total, title="progress")
+    params = trainer.fetch(state.params)
+    return params, {"updates": total, **estimator_data.judge(params, trunk, valid)}

@@ -1,0 +1,205 @@
+"""The policy's update over annotated episodes: PPO, an objective without a critic, or rft."""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from spa_jax import batching
+from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax.models import heads
+from spa_jax.models.transformer import Params
+from spa_jax.policy import Policy
+from spa_jax.rl import objectives
+from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
+from spa_jax.training import state as state_lib
+from spa_jax.training.loop import Loop, Outcome
+from spa_jax.training.ppo_data import RFT
+from spa_jax.training.state import TrainState
+from spa_jax.training.trainable import Trainable
+from spa_jax.trajectory import Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What an update of the policy is made from.
+
+    Attributes:
+      trainable: what is trained of the policy that played.
+      trajectories: the episodes; for rft the won ones.
+      scores: of them under the critic's policy; None without a critic.
+      head: {"value": the value head} if one is trained along.
+      ppo: the objective and its settings.
+      rows: the static shape.
+      temperature: the policy is softmax(logits / temperature).
+      lower_states_file: where the estimator's pass kept what frozen layers make of the episodes.
+    """
+
+    trainable: Trainable
+    trajectories: Sequence[Trajectory]
+    scores: scoring.Scores | None
+    head: dict[str, Params]
+    ppo: PpoConfig
+    rows: RowsConfig
+    temperature: float
+    lower_states_file: pathlib.Path
+
+    def run(self, out: pathlib.Path, *, seed: int, constants: Mapping[str, float]) -> TrainState:
+        """All updates, from the newest checkpoint if there is one; the last state, on the host.
+
+        Args:
+          out: gets metrics.jsonl and checkpoints.
+          seed: of the order of the trajectories.
+          constants: metrics that are the same for every update.
+        """
+        ppo, trajectories, parts = self.ppo, self.trajectories, self.trainable.parts
+        config = self.trainable.policy.config
+        optimizer = state_lib.adamw(
+            optax.constant_schedule(ppo.learning_rate),
+            clip_norm=ppo.clip_norm,
+            weight_decay=ppo.weight_decay,
+        )
+        loss = (
+            sft_update.make_loss(config)
+            if ppo.objective == RFT
+            else ppo_update.make_loss(config, ppo, self.temperature)
+        )
+        frozen = parts.frozen_in(config.dtype)
+        trainer = partition.make(
+            self.rows, parts.on_parts(loss), optimizer, frozen, config.compute.accum_dtype
+        )
+        make = self._updates(trainer)
+        loop = Loop(
+            out,
+            trainer=trainer,
+            state=state_lib.create(parts.trained | self.head, optimizer),
+            every=ppo.checkpoint_every,
+        )
+        lengths = [len(t.token_ids) for t in trajectories]
+        total = ppo.epochs * -(-len(trajectories) // ppo.batch_size)
+
+        def step(update: int, state: TrainState, carry: Mapping[str, Any]) -> Outcome:
+            del carry
+            tick = time.time()
+            chosen = schedule.batch_of(update, lengths, ppo.batch_size, seed)
+            made = make(chosen, state.params)
+            state, sums = trainer.update(state, made.batches, made.counts)
+            tokens = float(batching.token_count(made.packed))
+            line = ppo_data.update_metrics(sums, made, [trajectories[i] for i in chosen])
+            line |= {
+                "tokens": tokens,
+                "tokens_per_second": tokens / (time.time() - tick),
+                "padding_share": batching.padding_share(*(b.rows for b in made.batches)),
+                **constants,
+            }
+            return Outcome(state, line)
+
+        return trainer.fetch(loop.run(step, total=total, title="ppo"))
+
+    def _updates(
+        self, trainer: partition.Trainer
+    ) -> Callable[[np.ndarray, Any], ppo_data.Update]:
+        """(indices of an update's episodes, parameters on the devices) -> the update's data."""
+        ppo, rows, trajectories = self.ppo, self.rows, self.trajectories
+        parts, config = self.trainable.parts, self.trainable.policy.config
+        lower = self._lower_states(trainer)
+        if ppo.objective == RFT:
+            return lambda chosen, _: ppo_data.make_rft_update(
+                trajectories, chosen, rows, trainer.devices, lower
+            )
+        values = None if self.scores is None else self.scores.values
+        if ppo.gae == "token":
+            run = trainer.forward(parts.on_parts(ppo_update.make_token_values(config)))
+            at_start = functools.partial(run, trainer.replicate(parts.trained | self.head))
+            values = ppo_data.token_values(at_start, trajectories, rows, trainer.devices, lower)
+        if self.scores is not None and ppo.critic == "ridge":
+            values = ppo_data.fitted_values(trajectories, self.scores.value_hidden, ppo)
+        table = ppo_data.make_table(trajectories, values, ppo)
+        log_probs = trainer.forward(
+            parts.on_parts(ppo_update.make_log_probs(config, self.temperature))
+        )
+        return lambda chosen, now: ppo_data.make_update(
+            trajectories,
+            table,
+            chosen,
+            rows=rows,
+            ppo=ppo,
+            devices=trainer.devices,
+            below=lower,
+            log_probs=functools.partial(log_probs, now),
+        )
+
+    def _lower_states(self, trainer: partition.Trainer) -> list[np.ndarray] | None:
+        """What the frozen layers make of the episodes: what the estimator's pass kept, or one more.
+
+        The estimator read them with the base policy, whose lower layers are this policy's if no
+        round has trained them.
+        """
+        parts, config = self.trainable.parts, self.trainable.policy.config
+        lower = scoring.cached_below(
+            self.lower_states_file, config, parts.frozen, self.trajectories
+        )
+        if lower is not None:
+            return lower
+        frozen = partition.whole_layers(trainer, parts.frozen_in(config.dtype))
+        return scoring.below(
+            config,
+            frozen,
+            self.trajectories,
+            self.rows,
+            devices=trainer.devices,
+            title="frozen layers",
+        )
+
+
+def critic_scores(
+    policy: Policy,
+    trajectories: Sequence[Trajectory],
+    *,
+    features: pathlib.Path,
+    rows: RowsConfig,
+    ppo: PpoConfig,
+    temperature: float,
+) -> scoring.Scores | None:
+    """The scores of the episodes under the critic's policy, and its value head if it has one.
+
+    Args:
+      policy: the critic's, see `stages.train_ppo`.
+      trajectories: N episodes.
+      features: where the estimator's pass is kept: in round 0 it is this one.
+      rows: the static shape.
+      ppo: the objective.
+      temperature: that the episodes were sampled at.
+
+    Returns:
+      None for an objective without a critic.
+    """
+    if ppo.objective == RFT or not objectives.OBJECTIVES[ppo.objective].critic:
+        return None
+    kept = ("value",) if ppo.critic == "head" else ()
+    heads_of = {name: head for name, head in policy.heads.items() if name in kept}
+    return scoring.cached_score(
+        features,
+        policy.folder,
+        policy.config,
+        {"policy": policy.params} | heads_of,
+        trajectories,
+        rows,
+        temperature=temperature,
+        title="values",
+        keep=False,
+    )
+
+
+def value_head(policy: Policy, scores: scoring.Scores, seed: int) -> Params:
+    """The policy's value head, or a new one."""
+    if "value" in policy.heads:
+        return policy.heads["value"]
+    fresh = jax.jit(heads.ValueHead().init)(jax.random.key(seed), scores.value_hidden[:1, :1])
+    return heads.fit_norm(fresh["params"], scores.value_hidden, scores.step_mask)
