@@ -31,7 +31,8 @@ from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
 from spa_jax.models import lora as lora_lib
 from spa_jax.models.transformer import Params
-from spa_jax.training import distributed, scoring
+from spa_jax.runtime import distributed
+from spa_jax.training import scoring
 from spa_jax.trajectory import Trajectory
 
 

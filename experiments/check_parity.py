@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from experiments import common
 from experiments import flags as flags_lib
 from spa_jax.errors import UserError
 from spa_jax.parity import cases
 from spa_jax.parity.compare import Comparison
+from spa_jax.runtime import setup
 
 
 def describe(name: str, found: Comparison) -> str:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if not _GOLDEN.value:
         raise UserError("--golden is not set: give the folder of the recorded cases")
-    common.prepare_jax()
+    setup.prepare_jax()
     found = {}
     # On an accelerator a float32 product has fewer digits unless it is told otherwise.
     with jax.default_matmul_precision("highest"):

@@ -1,12 +1,10 @@
 """What the stage binaries share: an environment, a policy, a stage's folder."""
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
 import json
-import mmap
 import os
 import pathlib
 import time
@@ -15,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import tqdm
-from absl import logging
 
 from experiments import flags as flags_lib
 from spa_jax import batching, pretrained, rollout, store, tokenizer
@@ -38,9 +35,9 @@ from spa_jax.errors import UserError
 from spa_jax.models import fused, native, transformer, weights
 from spa_jax.models import lora as lora_lib
 from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.runtime import distributed, setup
 from spa_jax.sampling.engine import Engine
 from spa_jax.sampling.parallel import ParallelEngine
-from spa_jax.training import distributed, preemption
 from spa_jax.training import parts as parts_lib
 from spa_jax.training.metrics import MetricsWriter
 from spa_jax.training.parts import Parts
@@ -55,10 +52,6 @@ ABOUT = "spa_jax.json"  # beside a policy's weights: what they do not say
 POLICY_HELP = (
     "The pretrained policy: a Hugging Face folder, a GGUF file, or ORGANISATION/MODEL of the hub."
 )
-
-# From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-_HUGE_PAGE = 2 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,7 +445,7 @@ def read_played(folder: pathlib.Path, jobs: Sequence[rollout.Job], title: str) -
       title: of the stage.
     """
     path = _episodes(folder)
-    distributed.meet(f"{title}: the episodes")
+    distributed.barrier(f"{title}: the episodes")
     distributed.first_alone(f"{title}: all episodes", lambda: store.merge(path))
     wanted = {job.key for job in jobs}
     return [t for t in (store.read(path) if path.exists() else []) if t.key in wanted]
@@ -478,13 +471,13 @@ def agree_on(trajectories: Sequence[Trajectory], source: object) -> None:
     digest = hashlib.sha256()
     for t in trajectories:
         digest.update(repr((t.key, t.token_ids, [step.reward for step in t.steps])).encode())
-    distributed.agree(f"episodes in {source}", digest.hexdigest())
+    distributed.assert_equal(f"episodes in {source}", digest.hexdigest())
 
 
 def is_done(folder: pathlib.Path, title: str) -> bool:
     """Whether the stage of this folder has ended; says so."""
     marker = folder / "done.json"
-    done = distributed.told(f"{title}: done", marker.exists)
+    done = distributed.broadcast(f"{title}: done", marker.exists)
     if done:
         print(f"{title}: already done ({marker})", flush=True)
     return done
@@ -494,7 +487,7 @@ def mark_done(folder: pathlib.Path, started: float, **results: Any) -> None:
     """Marks the stage of this folder as ended; every process ends it here."""
     seconds = round(time.time() - started, 1)
     write_json(folder / "done.json", {"seconds": seconds, **results})
-    distributed.meet(f"{folder}: done")
+    distributed.barrier(f"{folder}: done")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -510,51 +503,10 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep what XLA frees on a CPU, instead of giving it back to the system.
-
-    A training step allocates gigabytes of temporaries; fetched from the system each time,
-    they cost a page fault every 4 KiB: a fifth of an SFT update on two cores, nothing with
-    this.  One arena, because those of threads give back whatever they free; so it must be
-    called before JAX starts its threads.  Pages of 2 MiB, where the system gives them to those
-    who ask, took another tenth to seventh off.  Does nothing where the C library is another one.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    libc.mallopt(_M_ARENA_MAX, 1)
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, -1)  # becomes the largest size_t: never
-    libc.mallopt(_M_TOP_PAD, 64 * 2**20)
-    # The heap grows once, here, by addresses alone, and its pages will be huge ones.
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    libc.malloc.restype = ctypes.c_void_p
-    heap = libc.malloc(ctypes.c_size_t(size))
-    if heap:
-        start = -(-heap // _HUGE_PAGE) * _HUGE_PAGE
-        length = ctypes.c_size_t(heap + size - start)
-        libc.madvise(ctypes.c_void_p(start), length, mmap.MADV_HUGEPAGE)
-        libc.free(ctypes.c_void_p(heap))
-
-
-def prepare_jax() -> None:
-    """Settings of every binary that computes: a compilation cache, and memory that is kept."""
-    logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators are absent
-    keep_freed_memory()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path.home() / ".cache" / "spa_jax" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
 def stage(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
-    """A stage's `main`, with JAX prepared, the other processes joined, and SIGTERM heeded."""
+    """A stage's `main`, as `setup.program` runs it."""
 
     def run(argv: Sequence[str]) -> None:
-        prepare_jax()
-        distributed.initialize(flags_lib.read(DistributedConfig))
-        with distributed.ending_together(), preemption.handled():
-            distributed.check_devices()
-            main(argv)
+        setup.program(lambda: main(argv), flags_lib.read(DistributedConfig))
 
     return run

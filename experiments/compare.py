@@ -20,7 +20,7 @@ from experiments import flags as flags_lib
 from spa_jax import config as config_lib
 from spa_jax import evaluation, store
 from spa_jax.errors import UserError
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 from spa_jax.training import metrics as metrics_lib
 
 ARMS = ("sft", "continued_sft", "terminal", "spa")

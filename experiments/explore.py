@@ -31,9 +31,9 @@ from spa_jax.config import (
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
+from spa_jax.runtime import distributed
 from spa_jax.sampling.engine import Engine
 from spa_jax.sampling.parallel import ParallelEngine
-from spa_jax.training import distributed
 from spa_jax.trajectory import Trajectory
 
 
@@ -88,7 +88,7 @@ def run(
             assert policy is not None  # the expert needs none
             return common.make_engine(policy, sampling, used, seed)
 
-        distributed.agree("number of episodes", len(jobs))
+        distributed.assert_equal("number of episodes", len(jobs))
         common.play_jobs(client, own, out, env, policy, make_engine, title)
     played = common.read_played(out, jobs, title)
     common.mark_done(out, started, episodes=len(played), failures=len(jobs) - len(played))

@@ -23,6 +23,7 @@ from experiments import common
 from experiments import flags as flags_lib
 from spa_jax.errors import UserError
 from spa_jax.models import weights
+from spa_jax.runtime import setup
 
 
 def run(checkpoint: pathlib.Path, out: pathlib.Path, adapter: bool, progress: str) -> list[str]:
@@ -109,7 +110,7 @@ def _write_adapter(new: pathlib.Path, policy: common.Policy) -> None:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    common.prepare_jax()
+    setup.prepare_jax()
     out = pathlib.Path(_OUT.value)
     heads = run(pathlib.Path(_CHECKPOINT.value), out, _ADAPTER.value, _PROGRESS.value)
     print(f"RESULT out={out} heads={','.join(heads) or 'none'}")

@@ -34,7 +34,7 @@ from spa_jax import evaluation, store
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.report.page import BASE, SPA, shown, write_report
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 from spa_jax.trajectory import Trajectory
 
 # The settings of a `Run`, by its field.

@@ -33,15 +33,14 @@ from spa_jax.config import (
 )
 from spa_jax.errors import UserError
 from spa_jax.models import transformer
+from spa_jax.runtime import distributed, preemption
+from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import (
-    distributed,
     partition,
-    preemption,
     schedule,
     scoring,
     sft_update,
 )
-from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.trajectory import Trajectory
@@ -124,7 +123,7 @@ def _train(
     state = checkpoints.restore(state) or state
     done = int(state.update)
     writer.truncate_after(done)
-    best, bad = distributed.told("held-out losses", lambda: _held_out_so_far(writer.path))
+    best, bad = distributed.broadcast("held-out losses", lambda: _held_out_so_far(writer.path))
     state = trainer.replicate(state)
     # Killed after it stopped early and before it said so: nothing is left to train.
     end = done if sft.patience and bad >= sft.patience else total

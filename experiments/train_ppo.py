@@ -37,17 +37,16 @@ from spa_jax.errors import UserError
 from spa_jax.models import heads
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.rl import objectives
+from spa_jax.runtime import distributed, preemption
+from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import (
-    distributed,
     partition,
     ppo_data,
     ppo_update,
-    preemption,
     schedule,
     scoring,
     sft_update,
 )
-from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.parts import Parts

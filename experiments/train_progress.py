@@ -36,11 +36,10 @@ from spa_jax.config import (
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
 from spa_jax.models.transformer import Params
+from spa_jax.runtime import distributed, preemption
 from spa_jax.training import (
-    distributed,
     estimator_update,
     partition,
-    preemption,
     schedule,
     scoring,
 )

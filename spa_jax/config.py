@@ -200,7 +200,7 @@ class RowsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """The processes that share a run (`training/distributed.py`, docs/pod.md)."""
+    """The processes that share a run (`runtime/distributed.py`, docs/pod.md)."""
 
     distributed: bool = _setting(
         False, "This is one of several processes, which find each other on a Cloud TPU slice, "

@@ -34,9 +34,9 @@ def main(argv: Sequence[str]) -> None:
     if subject not in SUBJECTS:
         raise UserError(f"expected one subject of {', '.join(SUBJECTS)}; got {subject}")
     if subject != "env":  # which reads no model
-        from experiments import common
+        from spa_jax.runtime import setup
 
-        common.prepare_jax()
+        setup.prepare_jax()
     importlib.import_module(f"experiments.bench.{subject}").run()
 
 

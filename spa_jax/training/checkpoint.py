@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from spa_jax.errors import UserError
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 
 
 class Checkpoints:
@@ -34,7 +34,7 @@ class Checkpoints:
         Raises:
           UserError: if the checkpoint is of another shape.
         """
-        step = distributed.told("the newest checkpoint", self._manager.latest_step)
+        step = distributed.broadcast("the newest checkpoint", self._manager.latest_step)
         if step is None:
             return None
         # Of numpy arrays: those of shapes alone would come back where they lay when saved.

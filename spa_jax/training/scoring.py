@@ -19,7 +19,8 @@ from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import transformer, weights
 from spa_jax.models.transformer import ModelConfig, Params
-from spa_jax.training import distributed, forward, partition
+from spa_jax.runtime import distributed
+from spa_jax.training import forward, partition
 from spa_jax.trajectory import Trajectory
 
 
@@ -265,7 +266,7 @@ def _read(cache: pathlib.Path, digest: str, names: Sequence[str]) -> dict[str, A
                 found = {name: saved[name] for name in names}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         pass
-    if not distributed.told(f"whether {cache.name} can be used", lambda: found is not None):
+    if not distributed.broadcast(f"whether {cache.name} can be used", lambda: found is not None):
         return None
     if found is None:
         raise UserError(f"{cache}: process 0 can read it and this one cannot; is it shared?")

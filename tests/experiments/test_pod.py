@@ -114,7 +114,7 @@ def _one_writer(workdir: pathlib.Path, count: int) -> None:
 def test_processes_end_as_one(count, devices, single, policy, tmp_path):
     """Of five games one of two processes plays three, one of four plays two.
 
-    (tests/training/test_distributed.py has the update on a mesh across processes.)
+    (tests/runtime/test_distributed.py has the update on a mesh across processes.)
     """
     command = _whole(policy, tmp_path)
     stages.succeed_all(count, *command, devices=devices)

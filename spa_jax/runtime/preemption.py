@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 
 EXIT_CODE = 128 + signal.SIGTERM
 # How long a stage that only has to clean up may take: less than the usual 30 s to the SIGKILL.

@@ -1,18 +1,19 @@
-"""Several processes of one run: how they find each other, share work, agree and end together.
+"""Several processes of one run: how they find each other, share work and end together.
 
 Every process runs the same program, on its own devices and with its own environment server:
 
-    process 0   its tasks .......... meet  update = update = ... = update  policy  meet
-    process 1   its tasks .. (waits) meet  update = update = ... = update  (waits) meet
+    process 0   its tasks .......... barrier  update = update = ... = update  policy  barrier
+    process 1   its tasks .. (waits) barrier  update = update = ... = update  (waits) barrier
 
 Rollouts need nobody.  Updates (=) are collectives: every process must make the same number of
-them, of the same shapes.  Each computes them from the same files, and `agree` makes sure that
-they read the same.  Files that all read are written by process 0, before the processes meet.
+them, of the same shapes.  Each computes them from the same files, and `assert_equal` makes sure
+that they read the same.  Files that all read are written by process 0, before a barrier.
 
-They meet in the key-value store of jax.distributed's coordinator, which process 0 runs, and not
-in collectives, which wait for ever.  A process that fails says so in the store before it exits; a
-thread of every other one looks there and ends it, even out of a collective.  One that is killed
-is missed by jax.distributed itself, which ends the others after 100 s.
+`broadcast`, `assert_equal` and `barrier` use the key-value store of jax.distributed's coordinator,
+which process 0 runs, and not collectives on the devices, which wait for ever.  A process that
+fails says so in the store before it exits; a thread of every other one looks there and ends it,
+even out of a collective.  One that is killed is missed by jax.distributed itself, which ends the
+others after 100 s.
 
 With one process everything here does nothing, at no cost.
 """
@@ -39,7 +40,7 @@ from spa_jax.errors import UserError, complaint
 
 T = TypeVar("T")
 
-_FAILED, _LEFT, _TOLD = "spa_jax/failed/", "spa_jax/left/", "spa_jax/told/"
+_FAILED, _LEFT, _BROADCAST = "spa_jax/failed/", "spa_jax/left/", "spa_jax/broadcast/"
 _LOOK_EVERY_S = 1.0  # how often a process looks whether another one failed
 _LEAVE_WITHIN_S = 30.0  # how long process 0 keeps the store open for the others to look
 
@@ -139,7 +140,7 @@ def share(items: Sequence[T]) -> list[T]:
     return list(items[index() :: count()])
 
 
-def meet(what: str) -> None:
+def barrier(what: str) -> None:
     """Waits until every process is here.
 
     Args:
@@ -154,19 +155,25 @@ def meet(what: str) -> None:
             _client().wait_at_barrier(key, _meet_timeout_s * 1000)
 
 
-def told(what: str, value: Callable[[], T]) -> T:
-    """What process 0 finds: the others do not look for themselves, and cannot find another.
+def broadcast(what: str, value: Callable[[], T]) -> T:
+    """The value that process 0 computes, in every process.
+
+    A process that reads a file by itself may see an older state of it than another one does (on a
+    network disk, or while it is written), and would go another way.  So process 0 alone reads.
 
     Args:
       what: names the value, the same everywhere.
-      value: finds it; JSON can hold it.  Called in process 0 alone.
+      value: computes it; JSON can hold the result.  Called in process 0 alone.
+
+    Returns:
+      The value, in every process.
 
     Raises:
       UserError: if process 0 does not say within --meet_timeout_s.
     """
     if count() == 1:
         return value()
-    key = f"{_TOLD}{next(_calls)}/{what}"
+    key = f"{_BROADCAST}{next(_calls)}/{what}"
     if is_first():
         found = value()
         _client().key_value_set(key, json.dumps(found))
@@ -175,8 +182,8 @@ def told(what: str, value: Callable[[], T]) -> T:
         return json.loads(_client().blocking_key_value_get(key, _meet_timeout_s * 1000))
 
 
-def agree(what: str, value: Any) -> None:
-    """Makes sure that every process holds the same value, and waits until all know.
+def assert_equal(what: str, value: Any) -> None:
+    """Checks that every process holds the same value, and waits until all have checked.
 
     Args:
       what: names it, the same everywhere.
@@ -185,20 +192,20 @@ def agree(what: str, value: Any) -> None:
     Raises:
       UserError: if it differs, or some do not come.
     """
-    theirs = told(what, lambda: value)
+    theirs = broadcast(what, lambda: value)
     if theirs != value:
         raise UserError(
             f"process {index()} has other {what} than process 0 ({value}, not {theirs}): give all "
             "processes the same flags, the same data and the same --workdir"
         )
-    meet(what)
+    barrier(what)
 
 
 def first_alone(what: str, do: Callable[[], object]) -> None:
     """Process 0 does something; the others wait until it is done."""
     if is_first():
         do()
-    meet(what)
+    barrier(what)
 
 
 def gather(tree: Any) -> Any:
@@ -240,8 +247,8 @@ def fail(message: str, code: int) -> NoReturn:
     """
     _ending.set()
     with contextlib.suppress(RuntimeError):  # the store may be what has failed
-        told_others = json.dumps({"message": message, "code": code})
-        _client().key_value_set(f"{_FAILED}{index()}", told_others)
+        failure = json.dumps({"message": message, "code": code})
+        _client().key_value_set(f"{_FAILED}{index()}", failure)
         deadline = time.monotonic() + _LEAVE_WITHIN_S
         while is_first() and time.monotonic() < deadline:
             if len(_client().key_value_dir_get(_LEFT)) == count() - 1:

@@ -1,4 +1,4 @@
-"""One of several processes of `test_distributed`: python -m tests.training.member FOLDER PORT N I.
+"""One of several processes of `test_distributed`: python -m tests.runtime.member FOLDER PORT N I.
 
 Makes updates with the devices of all processes, in both partitions, and saves, restores and
 gathers on the way; process 0 writes FOLDER/NAME.npz for the test to compare.  What is trained is a
@@ -15,7 +15,8 @@ import numpy as np
 from spa_jax.config import DistributedConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
-from spa_jax.training import distributed, estimator_update, partition
+from spa_jax.runtime import distributed
+from spa_jax.training import estimator_update, partition
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from tests.training import test_updates
@@ -67,18 +68,18 @@ def _contributions(params: dict, batch: estimator_update.StepFeatures) -> jax.Ar
 def talk(index: int, count: int) -> None:
     """What processes tell each other."""
     assert (distributed.index(), distributed.count()) == (index, count)
-    assert distributed.told("who", lambda: f"process {index}") == "process 0"
-    distributed.agree("a number", 7)
+    assert distributed.broadcast("who", lambda: f"process {index}") == "process 0"
+    distributed.assert_equal("a number", 7)
     if index == 1:
         try:
-            distributed.agree("their own number", index)
+            distributed.assert_equal("their own number", index)
         except UserError as error:
             assert "process 1 has other their own number than process 0 (1, not 0)" in str(error)
-            distributed.meet("their own number")
+            distributed.barrier("their own number")
         else:
             raise AssertionError("not refused")
     else:
-        distributed.agree("their own number", 0)
+        distributed.assert_equal("their own number", 0)
     gathered = distributed.gather({"x": np.full((2, 3), index, np.int32)})["x"]
     assert gathered[:, 0].tolist() == [p for p in range(count) for _ in range(2)]
 

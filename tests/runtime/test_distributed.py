@@ -13,9 +13,9 @@ import pytest
 
 from spa_jax.config import DistributedConfig
 from spa_jax.errors import UserError
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 from tests.experiments import stages
-from tests.training import member
+from tests.runtime import member
 
 RATE = 1e-2  # of `member.OPTIMIZER`
 
@@ -26,7 +26,7 @@ def _members(folder: pathlib.Path, count: int, devices: int, *more: str):
     environment = stages.environment(devices)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.training.member", str(folder), str(port), str(count),
+            [sys.executable, "-m", "tests.runtime.member", str(folder), str(port), str(count),
              str(index), *more],
             cwd=stages.ROOT, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -97,6 +97,6 @@ def test_one_process_is_alone():
     distributed.initialize(DistributedConfig())  # does nothing
     assert (distributed.count(), distributed.index()) == (1, 0)
     assert distributed.share([1, 2, 3]) == [1, 2, 3] and distributed.is_first()
-    assert distributed.told("x", lambda: 5) == 5
-    distributed.agree("x", 5)
-    distributed.meet("x")
+    assert distributed.broadcast("x", lambda: 5) == 5
+    distributed.assert_equal("x", 5)
+    distributed.barrier("x")
