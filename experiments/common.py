@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import json
 import mmap
 import os
@@ -18,7 +17,7 @@ import tqdm
 from absl import logging
 
 from experiments import flags as flags_lib
-from spa_jax import batching, pretrained, rollout, store, tokenizer
+from spa_jax import pretrained, rollout, store, tokenizer
 from spa_jax.chat import TEMPLATE, TEMPLATES, ChatFormat
 from spa_jax.config import (
     DEFAULT_COMPUTE,
@@ -26,7 +25,6 @@ from spa_jax.config import (
     DistributedConfig,
     EnvConfig,
     LoraConfig,
-    RowsConfig,
     SamplingConfig,
     ServerConfig,
 )
@@ -208,22 +206,6 @@ def recorded_chat_format(folder: pathlib.Path) -> str:
     return json.loads(path.read_text())["chat_format"] if path.exists() else TEMPLATE
 
 
-def check_lengths(
-    policy: Policy, trajectories: Sequence[Trajectory], source: object, rows: RowsConfig
-) -> None:
-    """Refuses episodes that the model cannot attend over or that fit no row, before any work.
-
-    `source` is their file.
-    """
-    for t in trajectories:
-        what = f"{source}: task {t.task!r} (seed {t.seed}, attempt {t.attempt})"
-        transformer.check_length(policy.config, len(t.token_ids), what)
-    batching.check_fit(
-        trajectories, row_length=rows.row_length, policy_slots=rows.policy_slots,
-        step_slots=rows.step_slots,
-    )  # fmt: skip
-
-
 @dataclasses.dataclass(frozen=True)
 class Trainable:
     """What a stage trains of a policy.
@@ -255,7 +237,7 @@ class Trainable:
             return
         config, model = self.policy.config, self.policy.model
         template = TEMPLATES.get(self.policy.chat_format)
-        weights.save_pretrained(folder, config, self.parts.whole(trained), model, template)
+        weights.save_pretrained(folder, config, self.parts.merge(trained), model, template)
         if heads:
             weights.save_heads(folder, heads)
         if self.parts.lora.rank:
@@ -465,20 +447,6 @@ def _episodes(folder: pathlib.Path) -> pathlib.Path:
 def _own(path: pathlib.Path) -> pathlib.Path:
     """The file that this process writes in place of one that a single process would."""
     return store.shard(path, distributed.index()) if distributed.count() > 1 else path
-
-
-def agree_on(trajectories: Sequence[Trajectory], source: object) -> None:
-    """Makes sure that all processes read the same episodes, and so make the same updates.
-
-    Raises:
-      UserError: if they do not.
-    """
-    if distributed.count() == 1:
-        return
-    digest = hashlib.sha256()
-    for t in trajectories:
-        digest.update(repr((t.key, t.token_ids, [step.reward for step in t.steps])).encode())
-    distributed.agree(f"episodes in {source}", digest.hexdigest())
 
 
 def is_done(folder: pathlib.Path, title: str) -> bool:
