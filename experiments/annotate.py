@@ -18,7 +18,7 @@ from absl import flags
 from experiments import common, train_progress
 from experiments import flags as flags_lib
 from spa_jax import config as config_lib
-from spa_jax import store
+from spa_jax import episodes, store
 from spa_jax.attribution import credit
 from spa_jax.config import (
     DEFAULT_COMPUTE,
@@ -55,9 +55,8 @@ def run(
     compute = config_lib.fit_attention(compute, rows)
     policy = common.load_policy(policy_folder, compute=compute)
     head = progress_head(policy, progress_folder)
-    played = train_progress.playable(store.read(data))
+    played = episodes.load(data)
     trajectories = [t for t in played if keys is None or t.key in keys]
-    common.agree_on(trajectories, data)
     if not trajectories:
         raise UserError(f"{data}: holds no episode to annotate")
     scores = train_progress.scores_of(policy, data, trajectories, rows)

@@ -30,7 +30,7 @@ from experiments import (
 )
 from experiments import flags as flags_lib
 from spa_jax import config as config_lib
-from spa_jax import evaluation, store
+from spa_jax import episodes, evaluation, store
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.report.page import BASE, SPA, shown, write_report
@@ -222,7 +222,7 @@ def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summa
 
 def judge_estimator(r: Run) -> dict[str, float]:
     """The last estimator on the base policy's held-out episodes."""
-    played = train_progress.playable(store.read(r.workdir / "eval" / BASE / "trajectories.jsonl"))
+    played = episodes.completed(store.read(r.workdir / "eval" / BASE / "trajectories.jsonl"))
     contributions = [[step.contribution or 0.0 for step in t.steps] for t in played]
     return evaluation.estimator_validity(
         np.array([sum(c) for c in contributions]),

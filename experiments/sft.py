@@ -20,7 +20,7 @@ from absl import flags
 
 from experiments import common
 from experiments import flags as flags_lib
-from spa_jax import batching, chat, store
+from spa_jax import batching, chat, episodes, store
 from spa_jax import config as config_lib
 from spa_jax.config import (
     DEFAULT_COMPUTE,
@@ -72,8 +72,8 @@ def run(
     policy = common.load_policy(policy_folder, chat_format, compute)
     train = [chat.encode_trajectory(policy.chat, t) for t in train]
     valid = [chat.encode_trajectory(policy.chat, t) for t in valid]
-    common.check_lengths(policy, [*train, *valid], "demonstrations", rows)
-    common.agree_on([*train, *valid], "demonstrations")
+    episodes.check_lengths(policy.config, [*train, *valid], "demonstrations", rows)
+    episodes.assert_same_everywhere([*train, *valid], "demonstrations")
     per_epoch = -(-len(train) // sft.batch_size)
     total = sft.updates or max(1, round(sft.epochs * per_epoch))
     schedules = {"cosine": schedule.warmup_cosine, "constant": schedule.warmup_constant}
@@ -85,9 +85,11 @@ def run(
     parts = trainable.parts
     loss_fn = parts.on_parts(sft_update.make_loss(policy.config))
     frozen = parts.frozen_in(policy.config.dtype)
-    trainer = partition.make(rows, loss_fn, optimizer, frozen, compute.accum_dtype)
+    trainer = partition.make(
+        rows, loss_fn, optimizer, frozen=frozen, accum_dtype=compute.accum_dtype
+    )
     evaluate = trainer.forward(parts.on_parts(sft_update.make_nll(policy.config)))
-    layers = partition.whole_layers(trainer, frozen)
+    layers = partition.gather_layers(trainer, frozen)
     train_data = Demonstrations(
         train, rows, policy.config, layers, trainer.devices, "frozen layers"
     )
@@ -105,7 +107,7 @@ def _train(
     out: pathlib.Path,
     trainable: common.Trainable,
     trainer: partition.Trainer,
-    optimizer: optax.GradientTransformation,
+    optimizer: state_lib.Guarded,
     rate: optax.Schedule,
     train: "Demonstrations",
     valid: "Demonstrations",
@@ -135,7 +137,7 @@ def _train(
             metrics["learning_rate"] = float(rate(update))
             done = update + 1
             if valid.trajectories and (done % eval_every == 0 or done == total):
-                kept = state_lib.kept(state)
+                kept = state_lib.policy_params(state)
                 metrics["valid_loss"] = held_out_loss(evaluate, kept, valid)
                 improved = metrics["valid_loss"] < best
                 best, bad = (metrics["valid_loss"], 0) if improved else (best, bad + 1)
@@ -151,7 +153,7 @@ def _train(
             if stop:
                 break
     if not (sft.patience and valid.trajectories):
-        trainable.save(out / "policy", trainer.fetch(state_lib.kept(state)), {}, done)
+        trainable.save(out / "policy", trainer.fetch(state_lib.policy_params(state)), {}, done)
     checkpoints.close()
     return best, done
 
@@ -190,7 +192,7 @@ class Demonstrations:
         self.trajectories = trajectories
         self._rows = rows
         self._devices = devices
-        self._below = scoring.below(
+        self._below = scoring.lower_states(
             config, layers, trajectories, rows, devices=devices, title=title
         )
 
@@ -202,7 +204,8 @@ class Demonstrations:
         rows = self._rows
         cut = batching.microbatches(packed, rows.rows_per_device, self._devices, rows.row_buckets)
         return packed, (
-            sft_update.SftBatch(b, scoring.below_in_rows(self._below, chosen, b)) for b in cut
+            sft_update.SftBatch(b, scoring.lower_states_in_rows(self._below, chosen, b))
+            for b in cut
         )
 
 

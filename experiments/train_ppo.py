@@ -22,8 +22,8 @@ from absl import flags
 
 from experiments import common
 from experiments import flags as flags_lib
-from experiments.train_progress import below_file, playable
-from spa_jax import batching, pretrained, store
+from experiments.train_progress import below_file
+from spa_jax import batching, episodes, pretrained
 from spa_jax import config as config_lib
 from spa_jax.config import (
     DEFAULT_COMPUTE,
@@ -77,8 +77,7 @@ def run(
     config_lib.check_trained(lora, ppo.train_layers, "--ppo_train_layers")
     compute = config_lib.fit_attention(compute, rows)
     started = time.time()
-    trajectories = playable(store.read(data))
-    common.agree_on(trajectories, data)
+    trajectories = episodes.load(data)
     temperature = behaviour_temperature(data, trajectories, ppo)
     if ppo.objective == RFT:
         trajectories = ppo_data.won(trajectories, data)
@@ -86,7 +85,7 @@ def run(
         check_reference(data, trajectories, reference, ppo)
     chat_format = common.recorded_chat_format(data.parent / "explore")
     policy = common.load_policy(policy_folder, chat_format, compute)
-    common.check_lengths(policy, trajectories, data, rows)
+    episodes.check_lengths(policy.config, trajectories, data, rows)
     head: dict[str, Params] = {}
     scores: scoring.Scores | None = None
     read = critics_folder(policy.folder, reference, ppo)
@@ -114,7 +113,9 @@ def run(
         else ppo_update.make_loss(policy.config, ppo, temperature)
     )
     frozen = parts.frozen_in(policy.config.dtype)
-    trainer = partition.make(rows, parts.on_parts(loss), optimizer, frozen, compute.accum_dtype)
+    trainer = partition.make(
+        rows, parts.on_parts(loss), optimizer, frozen=frozen, accum_dtype=compute.accum_dtype
+    )
     kept = below_file(data.parent / "explore")
     below = states_below(kept, trainer, parts, policy.config, trajectories, rows)
     make = updates(
@@ -157,16 +158,16 @@ def start_scores(
     kept = ("value",) if ppo.critic == "head" else ()
     heads_of = {name: head for name, head in policy.heads.items() if name in kept}
     return scoring.cached_score(
-        # If the policy is the estimator's trunk, as in round 0, its pass is there already.
-        data.parent / "explore" / "features.npz",
-        policy.folder,
         policy.config,
         {"policy": policy.params} | heads_of,
         trajectories,
         rows,
+        # If the policy is the estimator's trunk, as in round 0, its pass is there already.
+        cache=data.parent / "explore" / "features.npz",
+        policy_folder=policy.folder,
         temperature=temperature,
         title="values",
-        keep=False,
+        write=False,
     )
 
 
@@ -191,11 +192,11 @@ def states_below(
     The estimator read them with the base policy, whose lower layers are this policy's if no round
     has trained them.
     """
-    below = scoring.cached_below(kept, config, parts.frozen, trajectories)
+    below = scoring.cached_lower_states(kept, config, parts.frozen, trajectories)
     if below is not None:
         return below
-    frozen = partition.whole_layers(trainer, parts.frozen_in(config.dtype))
-    return scoring.below(
+    frozen = partition.gather_layers(trainer, parts.frozen_in(config.dtype))
+    return scoring.lower_states(
         config, frozen, trajectories, rows, devices=trainer.devices, title="frozen layers"
     )
 
@@ -215,27 +216,35 @@ def updates(
     """(indices of an update's episodes, parameters on the devices) -> the update's data."""
     if ppo.objective == RFT:
         return lambda chosen, _: ppo_data.make_rft_update(
-            trajectories, chosen, rows, trainer.devices, below
+            trajectories, chosen, rows, devices=trainer.devices, lower_states=below
         )
     values = None if scores is None else scores.values
     if ppo.gae == "token":
         run = trainer.forward(parts.on_parts(ppo_update.make_token_values(config)))
         at_start = functools.partial(run, trainer.replicate(parts.trained | head))
-        values = ppo_data.token_values(at_start, trajectories, rows, trainer.devices, below)
+        values = ppo_data.token_values(
+            at_start, trajectories, rows, devices=trainer.devices, lower_states=below
+        )
     if scores is not None and ppo.critic == "ridge":
         values = ppo_data.fitted_values(trajectories, scores.value_hidden, ppo)
     table = ppo_data.make_table(trajectories, values, ppo)
     log_probs = trainer.forward(parts.on_parts(ppo_update.make_log_probs(config, temperature)))
     return lambda chosen, now: ppo_data.make_update(
-        trajectories, table, chosen, rows, ppo, trainer.devices, below,
-        functools.partial(log_probs, now),
-    )  # fmt: skip
+        trajectories,
+        table,
+        chosen,
+        rows,
+        ppo,
+        devices=trainer.devices,
+        lower_states=below,
+        log_probs=functools.partial(log_probs, now),
+    )
 
 
 def train(
     out: pathlib.Path,
     trainer: partition.Trainer,
-    optimizer: optax.GradientTransformation,
+    optimizer: state_lib.Guarded,
     params: dict[str, Params],
     make: Callable[[np.ndarray, Any], ppo_data.Update],
     trajectories: Sequence[Trajectory],

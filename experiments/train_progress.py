@@ -16,13 +16,12 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import optax
 import tqdm
 from absl import flags
 
 from experiments import common
 from experiments import flags as flags_lib
-from spa_jax import batching, evaluation, store
+from spa_jax import batching, episodes, evaluation
 from spa_jax import config as config_lib
 from spa_jax.attribution import estimator
 from spa_jax.config import (
@@ -47,7 +46,7 @@ from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.estimator_update import EstimatorRows, StepFeatures
-from spa_jax.trajectory import Status, Trajectory
+from spa_jax.trajectory import Trajectory
 
 
 def run(
@@ -137,7 +136,7 @@ class FrozenTrunk:
         """What is trained of it: nothing."""
         return {}
 
-    def trainer(self, optimizer: optax.GradientTransformation) -> partition.Pmap:
+    def trainer(self, optimizer: state_lib.Guarded) -> partition.Pmap:
         """The trainer of a head on it."""
         return partition.Pmap(estimator_update.estimator_loss, optimizer)
 
@@ -170,21 +169,24 @@ class AdaptedTrunk:
         """What is trained of it: {"adapter": tree}."""
         return self.trainable.parts.trained
 
-    def trainer(self, optimizer: optax.GradientTransformation) -> partition.Pmap:
+    def trainer(self, optimizer: state_lib.Guarded) -> partition.Pmap:
         """The trainer of a head and the adapters."""
         parts = self.trainable.parts
         loss_fn = parts.on_parts(estimator_update.make_trunk_loss(self.trainable.policy.config))
         config = self.trainable.policy.config
         return partition.Pmap(
-            loss_fn, optimizer, None, parts.frozen_in(config.dtype), config.compute.accum_dtype
+            loss_fn,
+            optimizer,
+            frozen=parts.frozen_in(config.dtype),
+            accum_dtype=config.compute.accum_dtype,
         )
 
     def batches(self, chosen: np.ndarray, size: int, devices: int) -> list[EstimatorRows]:
         """The chosen episodes, packed into the trainer's microbatches."""
         del size  # the rows' shape is static, however many episodes they hold
-        episodes = [self.trajectories[i] for i in chosen]
-        packed = batching.pack(episodes, **self.rows.packing)
-        rewards = np.repeat(_rewards(episodes)[:, None], scoring.max_steps(episodes), 1)
+        part = [self.trajectories[i] for i in chosen]
+        packed = batching.pack(part, **self.rows.packing)
+        rewards = np.repeat(_rewards(part)[:, None], scoring.max_steps(part), 1)
         return [
             EstimatorRows(rows=batch, final_reward=batching.scatter_steps(rewards, batch))
             for batch in batching.microbatches(
@@ -194,13 +196,13 @@ class AdaptedTrunk:
 
     def features_of(self, params: Params, chosen: np.ndarray) -> StepFeatures:
         """What a head under `params` sees of the chosen episodes."""
-        episodes = [self.trajectories[i] for i in chosen]
-        whole = {"policy": self.trainable.parts.whole(params)}
+        part = [self.trajectories[i] for i in chosen]
+        trunk = {"policy": self.trainable.parts.merge(params)}
         scores = scoring.score(
-            self.trainable.policy.config, whole, episodes, self.rows,
+            self.trainable.policy.config, trunk, part, self.rows,
             temperature=1.0, title="held-out",
         )  # fmt: skip
-        return StepFeatures(scores.end_hidden, scores.step_mask, _rewards(episodes))
+        return StepFeatures(scores.end_hidden, scores.step_mask, _rewards(part))
 
 
 def load_features(
@@ -213,8 +215,7 @@ def load_features(
     """
     parts, every = [], []
     for path in data:
-        trajectories = playable(store.read(path))
-        common.agree_on(trajectories, path)
+        trajectories = episodes.load(path)
         if trajectories:
             parts.append(_features(policy, path, trajectories, rows, ppo_layers))
             every += trajectories
@@ -233,11 +234,6 @@ def load_features(
     return joined, every
 
 
-def playable(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Those that somebody played to an end: an environment error is no outcome."""
-    return [t for t in trajectories if t.status is not Status.ENV_ERROR and t.steps]
-
-
 def scores_of(
     policy: common.Policy,
     path: pathlib.Path,
@@ -249,18 +245,18 @@ def scores_of(
 
     With `ppo_layers`, so is what the layers below say, which PPO needs if it trains only these.
     """
-    common.check_lengths(policy, trajectories, path, rows)
+    episodes.check_lengths(policy.config, trajectories, path, rows)
     sampling = trajectories[0].sampling
     return scoring.cached_score(
-        path.with_name("features.npz"),
-        policy.folder,
         policy.config,
         {"policy": policy.params},
         trajectories,
         rows,
+        cache=path.with_name("features.npz"),
+        policy_folder=policy.folder,
         temperature=(sampling.temperature if sampling else 1.0) or 1.0,
         title="features",
-        below=below_file(path.parent),
+        lower_cache=below_file(path.parent),
         train_layers=ppo_layers,
     )
 

@@ -1,60 +1,75 @@
-"""Episodes for training, read and checked in one place."""
+"""Episodes of a file as a training stage takes them: read, filtered and checked, once for all."""
 
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from spa_jax import batching, store
 from spa_jax.config import RowsConfig
 from spa_jax.models import transformer
 from spa_jax.models.transformer import ModelConfig
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 from spa_jax.trajectory import Status, Trajectory
 
 
 def load(path: pathlib.Path) -> list[Trajectory]:
-    """The completed episodes of a file, sorted by key; every process reads the same.
+    """The completed episodes of a file, sorted by key; every process must read the same.
+
+    Args:
+      path: the JSON lines of a stage.
+
+    Returns:
+      N trajectories; there may be none.
 
     Raises:
-      UserError: as `store.read`, or the processes read different episodes.
+      UserError: the file is missing or broken, or another process reads other episodes.
     """
     trajectories = completed(store.read(path))
     assert_same_everywhere(trajectories, path)
     return trajectories
 
 
-def completed(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Those that somebody played to an end: an environment error is no outcome."""
+def completed(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+    """The episodes that were played to an end.
+
+    An environment error is nobody's outcome, and an episode without a step teaches nothing.
+    """
     return [t for t in trajectories if t.status is not Status.ENV_ERROR and t.steps]
 
 
 def assert_same_everywhere(trajectories: Sequence[Trajectory], source: object) -> None:
     """Makes sure that all processes read the same episodes, and so make the same updates.
 
+    A collective of all processes.
+
+    Args:
+      trajectories: those that this process read.
+      source: where it read them, for the message.
+
     Raises:
-      UserError: if they do not.
+      UserError: another process read others.
     """
     if distributed.count() == 1:
         return
     digest = hashlib.sha256()
     for t in trajectories:
         digest.update(repr((t.key, t.token_ids, [step.reward for step in t.steps])).encode())
-    distributed.agree(f"episodes in {source}", digest.hexdigest())
+    distributed.assert_equal(f"episodes in {source}", digest.hexdigest())
 
 
 def check_lengths(
     config: ModelConfig, trajectories: Sequence[Trajectory], source: object, rows: RowsConfig
 ) -> None:
-    """Refuses episodes that the model cannot attend over or that fit no row, before any work.
+    """Refuses, before any work, episodes that the model cannot attend over or that fit no row.
 
     Args:
       config: the model's shape.
-      trajectories: the episodes.
+      trajectories: encoded episodes.
       source: their file, for the message.
       rows: the static shape.
 
     Raises:
-      UserError: names the first such episode, and the flag to raise.
+      UserError: names the first episode that is too long, and the flag to raise.
     """
     for t in trajectories:
         what = f"{source}: task {t.task!r} (seed {t.seed}, attempt {t.attempt})"

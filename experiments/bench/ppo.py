@@ -238,7 +238,7 @@ class Ours:
             parts = parts_lib.adapt(_LORA, sides.params, sides.adapter)
             self._policy = lora_lib.merge(_LORA, sides.params, sides.adapter)
         loss = parts.on_parts(ppo_update.make_loss(sides.config, _PPO, 1.0))
-        self._trainer = partition.make(sides.rows, loss, optimizer, parts.frozen)
+        self._trainer = partition.make(sides.rows, loss, optimizer, frozen=parts.frozen)
         trained = parts.trained | {"value": sides.value}
         self._state = self._trainer.replicate(state_lib.create(trained, optimizer))
 
@@ -255,9 +255,13 @@ class Ours:
         norms = []
         for chosen in self._sides.groups:
             made = ppo_data.make_update(
-                self._sides.episodes, self._sides.table, chosen, self._sides.rows, _PPO,
-                self._trainer.devices,
-            )  # fmt: skip
+                self._sides.episodes,
+                self._sides.table,
+                chosen,
+                self._sides.rows,
+                _PPO,
+                devices=self._trainer.devices,
+            )
             self._state, sums = self._trainer.update(self._state, made.batches, made.counts)
             norms.append(sums["grad_norm"])
         jax.block_until_ready(self._state)
@@ -517,7 +521,9 @@ def _quickstart(rate: float) -> dict[str, float]:
     noise = np.random.default_rng(0).normal(size=(4, batch, steps)).astype(np.float32)
     mask = np.ones((batch, steps), np.float32)
     table = ppo_data.Table(noise[0], noise[1], noise[2], noise[3], mask, mask)
-    made = ppo_data.make_update(played, table, np.arange(batch), updates.ROWS, ppo, trainer.devices)
+    made = ppo_data.make_update(
+        played, table, np.arange(batch), updates.ROWS, ppo, devices=trainer.devices
+    )
     seconds = updates.time_update(
         trainer, optimizer, {"policy": params, "value": value}, lambda: made.batches, made.counts
     )

@@ -59,7 +59,7 @@ def episodes(count: int, vocab_size: int) -> list[Trajectory]:
     ]
 
 
-def adamw(rate: float = 1e-5) -> optax.GradientTransformation:
+def adamw(rate: float = 1e-5) -> state_lib.Guarded:
     """The optimiser of both stages."""
     return state_lib.adamw(optax.constant_schedule(rate), clip_norm=1.0, weight_decay=0.0)
 
@@ -121,7 +121,7 @@ def update_flops(forward: float, *, lora: bool) -> float:
 
 def time_update(
     trainer: partition.Trainer,
-    optimizer: optax.GradientTransformation,
+    optimizer: state_lib.Guarded,
     params: Params,
     batches: Callable[[], Sequence[Any]],
     counts: Mapping[str, float],

@@ -428,33 +428,33 @@ def hidden_states(
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
-    below: jax.Array | None = None,
+    lower_states: jax.Array | None = None,
 ) -> jax.Array:
     """Last hidden states, after the final norm, of packed rows.
 
     Args:
       config: the model's shape.
-      params: the tree above; with `below`, its top layers are enough (see `split`).
+      params: the tree above; with `lower_states`, its top layers are enough (see `split`).
       tokens: [B, T] int.
       positions: [B, T] int, from 0 in each packed trajectory.
       segment_ids: [B, T] int, 0 = padding, -1 = a prefix that all of the row's segments see.
-      below: [B, T, D] what `states_below` made of the tokens, so that only the layers of
+      lower_states: [B, T, D] what `lower_states` made of the tokens, so that only the layers of
         `params` run.
 
     Returns:
       [B, T, D].
     """
     chex.assert_equal_shape([tokens, positions, segment_ids])
-    if below is None:
+    if lower_states is None:
         hidden = Decoder(config).apply({"params": params}, tokens, positions, segment_ids)
     else:
         top = Decoder(config, first=config.num_layers - depth(params))
         parts = {name: params[name] for name in ("layers", "norm")}
-        hidden = top.apply({"params": parts}, below, positions, segment_ids)
+        hidden = top.apply({"params": parts}, lower_states, positions, segment_ids)
     return cast(jax.Array, hidden)
 
 
-def states_below(
+def lower_states(
     config: ModelConfig,
     frozen: Params,
     tokens: jax.Array,

@@ -1,7 +1,7 @@
 """Orbax checkpoints of a training stage: the newest is kept, and a resume is bit-equal.
 
 Of several processes every one calls `restore`, `maybe_save` and `close`: arrays that one process
-holds whole are written by the first, and each writes its parts of those cut over processes.
+holds all of are written by the first, and each writes its parts of those cut over processes.
 """
 
 import pathlib

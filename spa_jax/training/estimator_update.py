@@ -70,7 +70,7 @@ def estimator_loss(
 
 
 def trunk_loss(
-    config: ModelConfig, params: Params, frozen: Params, batch: EstimatorRows, counts: Counts
+    params: Params, frozen: Params, batch: EstimatorRows, counts: Counts, *, config: ModelConfig
 ) -> tuple[jax.Array, Sums]:
     """`estimator_loss`, with the hidden states computed from the tokens.
 
@@ -82,17 +82,17 @@ def trunk_loss(
     Source: SPA-RL, arXiv 2505.20732, section 3.
 
     Args:
-      config: the model's shape.
       params: {"policy": the trunk, or what is trained of it, "progress": head}.
       frozen: {"policy": the rest} or {}.
       batch: the rows.
       counts: "trajectories" of the whole update.
+      config: the model's shape.
 
     Returns:
       The loss of these rows and the sum "squared_error".
     """
     rows = batch.rows
-    hidden = forward.rows_hidden(config, forward.whole(params, frozen), rows)
+    hidden = forward.rows_hidden(config, forward.with_frozen(params, frozen), rows)
     c = heads.progress(params["progress"], forward.at(hidden, rows.end_index))
     number = rows.step_trajectory
     same = (number[:, :, None] == number[:, None, :]) & (rows.step_mask[:, None, :] > 0)
@@ -105,4 +105,4 @@ def trunk_loss(
 
 def make_trunk_loss(config: ModelConfig) -> LossFn:
     """The loss of a trunk of this shape."""
-    return functools.partial(trunk_loss, config)
+    return functools.partial(trunk_loss, config=config)

@@ -10,23 +10,35 @@ from spa_jax.rl import losses
 
 
 def rows_hidden(
-    config: ModelConfig, params: Params, rows: PackedRows, below: jax.Array | None = None
+    config: ModelConfig, params: Params, rows: PackedRows, lower_states: jax.Array | None = None
 ) -> jax.Array:
-    """[R, L, D] last hidden states of packed rows; `below` as in `transformer.hidden_states`."""
+    """[R, L, D] last hidden states of packed rows.
+
+    `lower_states` are as in `transformer.hidden_states`.
+    """
     return transformer.hidden_states(
-        config, params, rows.tokens, rows.positions, rows.segment_ids, below
+        config,
+        params,
+        rows.tokens,
+        rows.positions,
+        rows.segment_ids,
+        lower_states=lower_states,
     )
 
 
-def rows_below(config: ModelConfig, frozen: Params, rows: PackedRows) -> jax.Array:
-    """[R, L, D] what the frozen layers {"policy": ...} make of packed rows."""
-    return transformer.states_below(
+def rows_lower_states(config: ModelConfig, frozen: Params, rows: PackedRows) -> jax.Array:
+    """[R, L, D] hidden states of packed rows after the frozen layers {"policy": ...}."""
+    return transformer.lower_states(
         config, frozen["policy"], rows.tokens, rows.positions, rows.segment_ids
     )
 
 
-def whole(params: Params, frozen: Params) -> Params:
-    """A policy's trained parameters, and those frozen ones that no trained one stands for."""
+def with_frozen(params: Params, frozen: Params) -> Params:
+    """The policy's tree that a forward pass from `lower_states` reads.
+
+    It holds every trained entry, and the frozen entries without a trained one of the same name.
+    With frozen lower layers, `layers` and `norm` are the trained ones and `embed` is frozen.
+    """
     return {**frozen.get("policy", {}), **params["policy"]}
 
 
@@ -129,15 +141,15 @@ def score(
     Returns:
       All float32: log_probs [R, P]; end_hidden [R, S, D] at each step's last token; value_hidden
       [R, S, D] and values [R, S] (0 without a value head) at the last context token before
-      each step.  With `frozen`, in the model's dtype, below [R, L, D] of `rows_below`.
+      each step.  With `frozen`, in the model's dtype, lower_states [R, L, D].
     """
-    below = {"below": rows_below(config, frozen, rows)} if frozen else {}
-    policy = whole(params, frozen or {})
-    hidden = rows_hidden(config, policy, rows, **below)
+    lower = {"lower_states": rows_lower_states(config, frozen, rows)} if frozen else {}
+    policy = with_frozen(params, frozen or {})
+    hidden = rows_hidden(config, policy, rows, **lower)
     log_probs, _ = policy_terms(config, policy, hidden, rows, temperature)
     value_hidden = at(hidden, rows.value_index).astype(jnp.float32)
     values = jnp.zeros(rows.value_index.shape, jnp.float32)
-    return below | {
+    return lower | {
         "log_probs": log_probs,
         "end_hidden": at(hidden, rows.end_index).astype(jnp.float32),
         "value_hidden": value_hidden,

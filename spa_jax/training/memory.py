@@ -1,12 +1,12 @@
 """What a stage needs of each device's memory, worked out without any weights.
 
-    need = parameters + gradients + optimizer + reference + gathered + activations + logits + cache
+    need = parameters + gradients + optimizer + gathered + activations + logits + cache
 
-What the backward pass keeps is not a formula: the forward pass is traced on shapes, as training
-runs it, and the arrays that JAX would keep are added up.  So --remat, --attention, dtypes and
-adapters count as they are.  What XLA makes beside them, inside a layer, it frees and reuses; a
-tenth more or less than its own analysis is to be expected (tests/training/test_memory.py), and an
-allocator wants some room too.
+What is saved for the backward pass (JAX's residuals) is not a formula: the forward pass is traced
+on shapes, as training runs it, and the arrays that JAX would save are added up.  So --remat,
+--attention, dtypes and adapters count as they are.  What XLA makes beside them, inside a layer, it
+frees and reuses; a tenth more or less than its own analysis is to be expected
+(tests/training/test_memory.py), and an allocator wants some room too.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ _NO_LORA = LoraConfig()
 class Need:
     """Bytes a device, by what they are for.
 
+    A reference policy needs none: its log-probabilities are on the episodes (`annotate`).
+
     Attributes:
       parameters: the weights, trained and frozen.
       gradients: of an update, as they are added up, and of one microbatch.
       optimizer: AdamW's moments, and the average of the weights.
-      reference: a second set of weights for the reference policy. There is none: its
-        log-probabilities are on the episodes (`annotate`), and adapters can be left out.
       gathered: weights that a mesh has brought together for use, and their gradient.
       activations: what the backward pass reads, or a forward pass has in a layer, or an engine
         has at its start only.
@@ -50,7 +50,6 @@ class Need:
     parameters: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
-    reference: float = 0.0
     gathered: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
@@ -79,7 +78,7 @@ def update(
       lora: adapters; rank 0: none.
       train_layers: as in `transformer.split`; 0: all.
       fsdp: how many devices share each parameter (1 under pmap).
-      averaged: whether the weights' average is kept too (`state.averaged`).
+      averaged: whether there is an average of the weights too (`state.averaged`).
 
     Raises:
       UserError: the model has no layer left to freeze.
@@ -89,9 +88,9 @@ def update(
     param, accum = (jnp.dtype(d).itemsize for d in (compute.param_dtype, compute.accum_dtype))
     if lora.rank:
         param = _FLOAT32  # adapters are small
-    kept = kept_bytes(config, rows, lora, train_layers)
-    # What is not kept is made again, one layer's at a time.
-    kept += layer_bytes(config, rows, "none") - layer_bytes(config, rows, compute.remat)
+    saved = residual_bytes(config, rows, lora, train_layers)
+    # What is not saved is made again, one layer's at a time.
+    saved += layer_bytes(config, rows, "none") - layer_bytes(config, rows, compute.remat)
     chunk = forward_lib.projected_at_once(compute.logits_chunk, rows.slots)
     count = functools.partial(_elements, fsdp=fsdp)
     return Need(
@@ -99,13 +98,13 @@ def update(
         gradients=count(trained) * (accum + param),
         optimizer=count(trained) * (_MOMENTS + averaged) * _FLOAT32,
         gathered=_gathered(config, trained, lora) if fsdp > 1 else 0.0,
-        activations=kept,
+        activations=saved,
         logits=_LOGITS_UPDATE * chunk * config.vocab_size * _FLOAT32,
     )
 
 
 def forward(config: ModelConfig, rows: RowsConfig) -> Need:
-    """The pass over episodes that the estimator, annotation and the critic read; whole weights."""
+    """The pass over episodes that the estimator, annotation and the critic read; all weights."""
     chunk = forward_lib.projected_at_once(config.compute.logits_chunk, rows.slots)
     return Need(
         parameters=_elements(shapes(config)) * _FLOAT32,
@@ -134,10 +133,10 @@ def exploration(config: ModelConfig, sampling: SamplingConfig) -> Need:
 
 
 @functools.cache  # stages, and tables of several devices, ask for the same
-def kept_bytes(
+def residual_bytes(
     config: ModelConfig, rows: RowsConfig, lora: LoraConfig = _NO_LORA, train_layers: int = 0
 ) -> float:
-    """What the forward pass of a microbatch keeps for the backward pass."""
+    """What the forward pass of a microbatch saves for the backward pass."""
     trained, frozen = split(config, lora, train_layers)
 
     def forwards(trained: Params, frozen: Params, ids: jax.Array) -> Any:
@@ -146,13 +145,13 @@ def kept_bytes(
                 policy = lora_lib.attach(lora, frozen, trained)
                 return transformer.hidden_states(config, policy, ids, ids, ids)
             if frozen:
-                below = jnp.zeros((*ids.shape, config.hidden_size), config.dtype)
-                return transformer.hidden_states(config, trained, ids, ids, ids, below)
+                lower = jnp.zeros((*ids.shape, config.hidden_size), config.dtype)
+                return transformer.hidden_states(config, trained, ids, ids, ids, lower_states=lower)
             return transformer.hidden_states(config, trained, ids, ids, ids)
 
         return jax.vjp(hidden, trained)[1]
 
-    # Weights are kept too, as they are: two rows less one row is what a row adds.
+    # Weights are saved too, as they are: two rows less one row is what a row adds.
     one, two = (
         _bytes(jax.eval_shape(forwards, trained, frozen, _ids(count, rows.row_length)))
         for count in (1, 2)
@@ -161,10 +160,10 @@ def kept_bytes(
 
 
 def layer_bytes(config: ModelConfig, rows: RowsConfig, remat: str = "none") -> float:
-    """What one layer keeps; with --remat=none, about what it has in memory at once."""
+    """What one layer saves; with --remat=none, about what it has in memory at once."""
     compute = dataclasses.replace(config.compute, remat=remat)
     one = dataclasses.replace(config, num_layers=1, compute=compute)
-    return kept_bytes(one, rows)
+    return residual_bytes(one, rows)
 
 
 def split(config: ModelConfig, lora: LoraConfig, train_layers: int) -> tuple[Params, Params]:
@@ -188,11 +187,11 @@ def _ids(rows: int, length: int) -> jax.ShapeDtypeStruct:
 
 def _elements(tree: Params, fsdp: int = 1) -> float:
     """Numbers a device of a tree that `fsdp` devices share as `partition.Mesh` cuts it."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return float(sum(
-        leaf.size / (1 if partition.cut_axis(path, leaf.shape, fsdp) is None else fsdp)
-        for path, leaf in leaves
-    ))  # fmt: skip
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        is_cut = partition.cut_axis(path, leaf.shape, fsdp) is not None
+        total += leaf.size / (fsdp if is_cut else 1)
+    return total
 
 
 def _bytes(tree: Any) -> float:
@@ -205,7 +204,7 @@ def _width(config: ModelConfig) -> int:
 
 
 def _gathered(config: ModelConfig, trained: Params, lora: LoraConfig) -> float:
-    """A layer's weights and the embedding, whole, as a mesh uses them, with their gradients."""
+    """A layer's weights and the embedding, all of them, as a mesh uses them, with gradients."""
     every = shapes(config)
     layer = _elements(every["layers"]) / config.num_layers
     outside = _elements(every) - _elements(every["layers"])

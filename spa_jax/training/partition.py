@@ -16,7 +16,7 @@ an update but by name: the rows in, the sums out.
 
 The devices are those of all processes.  Every process makes the whole microbatch from the same
 files and puts its own devices' part on them; what a pass without gradients says of the data comes
-back whole to every process.
+back complete to every process.
 """
 
 import functools
@@ -27,7 +27,6 @@ import flax.jax_utils
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -35,7 +34,7 @@ from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.runtime import distributed
 from spa_jax.training import state as state_lib
-from spa_jax.training.state import LossFn, Params, TrainState
+from spa_jax.training.state import Guarded, LossFn, Params, TrainState
 
 AXIS = "devices"
 _DATA, _FSDP = "data", "fsdp"
@@ -52,8 +51,9 @@ class Pmap:
     def __init__(
         self,
         loss_fn: LossFn,
-        optimizer: optax.GradientTransformation,
+        optimizer: Guarded,
         devices: int | None = None,
+        *,
         frozen: Params | None = None,
         accum_dtype: str = "float32",
     ) -> None:
@@ -73,10 +73,11 @@ class Pmap:
         self._split = NamedSharding(mesh, PartitionSpec(AXIS))
         compiled = functools.partial(jax.pmap, axis_name=AXIS, devices=chosen)
         self._accumulate = compiled(
-            functools.partial(state_lib.accumulate, loss_fn), donate_argnums=(2, 3)
+            functools.partial(state_lib.accumulate, loss_fn=loss_fn), donate_argnums=2
         )
         self._apply = compiled(
-            functools.partial(state_lib.apply, optimizer, axis_name=AXIS), donate_argnums=0
+            functools.partial(state_lib.apply, optimizer=optimizer, axis_name=AXIS),
+            donate_argnums=0,
         )
         self._add_up = compiled(functools.partial(jax.lax.psum, axis_name=AXIS))
         self._zeros = compiled(functools.partial(state_lib.zero_gradients, dtype=accum_dtype))
@@ -127,7 +128,8 @@ class Pmap:
             if sums is None:
                 sums = self._zero_sums(state.params, batch, totals)
             batch = jax.device_put(batch, self._split)
-            grads, sums = self._accumulate(state.params, self.frozen, grads, sums, batch, shared)
+            totals = (grads, sums)
+            grads, sums = self._accumulate(state.params, self.frozen, totals, batch, shared)
         state, norm = self._apply(state, grads)
         added, norm = jax.device_get((self._add_up(sums), norm))
         metrics = {name: float(value[0]) for name, value in added.items()}
@@ -154,8 +156,9 @@ class Mesh:
     def __init__(
         self,
         loss_fn: LossFn,
-        optimizer: optax.GradientTransformation,
+        optimizer: Guarded,
         shape: tuple[int, int],
+        *,
         frozen: Params | None = None,
         accum_dtype: str = "float32",
     ) -> None:
@@ -197,7 +200,7 @@ class Mesh:
         return tree
 
     def fetch(self, tree: Any) -> Any:
-        """The tree on the host, whole; a collective of all processes."""
+        """The tree on the host, its parts put together; a collective of all processes."""
         if distributed.count() > 1:
             return multihost_utils.process_allgather(tree, tiled=True)
         return jax.device_get(tree)
@@ -228,7 +231,7 @@ class Mesh:
             batch = self._joined(batch)
             if sums is None:
                 sums = self._zero_sums(state.params, batch, shared)
-            grads, sums = accumulate(state.params, self.frozen, grads, sums, batch, shared)
+            grads, sums = accumulate(state.params, self.frozen, (grads, sums), batch, shared)
         state, norm = apply(state, grads)
         added, norm = jax.device_get((sums, norm))
         return state, {name: float(v) for name, v in added.items()} | {"grad_norm": float(norm)}
@@ -240,12 +243,12 @@ class Mesh:
         make_zeros = functools.partial(state_lib.zero_gradients, dtype=self._accum_dtype)
         zeros = jax.jit(make_zeros, out_shardings=of_params)
         accumulate = jax.jit(
-            functools.partial(state_lib.accumulate, self._loss_fn),
-            donate_argnums=(2, 3),
+            functools.partial(state_lib.accumulate, loss_fn=self._loss_fn),
+            donate_argnums=2,
             out_shardings=(of_params, self._everywhere),
         )
         apply = jax.jit(
-            functools.partial(state_lib.apply, self._optimizer),
+            functools.partial(state_lib.apply, optimizer=self._optimizer),
             donate_argnums=0,
             out_shardings=(of_state, self._everywhere),
         )
@@ -279,7 +282,7 @@ class Mesh:
 def cut_axis(path: tuple, shape: tuple[int, ...], parts: int) -> int | None:
     """The axis of an array that is cut over fsdp: the longest one that its devices divide.
 
-    The axis of the layers stays whole: the scan takes one layer at a time.
+    The axis of the layers is not cut: the scan takes one layer at a time.
 
     Args:
       path: of the array in its tree, as `jax.tree_util` gives it.
@@ -287,7 +290,7 @@ def cut_axis(path: tuple, shape: tuple[int, ...], parts: int) -> int | None:
       parts: devices of fsdp.
 
     Returns:
-      None if the array stays whole.
+      None if the array is not cut.
     """
     stacked = any(getattr(key, "key", None) == "layers" for key in path)
     axes = [i for i, n in enumerate(shape) if n % parts == 0 and not (stacked and i == 0)]
@@ -300,7 +303,8 @@ Trainer = Pmap | Mesh
 def make(
     rows: RowsConfig,
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: Guarded,
+    *,
     frozen: Params | None = None,
     accum_dtype: str = "float32",
 ) -> Trainer:
@@ -322,7 +326,7 @@ def make(
             f"--mesh={rows.mesh}: with several processes all {devices} devices must be in it, not "
             f"{shape[0]} x {shape[1]}"
         )
-    return Mesh(loss_fn, optimizer, shape, frozen, accum_dtype)
+    return Mesh(loss_fn, optimizer, shape, frozen=frozen, accum_dtype=accum_dtype)
 
 
 def mesh_shape(mesh: str, devices: int) -> tuple[int, int]:
@@ -345,8 +349,8 @@ def mesh_shape(mesh: str, devices: int) -> tuple[int, int]:
     return shape
 
 
-def whole_layers(trainer: Trainer, frozen: Params) -> Params:
-    """The frozen layers as `pmap_forward` takes them: on each of the trainer's devices, whole.
+def gather_layers(trainer: Trainer, frozen: Params) -> Params:
+    """The frozen layers as `pmap_forward` takes them: a full copy on each of the trainer's devices.
 
     Args:
       trainer: of either kind.

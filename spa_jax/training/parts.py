@@ -55,8 +55,8 @@ class Parts:
         """The frozen part in the dtype that it is computed in; `frozen` itself stays exact."""
         return cast(self.frozen, dtype)
 
-    def whole(self, trained: Params) -> Params:
-        """The policy's whole tree, on the host in float32, with adapters merged.
+    def merge(self, trained: Params) -> Params:
+        """The policy's tree from both parts, on the host in float32, with adapters merged.
 
         Args:
           trained: the trained part as it is now, on the host; other trees in it are passed over.

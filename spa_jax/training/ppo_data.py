@@ -30,7 +30,7 @@ from spa_jax.trajectory import Trajectory
 RFT = "rft"  # the objective that clones the won episodes
 _FOLDS = 8  # of the ridge critic
 
-# (rows, below) of a microbatch -> [..., R, P] a number each policy-token slot.
+# (rows, lower_states) of a microbatch -> [..., R, P] a number each policy-token slot.
 Forward = Callable[[PackedRows, np.ndarray | None], np.ndarray]
 
 
@@ -89,7 +89,14 @@ def make_table(
     )
     if ppo.step_baseline:
         advantage = advantages.less_step_mean(advantage, mask)
-    return Table(rewards, values, np.asarray(advantage), np.asarray(returns), mask, ends)
+    return Table(
+        rewards=rewards,
+        values=values,
+        advantages=np.asarray(advantage),
+        returns=np.asarray(returns),
+        mask=mask,
+        ends=ends,
+    )
 
 
 def fitted_values(
@@ -151,8 +158,9 @@ def token_values(
     run: Forward,
     trajectories: Sequence[Trajectory],
     rows: RowsConfig,
+    *,
     devices: int,
-    below: Sequence[np.ndarray] | None = None,
+    lower_states: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
     """[N, T] V by (trajectory, position) at each token that the policy wrote, for `gae=token`.
 
@@ -164,13 +172,13 @@ def token_values(
       trajectories: all N.
       rows: the static shape.
       devices: that share the work.
-      below: as in `make_update`.
+      lower_states: as in `make_update`.
     """
     packed = batching.pack(trajectories, **rows.packing)
     values = np.zeros((len(trajectories), max(len(t.token_ids) for t in trajectories)), np.float32)
     for part in batching.microbatches(packed, rows.rows_per_device, devices):
-        under = scoring.below_in_rows(below, range(len(trajectories)), part)
-        values += gather_policy_tokens(run(part, under), part, values.shape)
+        lower = scoring.lower_states_in_rows(lower_states, range(len(trajectories)), part)
+        values += gather_policy_tokens(run(part, lower), part, values.shape)
     return values
 
 
@@ -191,10 +199,10 @@ def less_kl(table: Table, kl: np.ndarray, ppo: PpoConfig) -> Table:
     """
     paid = ppo.kl_coef * kl
     with_critic = objectives.OBJECTIVES[ppo.objective].critic
+    gae_lambda = ppo.gae_lambda if with_critic else 1.0
     minus, _ = advantages.step_gae(
-        paid, np.zeros_like(paid), table.mask,
-        gamma=ppo.gamma, gae_lambda=ppo.gae_lambda if with_critic else 1.0,
-    )  # fmt: skip
+        paid, np.zeros_like(paid), table.mask, gamma=ppo.gamma, gae_lambda=gae_lambda
+    )
     return dataclasses.replace(
         table,
         rewards=table.rewards - paid,
@@ -225,8 +233,9 @@ def make_update(
     chosen: np.ndarray,
     rows: RowsConfig,
     ppo: PpoConfig,
+    *,
     devices: int,
-    below: Sequence[np.ndarray] | None = None,
+    lower_states: Sequence[np.ndarray] | None = None,
     log_probs: Forward | None = None,
 ) -> Update:
     """An update's microbatches, whitened over all its places.
@@ -238,27 +247,27 @@ def make_update(
       rows: the static shape.
       ppo: the objective.
       devices: that share the update.
-      below: what frozen layers made of each trajectory's tokens (`scoring.below`).
+      lower_states: of each trajectory, if layers are frozen (`scoring.lower_states`).
       log_probs: of the policy at the update's start, for `kl=reward`.
     """
     packed = batching.pack([trajectories[i] for i in chosen], **rows.packing)
     counts = {"tokens": float(packed.token_mask.sum()), "steps": float(packed.step_mask.sum())}
     cut = list(batching.microbatches(packed, rows.rows_per_device, devices, rows.row_buckets))
-    under = [scoring.below_in_rows(below, chosen, part) for part in cut]
+    lower = [scoring.lower_states_in_rows(lower_states, chosen, part) for part in cut]
     table = table.take(chosen)
     if ppo.kl == "reward":
         assert log_probs is not None
         kl = sum(
-            step_kl(log_probs(part, b), part, table, ppo)
-            for part, b in zip(cut, under, strict=True)
+            step_kl(log_probs(part, states), part, table, ppo)
+            for part, states in zip(cut, lower, strict=True)
         )
         table = less_kl(table, np.asarray(kl), ppo)
     given = by_place(table, ppo)
     put = _scatter_tokens if ppo.gae == "token" else batching.scatter_steps
-    batches = [
-        PpoBatch(rows=part, below=b, **{name: put(values, part) for name, values in given.items()})
-        for part, b in zip(cut, under, strict=True)
-    ]
+    batches = []
+    for part, states in zip(cut, lower, strict=True):
+        in_slots = {name: put(values, part) for name, values in given.items()}
+        batches.append(PpoBatch(rows=part, lower_states=states, **in_slots))
     return Update(packed, batches, counts, table)
 
 
@@ -288,13 +297,14 @@ def make_rft_update(
     trajectories: Sequence[Trajectory],
     chosen: np.ndarray,
     rows: RowsConfig,
+    *,
     devices: int,
-    below: Sequence[np.ndarray] | None = None,
+    lower_states: Sequence[np.ndarray] | None = None,
 ) -> Update:
     """As `make_update`, for the negative log-likelihood of the tokens that the policy wrote."""
     packed = batching.pack([trajectories[i] for i in chosen], **rows.packing)
     batches = [
-        SftBatch(part, scoring.below_in_rows(below, chosen, part))
+        SftBatch(part, scoring.lower_states_in_rows(lower_states, chosen, part))
         for part in batching.microbatches(packed, rows.rows_per_device, devices, rows.row_buckets)
     ]
     return Update(packed, batches, {"tokens": float(packed.token_mask.sum())}, None)

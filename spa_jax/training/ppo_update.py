@@ -26,24 +26,26 @@ class PpoBatch:
       advantages: [R, K], whitened over the update if the objective whitens.
       returns: [R, K], before whitening.
       old_values: [R, K], those that the advantages were computed with; 0 without a critic.
-      below: [R, L, D] what frozen layers made of the rows; None if all layers are trained.
+      lower_states: [R, L, D] the rows' hidden states after the frozen layers; None if all layers
+        are trained.
     """
 
     rows: PackedRows
     advantages: chex.Array
     returns: chex.Array
     old_values: chex.Array
-    below: chex.Array | None = None
+    lower_states: chex.Array | None = None
 
 
 def ppo_loss(
-    config: ModelConfig,
-    ppo: PpoConfig,
-    temperature: float,
     params: Params,
     frozen: Params,
     batch: PpoBatch,
     counts: Counts,
+    *,
+    config: ModelConfig,
+    ppo: PpoConfig,
+    temperature: float,
 ) -> tuple[jax.Array, Sums]:
     """L = policy + c_v value + c_kl KL(pi || ref) - c_h entropy, each over its global count.
 
@@ -53,35 +55,39 @@ def ppo_loss(
     value term.
 
     Args:
-      config: the model's shape.
-      ppo: the objective and the coefficients.
-      temperature: that of sampling.
       params: {"policy": decoder, or what is trained of it, "value": head, if it is a critic}.
       frozen: {"policy": the rest} or {}.
       batch: the rows and their advantages.
       counts: "tokens" and "steps" of the whole update.
+      config: the model's shape.
+      ppo: the objective and the coefficients.
+      temperature: that of sampling.
 
     Returns:
       The loss of these rows, and sums over tokens or steps.
     """
-    rows, whole = batch.rows, forward.whole(params, frozen)
-    hidden = forward.rows_hidden(config, whole, rows, batch.below)
+    rows, policy = batch.rows, forward.with_frozen(params, frozen)
+    hidden = forward.rows_hidden(config, policy, rows, batch.lower_states)
     log_probs, entropy = forward.policy_terms(
-        config, whole, hidden, rows, temperature, with_entropy=True
+        config, policy, hidden, rows, temperature, with_entropy=True
     )
     by_token = ppo.gae == "token"
     advantages = batch.advantages
     if not by_token:
         advantages = jnp.take_along_axis(advantages, rows.token_step, 1)
-    policy, stats = losses.clipped_policy_loss(
-        log_probs, rows.log_probs, advantages, rows.token_mask,
-        clip=ppo.clip, truncate=ppo.truncate_ratio,
-    )  # fmt: skip
+    surrogate, stats = losses.clipped_policy_loss(
+        log_probs,
+        rows.log_probs,
+        advantages,
+        rows.token_mask,
+        clip=ppo.clip,
+        truncate=ppo.truncate_ratio,
+    )
     kl = losses.k3_kl(log_probs, rows.ref_log_probs, rows.token_mask)
     if not ppo.entropy_coef:  # else its derivative over the vocabulary is made, times 0
         entropy = jax.lax.stop_gradient(entropy)
-    sums = {"policy_loss": policy, "kl": kl, "entropy": entropy, **stats._asdict()}
-    loss = policy / counts["tokens"]
+    sums = {"policy_loss": surrogate, "kl": kl, "entropy": entropy, **stats._asdict()}
+    loss = surrogate / counts["tokens"]
     if objectives.OBJECTIVES[ppo.objective].critic and ppo.critic == "head":
         index, mask, count = (
             (rows.token_index, rows.token_mask, "tokens")
@@ -102,29 +108,30 @@ def ppo_loss(
 
 def make_loss(config: ModelConfig, ppo: PpoConfig, temperature: float) -> LossFn:
     """The loss of a model of this shape."""
-    return functools.partial(ppo_loss, config, ppo, temperature)
+    return functools.partial(ppo_loss, config=config, ppo=ppo, temperature=temperature)
 
 
 def make_log_probs(config: ModelConfig, temperature: float) -> Callable[..., jax.Array]:
-    """(params, frozen, rows, below) -> [R, P] log-probabilities, as the loss computes them."""
+    """(params, frozen, rows, lower_states) -> [R, P] log-probabilities, as in the loss."""
 
     def log_probs(
-        params: Params, frozen: Params, rows: PackedRows, below: jax.Array | None
+        params: Params, frozen: Params, rows: PackedRows, lower_states: jax.Array | None
     ) -> jax.Array:
-        whole = forward.whole(params, frozen)
-        hidden = forward.rows_hidden(config, whole, rows, below)
-        return forward.policy_terms(config, whole, hidden, rows, temperature)[0]
+        policy = forward.with_frozen(params, frozen)
+        hidden = forward.rows_hidden(config, policy, rows, lower_states)
+        return forward.policy_terms(config, policy, hidden, rows, temperature)[0]
 
     return log_probs
 
 
 def make_token_values(config: ModelConfig) -> Callable[..., jax.Array]:
-    """(params, frozen, rows, below) -> [R, P] values before each policy token (`gae=token`)."""
+    """(params, frozen, rows, lower_states) -> [R, P] values before policy tokens (`gae=token`)."""
 
     def values(
-        params: Params, frozen: Params, rows: PackedRows, below: jax.Array | None
+        params: Params, frozen: Params, rows: PackedRows, lower_states: jax.Array | None
     ) -> jax.Array:
-        hidden = forward.rows_hidden(config, forward.whole(params, frozen), rows, below)
+        policy = forward.with_frozen(params, frozen)
+        hidden = forward.rows_hidden(config, policy, rows, lower_states)
         return heads.value(params["value"], forward.at(hidden, rows.token_index))
 
     return values

@@ -34,8 +34,8 @@ class Scores:
       values: [N, S]; 0 without a value head.
       step_mask: [N, S].
       log_probs: a list of N arrays [T], 0 for context tokens.
-      below: a list of N arrays [T, D], what the lower layers made of every token (see `below`);
-        None if nobody asked for it.
+      lower_states: a list of N arrays [T, D], the lower layers' hidden states (see the function
+        `lower_states`); None if nobody asked for them.
     """
 
     end_hidden: np.ndarray
@@ -43,7 +43,7 @@ class Scores:
     values: np.ndarray
     step_mask: np.ndarray
     log_probs: list[np.ndarray]
-    below: list[np.ndarray] | None = None
+    lower_states: list[np.ndarray] | None = None
 
 
 def max_steps(trajectories: Sequence[Trajectory]) -> int:
@@ -70,7 +70,8 @@ def score(
       rows: the static shape.
       temperature: the policy is softmax(logits / temperature).
       title: of the progress bar; "" for none.
-      train_layers: not 0: the states below so many of the top layers are wanted too.
+      train_layers: not 0: the hidden states that enter the top `train_layers` layers are wanted
+        too.
 
     Returns:
       The scores, on the host.
@@ -81,17 +82,17 @@ def score(
     top, lower = transformer.split(config, params["policy"], train_layers)
     replicated = partition.replicate(params | {"policy": top})
     frozen = partition.replicate({"policy": lower} if lower else {})
-    names = ["log_probs", "end_hidden", "value_hidden", "values"] + ["below"] * bool(lower)
+    names = ["log_probs", "end_hidden", "value_hidden", "values"] + ["lower_states"] * bool(lower)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    kept = []
+    cut = []
     batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
     for batch in tqdm.tqdm(batches, desc=title, unit="batch", disable=not title):
         out = run(replicated, batch, frozen)
         flat = jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), batch)
-        kept.append(flat)
+        cut.append(flat)
         for name in names:
             parts[name].append(out[name].reshape(-1, *out[name].shape[2:]))
-    packed = jax.tree.map(lambda *xs: np.concatenate(xs), *kept)
+    packed = jax.tree.map(lambda *xs: np.concatenate(xs), *cut)
     joined = {name: np.concatenate(parts[name]) for name in names}
     return _by_trajectory(packed, joined, trajectories)
 
@@ -115,14 +116,14 @@ def _by_trajectory(
     position = packed.positions[row, packed.token_index[row, slot]] + 1
     for i, at, value in zip(index, position, joined["log_probs"][row, slot], strict=True):
         log_probs[i][at] = value
-    below = None
-    if "below" in joined:
+    lower = None
+    if "lower_states" in joined:
         lengths = [len(t.token_ids) for t in trajectories]
-        below = batching.gather_tokens(joined["below"], packed, lengths)
-    return Scores(step_mask=mask, log_probs=log_probs, below=below, **arrays)
+        lower = batching.gather_tokens(joined["lower_states"], packed, lengths)
+    return Scores(step_mask=mask, log_probs=log_probs, lower_states=lower, **arrays)
 
 
-def below(
+def lower_states(
     config: ModelConfig,
     frozen: Params,
     trajectories: Sequence[Trajectory],
@@ -131,7 +132,7 @@ def below(
     devices: int,
     title: str,
 ) -> list[np.ndarray] | None:
-    """What the frozen layers make of every token, once and for all updates.
+    """The hidden states of every token after the frozen layers, which no update changes.
 
     Args:
       config: the model's shape.
@@ -147,7 +148,7 @@ def below(
     if not frozen.get("policy") or not trajectories:
         return None
     packed = batching.pack(trajectories, **rows.packing)
-    run = partition.pmap_forward(functools.partial(forward.rows_below, config), devices)
+    run = partition.pmap_forward(functools.partial(forward.rows_lower_states, config), devices)
     batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
     parts = [run(frozen, batch) for batch in tqdm.tqdm(batches, desc=title, unit="batch")]
     values = np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
@@ -155,34 +156,54 @@ def below(
     return batching.gather_tokens(values[: len(packed.tokens)], packed, lengths)
 
 
-def below_in_rows(
-    below: Sequence[np.ndarray] | None,
+def lower_states_in_rows(
+    lower_states: Sequence[np.ndarray] | None,
     chosen: Sequence[int] | np.ndarray,
     rows: batching.PackedRows,
 ) -> np.ndarray | None:
     """[..., R, L, D] of rows that the chosen trajectories were packed into; None for None."""
-    return None if below is None else batching.scatter_tokens([below[i] for i in chosen], rows)
+    if lower_states is None:
+        return None
+    return batching.scatter_tokens([lower_states[i] for i in chosen], rows)
 
 
 def cached_score(
-    cache: pathlib.Path,
-    policy_folder: pathlib.Path,
     config: ModelConfig,
     params: Params,
     trajectories: Sequence[Trajectory],
     rows: RowsConfig,
     *,
+    cache: pathlib.Path,
+    policy_folder: pathlib.Path,
     temperature: float,
     title: str,
-    keep: bool = True,
-    below: pathlib.Path | None = None,
+    write: bool = True,
+    lower_cache: pathlib.Path | None = None,
     train_layers: int = 0,
 ) -> Scores:
-    """`score`, kept in a file: estimator, annotation and PPO's first round read the same pass.
+    """`score` with a file: estimator, annotation and PPO's first round read the same pass.
 
-    The file is used again only for the same trajectories and the same weights; `keep` says
-    whether scores that had to be computed are written to it.  What the layers below the top
-    `train_layers` made of every token then goes to the file `below`, for `cached_below`.
+    The file is used again only for the same trajectories and the same weights.
+
+    Args:
+      config: as in `score`, like params, trajectories, rows, temperature, title and train_layers.
+      params: as there.
+      trajectories: as there.
+      rows: as there.
+      cache: the file of the scores.
+      policy_folder: where `params` lie; their files' names, sizes and times name the weights.
+      temperature: as there.
+      title: as there.
+      write: whether scores that had to be computed are written to the file.
+      lower_cache: the file that gets the lower layers' hidden states with them, for
+        `cached_lower_states`; None: they are not written.
+      train_layers: as there.
+
+    Returns:
+      The scores; `lower_states` only if they had to be computed.
+
+    Raises:
+      UserError: process 0 can read the file and this one cannot.
     """
     digest = _digest(trajectories, temperature, config, sorted(params), _stamp(policy_folder))
     saved = _read(cache, digest, (*_BY_STEP, "log_probs"))
@@ -190,23 +211,28 @@ def cached_score(
         log_probs = _by_token(saved.pop("log_probs"), trajectories)
         return Scores(log_probs=log_probs, **saved)
     scores = score(
-        config, params, trajectories, rows,
-        temperature=temperature, title=title, train_layers=train_layers,
-    )  # fmt: skip
-    if keep and distributed.is_first():
+        config,
+        params,
+        trajectories,
+        rows,
+        temperature=temperature,
+        title=title,
+        train_layers=train_layers,
+    )
+    if write and distributed.is_first():
         arrays = {name: getattr(scores, name) for name in _BY_STEP}
         _write(cache, digest, log_probs=np.concatenate(scores.log_probs), **arrays)
-        if below is not None and scores.below is not None:
+        if lower_cache is not None and scores.lower_states is not None:
             frozen = transformer.split(config, params["policy"], train_layers)[1]
             digest = _digest(trajectories, config, _weights(frozen))
-            _write(below, digest, below=np.concatenate(scores.below))
+            _write(lower_cache, digest, below=np.concatenate(scores.lower_states))
     return scores
 
 
-def cached_below(
+def cached_lower_states(
     cache: pathlib.Path, config: ModelConfig, frozen: Params, trajectories: Sequence[Trajectory]
 ) -> list[np.ndarray] | None:
-    """What `cached_score` kept of layers below, as `below` gives it.
+    """The lower layers' hidden states that `cached_score` wrote, as `lower_states` gives them.
 
     Args:
       cache: the file.

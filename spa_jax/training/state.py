@@ -1,7 +1,7 @@
 """The state of a training stage, and the pure functions that every update is made of.
 
-    accumulate   (params, frozen, grads, sums, batch) -> (grads, sums)   once a microbatch
-    apply        (state, grads) -> (state, metrics)                      once an update
+    accumulate   (params, frozen, (grads, sums), batch, counts) -> (grads, sums)   a microbatch
+    apply        (state, grads) -> (state, gradient norm)                          an update
 
 A loss function gives a *sum* divided by the update's global counts, so gradients of
 microbatches and devices simply add up, whatever rows they were dealt.
@@ -39,9 +39,15 @@ class TrainState:
     skipped: jax.Array
 
 
-def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+class Guarded(optax.GradientTransformation):
+    """An optimiser that changes nothing, itself included, where a gradient is not finite."""
+
+
+def create(params: Params, optimizer: Guarded) -> TrainState:
     """The state before the first update; the optimiser's part is float32, whatever is trained."""
-    update, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # donated: not one array
+    # Two arrays, though both are zero: an update donates the state, and XLA refuses to be given
+    # the same buffer twice.
+    update, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     return TrainState(params, optimizer.init(_float32(params)), update, skipped)
 
 
@@ -52,10 +58,6 @@ def _float32(tree: Params) -> Params:
 def zero_gradients(params: Params, dtype: str = "float32") -> Params:
     """Zeros to add an update's gradients up in: of --accum_dtype."""
     return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
-
-
-class Guarded(optax.GradientTransformation):
-    """An optimiser that changes nothing, itself included, where a gradient is not finite."""
 
 
 @struct.dataclass
@@ -154,40 +156,54 @@ def averaged(optimizer: Guarded, decay: float) -> Guarded:
     return Guarded(init, update)
 
 
-def kept(state: TrainState) -> Params:
-    """The weights that a policy is made of: the average where there is one."""
+def policy_params(state: TrainState) -> Params:
+    """The weights that are evaluated and saved: the average where there is one, else the newest."""
     if not isinstance(state.opt_state, AveragedState):
         return state.params
     return jax.tree.map(lambda m, p: m.astype(p.dtype), state.opt_state.mean, state.params)
 
 
 def accumulate(
-    loss_fn: LossFn,
     params: Params,
     frozen: Params,
-    grads: Params,
-    sums: Sums,
+    totals: tuple[Params, Sums],
     batch: Any,
     counts: Counts,
+    *,
+    loss_fn: LossFn,
 ) -> tuple[Params, Sums]:
-    """Adds one microbatch's gradients and sums to those before it."""
+    """Adds one microbatch's gradients and sums to those before it.
+
+    Args:
+      params: what is trained.
+      frozen: what the loss needs beside it.
+      totals: (gradients, sums) of the update's microbatches so far.
+      batch: the microbatch, of the loss's own kind.
+      counts: the update's global counts.
+      loss_fn: the loss.
+
+    Returns:
+      (gradients, sums) with this microbatch's.
+    """
+    grads, sums = totals
     gradient, new_sums = jax.grad(loss_fn, has_aux=True)(params, frozen, batch, counts)
     grads = jax.tree.map(lambda total, g: total + g.astype(total.dtype), grads, gradient)
     return grads, jax.tree.map(jnp.add, sums, dict(new_sums))
 
 
 def apply(
-    optimizer: optax.GradientTransformation,
     state: TrainState,
     grads: Params,
+    *,
+    optimizer: Guarded,
     axis_name: str | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """One optimiser step; a gradient that is not finite leaves the parameters untouched.
 
     Args:
-      optimizer: as in `create`.
       state: the state.
       grads: the accumulated gradients of this device.
+      optimizer: as in `create`.
       axis_name: the mapped axis whose devices' gradients are added up.
 
     Returns:
@@ -200,12 +216,6 @@ def apply(
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    if not isinstance(optimizer, Guarded):
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
     return (
         TrainState(
             params=params,

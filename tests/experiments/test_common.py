@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-import numpy as np
 import pytest
 
 from experiments import common, sft
@@ -40,15 +39,6 @@ def test_nothing_longer_than_the_model_can_attend_over(folder):
     policy = common.load_policy(folder)
     with pytest.raises(UserError, match="--context_length: 64 tokens .* 20"):
         common.make_engine(policy, SamplingConfig(context_length=64), 2, 0)
-    rng = np.random.default_rng(0)
-    short, long = (tiny.random_trajectory(rng, name, steps=n) for name, n in (("a", 1), ("b", 9)))
-    assert len(short.token_ids) <= 20 < len(long.token_ids)
-    common.check_lengths(policy, [short], "x.jsonl", RowsConfig())
-    with pytest.raises(UserError, match=r"x.jsonl: task 'b' \(seed 0, attempt 0\): \d+ tokens"):
-        common.check_lengths(policy, [short, long], "x.jsonl", RowsConfig())
-    rows = RowsConfig(row_length=len(short.token_ids) - 1)
-    with pytest.raises(UserError, match="task 'a'.*--row_length"):
-        common.check_lengths(policy, [short], "x.jsonl", rows)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_the_second_round_begins_with_the_first_ones_adapter(finished, tmp_path)
         common.trainable(first, 0, LORA, 0),
     ):
         assert other.base == first.folder
-        _same(other.parts.whole(other.parts.trained), first.params)
+        _same(other.parts.merge(other.parts.trained), first.params)
     # So does a copy of the policy that has lost its base.
     copy = shutil.copytree(first.folder, tmp_path / "a" / "b" / "c" / "policy")
     assert common.trainable(common.load_policy(copy), 0, LORA, 0, reference).base == copy

@@ -55,7 +55,7 @@ def test_every_objective_takes_every_credit(objective, kind):
     ppo = PpoConfig(objective=objective)
     values = np.full((12, 3), 0.1, np.float32) if OBJECTIVES[objective].critic else None
     table = ppo_data.make_table(episodes, values, ppo)
-    update = ppo_data.make_update(episodes, table, np.arange(12), ROWS, ppo, 1)
+    update = ppo_data.make_update(episodes, table, np.arange(12), ROWS, ppo, devices=1)
     assert update.counts["steps"] == sum(len(t.steps) for t in episodes)
     given = np.concatenate([b.advantages[b.rows.step_mask > 0] for b in update.batches])
     assert np.isfinite(given).all() and np.std(given) > 0.05
@@ -133,13 +133,13 @@ def test_the_frozen_layers_are_read_in_the_estimators_pass(policy, tmp_path, mon
     explored.parent.mkdir()
     train_progress.scores_of(common.load_policy(policy), explored, episodes, ROWS, ppo_layers=1)
     file = train_progress.below_file(explored.parent)
-    kept, passes, below = file.read_bytes(), [], scoring.below
+    saved, passes, computed = file.read_bytes(), [], scoring.lower_states
 
     def counted(*args, title, **kwargs):
         passes.append(title)
-        return below(*args, title=title, **kwargs)
+        return computed(*args, title=title, **kwargs)
 
-    monkeypatch.setattr(scoring, "below", counted)
+    monkeypatch.setattr(scoring, "lower_states", counted)
     ppo = PpoConfig(critic="ridge", batch_size=6, learning_rate=1e-3, train_layers=1)
     lines = {}
 
@@ -156,7 +156,7 @@ def test_the_frozen_layers_are_read_in_the_estimators_pass(policy, tmp_path, mon
     for ours, wanted in zip(lines["kept"], lines["computed"], strict=True):
         for key in ("policy_loss", "grad_norm", "entropy"):
             assert ours[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6)
-    file.write_bytes(kept)
+    file.write_bytes(saved)
     assert trained("others", tiny.tiny_policy(tmp_path / "others", seed=1)) == ["frozen layers"]
 
 
@@ -167,17 +167,17 @@ def test_states_of_frozen_layers_are_kept_in_bfloat16_too(policy, tmp_path):
     train_progress.scores_of(read, explored, episodes, ROWS, ppo_layers=1)
     frozen = {"policy": transformer.split(read.config, read.params, 1)[1]}
     file = train_progress.below_file(explored.parent)
-    kept = scoring.cached_below(file, read.config, frozen, episodes)
-    wanted = scoring.below(
+    kept = scoring.cached_lower_states(file, read.config, frozen, episodes)
+    wanted = scoring.lower_states(
         read.config, partition.replicate(frozen), episodes, ROWS,
-        devices=jax.device_count(), title="below",
+        devices=jax.device_count(), title="lower",
     )  # fmt: skip
     for a, b in zip(kept, wanted, strict=True):
         assert a.dtype == b.dtype == jax.numpy.bfloat16
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.05)
-    assert scoring.cached_below(file, read.config, frozen, episodes[1:]) is None
+    assert scoring.cached_lower_states(file, read.config, frozen, episodes[1:]) is None
     file.write_bytes(file.read_bytes()[:1000])  # torn
-    assert scoring.cached_below(file, read.config, frozen, episodes) is None
+    assert scoring.cached_lower_states(file, read.config, frozen, episodes) is None
 
 
 def test_rft_clones_the_won_episodes(policy, tmp_path):

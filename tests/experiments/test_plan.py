@@ -79,7 +79,6 @@ def test_adapters_need_no_second_set_of_weights():
     lora = LoraConfig(rank=8)
     run = _run(rows=rows, lora=lora, run=RunConfig(lora_stages=("ppo",)))
     found = plan.stages(run, shapes.SMOLLM2_135M, 1)
-    assert found["train_ppo"].reference == 0
     assert found["train_ppo"].optimizer < 0.01 * found["sft"].optimizer
     assert found["train_ppo"].gradients < 0.01 * found["sft"].gradients
 

@@ -23,7 +23,7 @@ from tests import tiny
 CONFIG = dataclasses.replace(
     tiny.tiny_config(), vocab_size=2048, hidden_size=128, num_layers=6, intermediate_size=384,
     num_heads=4, num_kv_heads=2, head_dim=32, max_position=2048,
-)  # fmt: skip
+)
 ROWS = RowsConfig(row_length=256, policy_slots=64, step_slots=16, rows_per_device=2)
 TOLERANCE = 0.15  # of the total
 
@@ -50,16 +50,16 @@ def _update_bytes(config, rows, lora, train_layers, averaged=False) -> tuple[int
     counts = {"tokens": 1.0, "steps": 1.0}
     sums = jax.eval_shape(loss, trained, frozen, batch, counts)[1]
 
-    def accumulate(params, frozen, grads, sums, batch):
-        return state_lib.accumulate(loss, params, frozen, grads, sums, batch, counts)
+    def accumulate(params, frozen, totals, batch):
+        return state_lib.accumulate(params, frozen, totals, batch, counts, loss_fn=loss)
 
     def apply(state, grads):
-        return state_lib.apply(optimizer, state, grads)
+        return state_lib.apply(state, grads, optimizer=optimizer)
 
     beside = _bytes(state.opt_state)  # is there while a microbatch is computed
     first = (
-        jax.jit(accumulate, donate_argnums=(2, 3))
-        .lower(trained, frozen, grads, sums, batch)
+        jax.jit(accumulate, donate_argnums=2)
+        .lower(trained, frozen, (grads, sums), batch)
         .compile()
     )
     second = jax.jit(apply, donate_argnums=0).lower(state, grads).compile()
@@ -68,10 +68,8 @@ def _update_bytes(config, rows, lora, train_layers, averaged=False) -> tuple[int
 
 def _total(compiled) -> int:
     m = compiled.memory_analysis()
-    return (
-        m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
-        - m.alias_size_in_bytes
-    )  # fmt: skip
+    used = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    return used - m.alias_size_in_bytes
 
 
 def _bytes(tree) -> int:
@@ -82,17 +80,16 @@ def _zeros(tree):
     return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), tree)
 
 
-def _batch(rows, config, with_below):
+def _batch(rows, config, with_lower_states):
     rng = np.random.default_rng(0)
     played = [tiny.random_trajectory(rng, f"t{i}") for i in range(2)]
     table = ppo_data.make_table(played, np.zeros((2, 3), np.float32), PpoConfig())
-    made = ppo_data.make_update(
-        played, table, np.arange(2), dataclasses.replace(rows, share_prefix=False), PpoConfig(), 1
-    )
+    rows = dataclasses.replace(rows, share_prefix=False)
+    made = ppo_data.make_update(played, table, np.arange(2), rows, PpoConfig(), devices=1)
     batch = jax.tree.map(lambda x: np.asarray(x[0]), made.batches[0])
-    if with_below:
-        below = jax.ShapeDtypeStruct((*batch.rows.tokens.shape, config.hidden_size), np.float32)
-        batch = batch.replace(below=below)
+    if with_lower_states:
+        states = jax.ShapeDtypeStruct((*batch.rows.tokens.shape, config.hidden_size), np.float32)
+        batch = batch.replace(lower_states=states)
     return batch
 
 
@@ -138,7 +135,7 @@ def test_an_update_on_a_mesh_needs_what_the_plan_says():
     counts = jax.device_put({"tokens": np.float32(1)}, trainer._everywhere)
     sums = trainer._zero_sums(state.params, joined, counts)
     grads = zeros(state.params)
-    compiled = accumulate.lower(state.params, {}, grads, sums, joined, counts).compile()
+    compiled = accumulate.lower(state.params, {}, (grads, sums), joined, counts).compile()
     opt_state = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state))
     planned = memory.update(CONFIG, ROWS, LoraConfig(), fsdp=4).total
     print(planned, _total(compiled) + opt_state)

@@ -57,7 +57,7 @@ def _params():
 def sees_one_token(monkeypatch):
     monkeypatch.setattr(
         forward, "rows_hidden",
-        lambda config, params, rows, below=None: params["embed"]["embedding"][rows.tokens],
+        lambda config, params, rows, lower_states=None: params["embed"]["embedding"][rows.tokens],
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def _terms(episodes, ppo, layout):
     loss_fn, log_probs = _compiled(ppo)
     table = ppo_data.make_table(episodes, _values(episodes, ppo, 5), ppo)
     update = ppo_data.make_update(
-        episodes, table, np.arange(len(episodes)), rows, ppo, devices,
+        episodes, table, np.arange(len(episodes)), rows, ppo, devices=devices,
         log_probs=lambda part, _: np.asarray(log_probs(_params(), part)),
     )  # fmt: skip
     parts = [loss_fn(_params(), {}, batch, update.counts) for batch in update.batches]
@@ -177,7 +177,7 @@ def test_a_row_without_policy_tokens_poisons_nothing(name, sees_one_token):
     found = []
     for given in (episodes, [*episodes, empty]):
         table = ppo_data.make_table(given, _values(given, ppo, 5), ppo)
-        update = ppo_data.make_update(given, table, np.arange(len(given)), rows, ppo, 1)
+        update = ppo_data.make_update(given, table, np.arange(len(given)), rows, ppo, devices=1)
         (batch,) = (jax.tree.map(lambda x: np.array(x[0]), b) for b in update.batches)
         unused = batch.rows.token_mask.sum(1) == 0
         assert unused.sum() == 4
@@ -201,7 +201,7 @@ def test_gradients_are_the_numerical_ones(name, monkeypatch):
     episodes = _four()
     table = ppo_data.make_table(episodes, _values(episodes, ppo, 5), ppo)
     update = ppo_data.make_update(
-        episodes, table, np.arange(4), rows, ppo, 1,
+        episodes, table, np.arange(4), rows, ppo, devices=1,
         log_probs=lambda part, _: np.random.default_rng(3).normal(-6, 0.5, part.targets.shape),
     )  # fmt: skip
     (batch,) = (jax.tree.map(lambda x: np.array(x[0]), b) for b in update.batches)
@@ -217,7 +217,7 @@ def test_gradients_are_the_numerical_ones(name, monkeypatch):
         params = {"policy": policy, "value": rng.normal(size=3)}
 
         def loss(p):
-            return ppo_update.ppo_loss(CONFIG, ppo, 0.7, p, {}, batch, update.counts)[0]
+            return ppo_update.make_loss(CONFIG, ppo, 0.7)(p, {}, batch, update.counts)[0]
 
         assert jax.eval_shape(loss, params).dtype == jnp.float64
         check_grads(jax.jit(loss), (params,), order=1, modes="rev", atol=1e-6, rtol=1e-6)
@@ -280,7 +280,9 @@ def test_a_kl_in_the_reward_is_summed_a_step_and_discounted(name):
 
     values = _values(episodes, ppo, 5)
     plain = ppo_data.make_table(episodes, values, ppo)
-    update = ppo_data.make_update(episodes, plain, np.arange(4), rows, ppo, 1, log_probs=now)
+    update = ppo_data.make_update(
+        episodes, plain, np.arange(4), rows, ppo, devices=1, log_probs=now
+    )
     wanted = ppo_data.make_table([charged(t) for t in episodes], values, ppo)
     for field in ("rewards", "returns"):
         ours, theirs = getattr(update.table, field), getattr(wanted, field)
@@ -299,7 +301,7 @@ def test_with_recorded_log_probs_the_first_pass_has_no_kl():
     episodes = [dataclasses.replace(t, ref_log_probs=t.log_probs) for t in _four()]
     table = ppo_data.make_table(episodes, _values(episodes, ppo, 5), ppo)
     update = ppo_data.make_update(
-        episodes, table, np.arange(4), LAYOUTS[1][0], ppo, 1,
+        episodes, table, np.arange(4), LAYOUTS[1][0], ppo, devices=1,
         log_probs=lambda part, _: part.log_probs,
     )  # fmt: skip
     np.testing.assert_array_equal(update.table.advantages, table.advantages)
@@ -330,9 +332,9 @@ def test_tasks_played_once_have_no_group(name):
 def test_rejection_sampling_keeps_the_distinct_won_episodes():
     episodes = _four()
     twice = dataclasses.replace(episodes[3], attempt=5)
-    kept = ppo_data.won([*episodes, twice], "file")
-    assert [t.key for t in kept] == [episodes[1].key, episodes[3].key]
-    update = ppo_data.make_rft_update(kept, np.arange(2), LAYOUTS[0][0], 1)
+    won = ppo_data.won([*episodes, twice], "file")
+    assert [t.key for t in won] == [episodes[1].key, episodes[3].key]
+    update = ppo_data.make_rft_update(won, np.arange(2), LAYOUTS[0][0], devices=1)
     assert update.counts == {"tokens": 8.0}  # 3 + 2 + 2 + 1
 
 

@@ -1,6 +1,7 @@
 """Dtypes of what is trained: bfloat16 weights with a float32 optimiser, gradients in either."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def _adamw_updates(optimizer, gradients):
     """The parameters after every update, and the last state."""
     params = {"a": np.linspace(-1, 2, 6, dtype=np.float32).reshape(2, 3), "b": np.ones(2)}
     state = state_lib.create(jax.tree.map(jnp.float32, params), optimizer)
-    step, seen = jax.jit(lambda state, grads: state_lib.apply(optimizer, state, grads)), []
+    step, seen = jax.jit(functools.partial(state_lib.apply, optimizer=optimizer)), []
     for gradient in gradients:
         state, _ = step(state, gradient)
         seen.append(jax.device_get(state.params))
@@ -115,7 +116,7 @@ def test_adamw_overwrites_what_it_was_given():
     optimizer = state_lib.adamw(0.1, clip_norm=2.0, weight_decay=0.1)
     grads = {"w": jnp.ones((1 << 10, 1 << 10))}
     state = state_lib.create(grads, optimizer)
-    step = jax.jit(lambda state, grads: state_lib.apply(optimizer, state, grads), donate_argnums=0)
+    step = jax.jit(functools.partial(state_lib.apply, optimizer=optimizer), donate_argnums=0)
     analysis = step.lower(state, grads).compile().memory_analysis()
     assert analysis.temp_size_in_bytes < grads["w"].nbytes / 8
     assert analysis.alias_size_in_bytes >= 3 * grads["w"].nbytes
@@ -134,7 +135,7 @@ def test_averaged_weights_by_hand():
     mean = np.linspace(-1, 2, 6, dtype=np.float32).reshape(2, 3)
     for params, share in zip(plain, (0.9, 9 / 11, 0.8), strict=True):
         mean = share * params["a"] + (1 - share) * mean
-    np.testing.assert_allclose(state_lib.kept(state)["a"], mean, rtol=1e-6)
+    np.testing.assert_allclose(state_lib.policy_params(state)["a"], mean, rtol=1e-6)
 
 
 @pytest.mark.parametrize("at", [0, 1])
@@ -157,11 +158,11 @@ def test_an_average_is_float32_and_kept_in_the_dtype_of_the_weights(trainer, par
     state, _ = made.update(state, [np.full((1, 4), 2.75, np.float32)], {"n": 1.0})
     state = jax.device_get(made.unreplicate(state))
     assert state.opt_state.mean["w"].dtype == np.float32
-    kept = state_lib.kept(state)["w"]
-    assert kept.dtype == jnp.dtype(param)
+    mean = state_lib.policy_params(state)["w"]
+    assert mean.dtype == jnp.dtype(param)
     wanted = 0.9 * state.params["w"].astype(np.float32) + 0.1 * start
-    np.testing.assert_allclose(kept.astype(np.float32), wanted, rtol=1 / 128)
-    assert not np.allclose(kept.astype(np.float32), start)
+    np.testing.assert_allclose(mean.astype(np.float32), wanted, rtol=1 / 128)
+    assert not np.allclose(mean.astype(np.float32), start)
 
 
 def test_what_is_trained_is_cast_and_what_is_saved_is_not():
@@ -173,7 +174,7 @@ def test_what_is_trained_is_cast_and_what_is_saved_is_not():
     assert {x.dtype for x in jax.tree.leaves(made.trained)} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(made.frozen)} == {np.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(made.frozen_in("bfloat16"))} == {jnp.dtype("bfloat16")}
-    whole = made.whole(made.trained)
+    whole = made.merge(made.trained)
     assert {x.dtype for x in jax.tree.leaves(whole)} == {np.dtype("float32")}
     np.testing.assert_array_equal(whole["embed"]["embedding"], params["embed"]["embedding"])
     kernel = params["layers"]["q"]["kernel"]

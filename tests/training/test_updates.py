@@ -33,7 +33,7 @@ CONFIG = tiny.tiny_config()
 ROWS = RowsConfig(row_length=48, policy_slots=24, step_slots=8, rows_per_device=1)
 PPO = PpoConfig(kl_coef=0.1, entropy_coef=0.01, value_coef=0.5)
 RATE = 0.1
-SGD = optax.chain(optax.clip_by_global_norm(1e9), optax.sgd(RATE))
+SGD = state_lib.Guarded(*optax.sgd(RATE))  # no gradient here is infinite
 
 
 def _episodes(count: int = 9):
@@ -59,7 +59,9 @@ def _ppo_batches(episodes, rows: RowsConfig, devices: int):
     steps = max(len(t.steps) for t in episodes)
     values = np.random.default_rng(4).normal(size=(len(episodes), 4)).astype(np.float32)
     table = ppo_data.make_table(episodes, values[:, :steps], PPO)
-    made = ppo_data.make_update(episodes, table, np.arange(len(episodes)), rows, PPO, devices)
+    made = ppo_data.make_update(
+        episodes, table, np.arange(len(episodes)), rows, PPO, devices=devices
+    )
     return made.batches, made.counts
 
 
@@ -102,8 +104,8 @@ DEALS = [(1, 9), (2, 1), (8, 1), ((2, 4), 1), ((1, 2), 1)]
 
 def _trainer(deal, loss_fn, optimizer, frozen=None):
     if isinstance(deal, tuple):
-        return partition.Mesh(loss_fn, optimizer, deal, frozen)
-    return partition.Pmap(loss_fn, optimizer, deal, frozen)
+        return partition.Mesh(loss_fn, optimizer, deal, frozen=frozen)
+    return partition.Pmap(loss_fn, optimizer, deal, frozen=frozen)
 
 
 def _updated(make, deal, rows_per_device: int, optimizer=SGD):
@@ -202,20 +204,18 @@ def test_a_shared_instruction_changes_nothing_but_the_work(name, monkeypatch):
 
 def test_scores_behind_a_shared_instruction():
     opened = _same_opening(_episodes())
+    kinds = [dataclasses.replace(ROWS, share_prefix=share) for share in (True, False)]
     ours, theirs = (
-        scoring.score(
-            CONFIG, _params(), opened, dataclasses.replace(ROWS, share_prefix=share),
-            temperature=0.7, title="scores",
-        )
-        for share in (True, False)
-    )  # fmt: skip
+        scoring.score(CONFIG, _params(), opened, rows, temperature=0.7, title="scores")
+        for rows in kinds
+    )
     for name in ("end_hidden", "value_hidden", "values", "step_mask"):
         np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5)
     for a, b in zip(ours.log_probs, theirs.log_probs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_scores_are_the_same_where_the_states_below_are_asked_for():
+def test_scores_are_the_same_where_lower_states_are_asked_for():
     opened, params = _same_opening(_episodes()), _params()
     plain, both = (
         scoring.score(
@@ -223,16 +223,16 @@ def test_scores_are_the_same_where_the_states_below_are_asked_for():
         )
         for layers in (0, 1)
     )
-    assert plain.below is None
+    assert plain.lower_states is None
     for name in ("end_hidden", "value_hidden", "values", "step_mask"):
         np.testing.assert_allclose(getattr(both, name), getattr(plain, name), atol=1e-5)
     for a, b in zip(both.log_probs, plain.log_probs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     frozen = {"policy": transformer.split(CONFIG, params["policy"], 1)[1]}
-    wanted = scoring.below(
-        CONFIG, partition.replicate(frozen), opened, ROWS, devices=8, title="below"
+    wanted = scoring.lower_states(
+        CONFIG, partition.replicate(frozen), opened, ROWS, devices=8, title="lower"
     )
-    for a, b in zip(both.below, wanted, strict=True):
+    for a, b in zip(both.lower_states, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -265,7 +265,7 @@ def test_a_step_whose_reward_is_zero_is_a_step():
     table = ppo_data.make_table([episode], np.zeros((1, 3), np.float32), ppo)
     np.testing.assert_allclose(table.returns, [[0.25, 0.5, 1.0]])
     _, (batch,), counts, _ = ppo_data.make_update(
-        [episode], table, np.array([0]), dataclasses.replace(ROWS, row_length=64), ppo, 1
+        [episode], table, np.array([0]), dataclasses.replace(ROWS, row_length=64), ppo, devices=1
     )
     assert counts == {"tokens": sum(s >= 0 for s in episode.step_id), "steps": 3}
     white = (np.array([0.25, 0.5, 1.0]) - 7 / 12) / np.std([0.25, 0.5, 1.0])
@@ -302,7 +302,13 @@ def test_the_ppo_loss_by_hand(monkeypatch):
     )
     ppo = PpoConfig(clip=0.2, value_clip=0.2, value_coef=0.1, kl_coef=0.3, entropy_coef=0.01)
     loss, sums = ppo_update.ppo_loss(
-        CONFIG, ppo, 1.0, _params(), {}, batch, {"tokens": 3.0, "steps": 2.0}
+        _params(),
+        {},
+        batch,
+        {"tokens": 3.0, "steps": 2.0},
+        config=CONFIG,
+        ppo=ppo,
+        temperature=1.0,
     )
     entropy = -np.sum(p * np.log(p) + (1 - p) * np.log(1 - p))
     kl = 2 - 1 - np.log(2)
@@ -341,16 +347,17 @@ def test_top_layers_learn_alone_what_they_learn_in_the_whole_model(name, monkeyp
 
     metrics, move = updated(params, None, batches)
     parts, frozen = params | {"policy": trained}, {"policy": frozen}
-    below = scoring.below(
+    lower_states = scoring.lower_states(
         CONFIG, partition.replicate(frozen), opened[::-1],
         dataclasses.replace(rows, row_length=100, policy_slots=60, step_slots=20),
-        devices=8, title="below",
+        devices=8, title="lower",
     )[::-1]  # fmt: skip
-    assert [len(b) for b in below] == [len(t.token_ids) for t in opened]
-    with_below = [
-        dataclasses.replace(b, below=batching.scatter_tokens(below, b.rows)) for b in batches
+    assert [len(b) for b in lower_states] == [len(t.token_ids) for t in opened]
+    from_lower = [
+        dataclasses.replace(b, lower_states=batching.scatter_tokens(lower_states, b.rows))
+        for b in batches
     ]
-    top_metrics, top_move = updated(parts, frozen, with_below)
+    top_metrics, top_move = updated(parts, frozen, from_lower)
     for key in metrics.keys() - {"grad_norm"}:
         assert top_metrics[key] == pytest.approx(metrics[key], rel=2e-5, abs=2e-5), key
     assert 1e-3 < top_metrics["grad_norm"] < metrics["grad_norm"]

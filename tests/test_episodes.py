@@ -1,0 +1,43 @@
+"""What a training stage takes of a file of episodes; that processes agree: tests of the pod."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from spa_jax import episodes, store
+from spa_jax.config import RowsConfig
+from spa_jax.errors import UserError
+from spa_jax.trajectory import Status
+from tests import tiny
+
+
+def test_only_completed_episodes_are_loaded_sorted_by_key(tmp_path):
+    rng = np.random.default_rng(0)
+    won, lost, broken, empty = (tiny.random_trajectory(rng, name) for name in "dcba")
+    lost = dataclasses.replace(lost, status=Status.MAX_STEPS, final_reward=0.0)
+    broken = dataclasses.replace(broken, status=Status.ENV_ERROR)
+    nothing = {name: () for name in ("steps", "token_ids", "step_id", "log_probs")}
+    empty = dataclasses.replace(empty, ref_log_probs=None, **nothing)
+    path = tmp_path / "trajectories.jsonl"
+    store.write(path, [won, lost, broken, empty])
+    assert episodes.load(path) == [lost, won]
+    assert episodes.completed([won, broken, lost, empty]) == [won, lost]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="no.jsonl: no such file"):
+        episodes.load(tmp_path / "no.jsonl")
+
+
+def test_nothing_longer_than_the_model_or_a_row():
+    config = dataclasses.replace(tiny.tiny_config(), max_position=20)
+    rng = np.random.default_rng(0)
+    short, long = (tiny.random_trajectory(rng, name, steps=n) for name, n in (("a", 1), ("b", 9)))
+    assert len(short.token_ids) <= 20 < len(long.token_ids)
+    episodes.check_lengths(config, [short], "x.jsonl", RowsConfig())
+    with pytest.raises(UserError, match=r"x.jsonl: task 'b' \(seed 0, attempt 0\): \d+ tokens"):
+        episodes.check_lengths(config, [short, long], "x.jsonl", RowsConfig())
+    rows = RowsConfig(row_length=len(short.token_ids) - 1)
+    with pytest.raises(UserError, match="task 'a'.*--row_length"):
+        episodes.check_lengths(config, [short], "x.jsonl", rows)
