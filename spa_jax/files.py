@@ -26,7 +26,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def is_done(folder: pathlib.Path, title: str) -> bool:
     """Whether the stage of this folder has ended; says so."""
     marker = run_lib.done(folder)
-    done = distributed.told(f"{title}: done", marker.exists)
+    done = distributed.broadcast(f"{title}: done", marker.exists)
     if done:
         print(f"{title}: already done ({marker})", flush=True)
     return done
@@ -36,4 +36,4 @@ def mark_done(folder: pathlib.Path, started: float, **results: Any) -> None:
     """Marks the stage of this folder as ended; every process ends it here."""
     seconds = round(time.time() - started, 1)
     write_json(run_lib.done(folder), {"seconds": seconds, **results})
-    distributed.meet(f"{folder}: done")
+    distributed.barrier(f"{folder}: done")

@@ -102,7 +102,7 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
             assert policy is not None  # the expert needs none
             return make_engine(policy, recording.sampling, min(slots, len(own)), run.seed)
 
-        distributed.agree("number of episodes", len(jobs))
+        distributed.assert_equal("number of episodes", len(jobs))
         _play(recording, client, own, policy=policy, make_engine=engine, env=settings.env)
     played = _read_played(recording, jobs)
     files.mark_done(folder, started, episodes=len(played), failures=len(jobs) - len(played))
@@ -273,7 +273,7 @@ def _play(
 def _read_played(recording: Recording, jobs: Sequence[rollout.Job]) -> list[Trajectory]:
     """The episodes of all processes' jobs, sorted by key, once every process has played its own."""
     path, title = recording.folder / run_lib.EPISODES, recording.title
-    distributed.meet(f"{title}: the episodes")
+    distributed.barrier(f"{title}: the episodes")
     distributed.first_alone(f"{title}: all episodes", lambda: store.merge(path))
     wanted = {job.key for job in jobs}
     return [t for t in (store.read(path) if path.exists() else []) if t.key in wanted]

@@ -83,7 +83,7 @@ def train(run: Run, *, out: pathlib.Path, start: str, sft: SftConfig, seed: int)
 def _demonstrations(run: Run, part: str, first: Policy) -> list[Trajectory]:
     """The won episodes of a part, as the policy's tokens; without a held-out part it is empty."""
     path = run.demonstrations(part)
-    if part == "valid" and not distributed.told(f"{path}: is there", path.exists):
+    if part == "valid" and not distributed.broadcast(f"{path}: is there", path.exists):
         distributed.say(f"{path} is not there: SFT goes without a held-out loss")
         return []
     return [chat.encode_trajectory(first.chat, t) for t in store.read(path) if t.success]

@@ -55,7 +55,7 @@ def clone(
     loss_fn = parts.on_parts(sft_update.make_loss(config))
     trainer = partition.make(rows, loss_fn, optimizer, frozen, config.compute.accum_dtype)
     evaluate = trainer.forward(parts.on_parts(sft_update.make_nll(config)))
-    layers = partition.whole_layers(trainer, frozen)
+    layers = partition.gather_layers(trainer, frozen)
     data, held_out = (
         Demonstrations(
             trajectories, rows=rows, config=config, layers=layers, devices=trainer.devices,
@@ -70,7 +70,7 @@ def clone(
         state=state_lib.create(parts.trained, optimizer),
         every=sft.checkpoint_every,
     )
-    best, bad = distributed.told(
+    best, bad = distributed.broadcast(
         "held-out losses", lambda: held_out_so_far(out / metrics.METRICS_FILE)
     )
     lengths = [len(t.token_ids) for t in train]
@@ -85,7 +85,7 @@ def clone(
         line["learning_rate"] = float(rate(update))
         done = update + 1
         if valid and (done % eval_every == 0 or done == total):
-            averaged = state_lib.kept(state)
+            averaged = state_lib.policy_params(state)
             line["valid_loss"] = held_out.loss(evaluate, averaged)
             improved = line["valid_loss"] < best
             best, bad = (line["valid_loss"], 0) if improved else (best, bad + 1)
@@ -100,7 +100,7 @@ def clone(
     end = loop.start if 0 < sft.patience <= bad else total
     state = loop.run(step, total=total, title="sft", end=end)
     if not (sft.patience and valid):
-        trained = trainer.fetch(state_lib.kept(state))
+        trained = trainer.fetch(state_lib.policy_params(state))
         trainable.save(out / "policy", trained=trained, heads={}, version=done)
     return best, done
 
@@ -150,7 +150,7 @@ class Demonstrations:
         self.trajectories = trajectories
         self._rows = rows
         self._devices = devices
-        self._below = scoring.below(
+        self._lower_states = scoring.lower_states(
             config, layers, trajectories, rows, devices=devices, title=title
         )
 
@@ -162,7 +162,7 @@ class Demonstrations:
         rows = self._rows
         cut = batching.microbatches(packed, rows.rows_per_device, self._devices, rows.row_buckets)
         return packed, (
-            sft_update.SftBatch(b, scoring.below_in_rows(self._below, chosen, b)) for b in cut
+            sft_update.SftBatch(b, scoring.lower_states_in_rows(self._lower_states, chosen, b)) for b in cut
         )
 
     def loss(self, evaluate: Callable, params: Any) -> float:

@@ -103,7 +103,7 @@ class AdaptedTrunk:
         taken = [self.trajectories[i] for i in chosen]
         scores = scoring.score(
             self.trainable.policy.config,
-            {"policy": self.trainable.parts.whole(params)},
+            {"policy": self.trainable.parts.merge(params)},
             taken,
             self.rows,
             temperature=1.0,
@@ -172,7 +172,7 @@ def scores_of(
         rows,
         temperature=(sampling.temperature if sampling else 1.0) or 1.0,
         title="features",
-        below=run_lib.lower_states_of(path),
+        lower_states_file=run_lib.lower_states_of(path),
         train_layers=ppo_layers,
     )
 

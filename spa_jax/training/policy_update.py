@@ -131,7 +131,7 @@ class Learner:
             rows=rows,
             ppo=ppo,
             devices=trainer.devices,
-            below=lower,
+            lower_states=lower,
             log_probs=functools.partial(log_probs, now),
         )
 
@@ -142,13 +142,13 @@ class Learner:
         round has trained them.
         """
         parts, config = self.trainable.parts, self.trainable.policy.config
-        lower = scoring.cached_below(
+        lower = scoring.cached_lower_states(
             self.lower_states_file, config, parts.frozen, self.trajectories
         )
         if lower is not None:
             return lower
-        frozen = partition.whole_layers(trainer, parts.frozen_in(config.dtype))
-        return scoring.below(
+        frozen = partition.gather_layers(trainer, parts.frozen_in(config.dtype))
+        return scoring.lower_states(
             config,
             frozen,
             self.trajectories,

@@ -51,7 +51,7 @@ class Trainable:
             return
         config, model = self.policy.config, self.policy.model
         template = TEMPLATES.get(self.policy.chat_format)
-        weights.save_pretrained(folder, config, self.parts.whole(trained), model, template)
+        weights.save_pretrained(folder, config, self.parts.merge(trained), model, template)
         if heads:
             weights.save_heads(folder, heads)
         if self.parts.lora.rank:
