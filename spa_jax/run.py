@@ -16,6 +16,7 @@ This is the only place that spells a path below the workdir, W:
     W/eval/NAME/                               held-out episodes of a policy, summary.json
     W/estimator.json                           the estimator judged on held-out episodes
     W/report.html
+    W/continued_sft/, W/terminal/              other arms of `compare`; the second is a run
 
 A stage takes a run, reads what earlier stages wrote, and writes its own folder.
 """
@@ -153,9 +154,24 @@ class Run:
         named = stage in self.settings.method.lora_stages
         return self.settings.lora if named else LoraConfig()
 
+    @property
+    def evaluations(self) -> pathlib.Path:
+        """The folder of all evaluations."""
+        return self.workdir / "eval"
+
     def evaluation(self, name: str) -> pathlib.Path:
         """The folder of an evaluation."""
-        return self.workdir / "eval" / name
+        return self.evaluations / name
+
+    @property
+    def continued_sft(self) -> pathlib.Path:
+        """The folder of the arm of `compare` in which SFT goes on."""
+        return self.workdir / "continued_sft"
+
+    @property
+    def terminal(self) -> pathlib.Path:
+        """The folder of the arm of `compare` whose reward stands at the last step: a run."""
+        return self.workdir / "terminal"
 
     @property
     def continued_sft(self) -> pathlib.Path:
