@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from spa_jax import provenance
 from spa_jax.attribution import credit
 from spa_jax.config import CreditConfig, RowsConfig
 from spa_jax.errors import UserError
@@ -120,6 +121,12 @@ def progress_head(base: Policy, progress: pathlib.Path) -> Params:
             "with --policy"
         )
     return base.heads["progress"]
+
+
+def estimator_digest(progress: pathlib.Path) -> str:
+    """Names an estimator by the weights in its folder; "" if there are none."""
+    files = [progress / weights.HEADS, *weights.weight_files(progress / ADAPTER)]
+    return " ".join(provenance.file_digest(file) for file in files if file.exists())
 
 
 def _adapted_hidden(

@@ -10,8 +10,9 @@ import shutil
 from spa_jax import method
 from spa_jax.evaluation import Summary
 from spa_jax.run import Run
+from spa_jax.runtime import distributed
 from spa_jax.stages import evaluate, sft
-from spa_jax.training import distributed, metrics
+from spa_jax.training import metrics
 
 ARMS = ("sft", "continued_sft", "terminal", "spa")
 

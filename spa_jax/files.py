@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from spa_jax import run as run_lib
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -30,6 +30,19 @@ def is_done(folder: pathlib.Path, title: str) -> bool:
     if done:
         print(f"{title}: already done ({marker})", flush=True)
     return done
+
+
+def has_all(folder: pathlib.Path, title: str) -> bool:
+    """Whether a folder of episodes has ended with all of them: no environment error is left."""
+    marker = run_lib.done(folder)
+
+    def complete() -> bool:
+        return marker.exists() and json.loads(marker.read_text()).get("failures") == 0
+
+    found = distributed.broadcast(f"{title}: all episodes", complete)
+    if found:
+        print(f"{title}: already done ({marker})", flush=True)
+    return found
 
 
 def mark_done(folder: pathlib.Path, started: float, **results: Any) -> None:

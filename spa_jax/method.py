@@ -13,6 +13,7 @@ from spa_jax import run as run_lib
 from spa_jax.evaluation import Summary
 from spa_jax.report.page import shown, write_report
 from spa_jax.run import BASE, SPA, Run
+from spa_jax.runtime import distributed
 from spa_jax.stages import (
     annotate,
     demonstrate,
@@ -23,7 +24,6 @@ from spa_jax.stages import (
     train_ppo,
     train_progress,
 )
-from spa_jax.training import distributed
 
 
 @dataclasses.dataclass(frozen=True)

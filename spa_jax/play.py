@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
-from spa_jax import files, provenance, rollout, store
+from spa_jax import files, pretrained, provenance, rollout, store
 from spa_jax import policy as policy_lib
 from spa_jax import run as run_lib
 from spa_jax.config import EnvConfig, ExploreConfig, SamplingConfig, ServerConfig
@@ -27,9 +27,9 @@ from spa_jax.errors import UserError
 from spa_jax.models import transformer
 from spa_jax.policy import EXPERT, Policy
 from spa_jax.run import Run
+from spa_jax.runtime import distributed
 from spa_jax.sampling.engine import Engine
 from spa_jax.sampling.parallel import ParallelEngine
-from spa_jax.training import distributed
 from spa_jax.training.metrics import MetricsWriter
 from spa_jax.trajectory import Sampling, Status, Trajectory
 
@@ -68,19 +68,26 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
     """
     started, settings, folder = time.time(), run.settings, recording.folder
     expert = recording.policy == EXPERT
-    provenance.check_stage(
+    games = recording.games
+    same = provenance.check_stage(
         run,
         recording.stage,
         folder,
         inputs={
-            "policy": EXPERT if expert else provenance.policy_digest(recording.policy),
-            "environment": provenance.environment_identity(settings.env),
+            "the policy's weights": EXPERT
+            if expert
+            else provenance.policy_digest(pretrained.resolve(recording.policy))
         },
         settings={
-            **provenance.flag_values(recording.games),
-            **provenance.flag_values(recording.sampling),
+            "rollouts": games.rollouts,
+            "split": games.split,
+            "games": games.games,
+            "first_game": games.first_game,
+            "temperature": recording.sampling.temperature,
         },
     )
+    if same and files.has_all(folder, recording.title):
+        return store.read(folder / run_lib.EPISODES)
     policy = None
     if not expert:
         chat_format = settings.chat.chat_format
@@ -88,14 +95,14 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
         policy_lib.record_chat_format(folder, policy)
     slots = _EXPERT_SESSIONS if expert else recording.sampling.slots
     with open_env(settings.env, slots, folder / "server.log") as client:
-        games = choose_games(client, recording.games)
+        chosen = choose_games(client, games)
         jobs, own = (
             [
                 rollout.Job(task, run.seed, attempt)
                 for task in tasks
-                for attempt in range(recording.games.rollouts)
+                for attempt in range(games.rollouts)
             ]
-            for tasks in (games, distributed.share(games))
+            for tasks in (chosen, distributed.share(chosen))
         )
 
         def engine() -> Engine | ParallelEngine:

@@ -17,7 +17,7 @@ from spa_jax.models import lora as lora_lib
 from spa_jax.models import weights
 from spa_jax.models.kernels.choice import resolve
 from spa_jax.models.transformer import ModelConfig, Params
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

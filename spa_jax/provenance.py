@@ -216,7 +216,7 @@ def check_stage(
     *,
     inputs: Mapping[str, str],
     settings: Mapping[str, Any] | None = None,
-) -> None:
+) -> bool:
     """Refuses to go on in a folder that was made from other settings or inputs.
 
     Every process calls it at the start of a stage, before it looks whether the stage has ended.
@@ -231,11 +231,14 @@ def check_stage(
         the environment plays is added for the stages that play.
       settings: values by flag name, `seed` among them, where they are not the run's.
 
+    Returns:
+      Whether the folder says that it was made from just these: what is in it can be used as it is.
+
     Raises:
       UserError: names every difference, and how to go on.
     """
     distributed = _distributed()
-    distributed.told(
+    return distributed.broadcast(
         f"{stage} {folder}: the fingerprint",
         lambda: _check_stage(run, stage, folder, inputs, settings or {}),
     )
@@ -247,7 +250,7 @@ def _check_stage(
     folder: pathlib.Path,
     inputs: Mapping[str, str],
     settings: Mapping[str, Any],
-) -> None:
+) -> bool:
     global _warned
     now = fingerprint(run, stage, inputs=inputs, settings=settings)
     path = run_lib.fingerprint(folder)
@@ -262,13 +265,13 @@ def _check_stage(
                 file=sys.stderr,
                 flush=True,
             )
-        return
+        return False
     found = _differences(json.loads(path.read_text()), now, _defaults(run))
     if not found:
-        return
+        return True
     if not _has_results(folder):  # it was refused before it had any
         write_json(path, now)
-        return
+        return False
     raise UserError(
         f"{folder} was made with other settings: {'; '.join(found)}. Give another --workdir, or "
         f"{_remedy(run, stage, folder)}"
@@ -411,7 +414,7 @@ def redo(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
             print(f"--redo={stage}: nothing to remove", flush=True)
         return [str(path) for path in there]
 
-    return [pathlib.Path(path) for path in _distributed().told(f"--redo={stage}", remove)]
+    return [pathlib.Path(path) for path in _distributed().broadcast(f"--redo={stage}", remove)]
 
 
 def _redo_help() -> str:
@@ -466,6 +469,6 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def _distributed() -> Any:
     """The module of the processes that share a run; JAX comes with it."""
-    from spa_jax.training import distributed
+    from spa_jax.runtime import distributed
 
     return distributed

@@ -174,16 +174,6 @@ class Run:
         return self.workdir / "terminal"
 
     @property
-    def continued_sft(self) -> pathlib.Path:
-        """The arm of a comparison in which SFT goes on from the base."""
-        return self.workdir / "continued_sft"
-
-    @property
-    def terminal(self) -> pathlib.Path:
-        """The workdir of the arm whose PPO gets the final reward at the last step."""
-        return self.workdir / "terminal"
-
-    @property
     def estimator(self) -> pathlib.Path:
         """The figures of the estimator on held-out episodes."""
         return self.workdir / "estimator.json"

@@ -12,8 +12,9 @@ from spa_jax import annotation, episodes, policy, provenance, store
 from spa_jax.config import fit_attention
 from spa_jax.errors import UserError
 from spa_jax.run import Run
+from spa_jax.runtime import distributed
 from spa_jax.store import Key
-from spa_jax.training import distributed, estimator_data, scoring
+from spa_jax.training import estimator_data, scoring
 from spa_jax.trajectory import Trajectory
 
 
@@ -38,9 +39,9 @@ def run(
         "annotate",
         files.annotated,
         inputs={
-            "base policy": provenance.policy_digest(base),
-            "estimator": provenance.policy_digest(files.progress),
-            "episodes": provenance.file_digest(data),
+            "the base policy's weights": provenance.policy_digest(base),
+            "the estimator's weights": annotation.estimator_digest(files.progress),
+            "the episodes": provenance.file_digest(data),
         },
     )
     return annotate_file(run, data, out=files.annotated, progress=files.progress, base=base)
@@ -56,9 +57,7 @@ def run_evaluation(run: Run, name: str, keys: Collection[Key] | None = None) -> 
     """
     path = run.evaluation(name) / "trajectories.jsonl"
     last = run.round(run.settings.method.iterations - 1)
-    return annotate_file(
-        run, path, out=path, progress=last.progress, base=str(run.base), keys=keys
-    )
+    return annotate_file(run, path, out=path, progress=last.progress, base=str(run.base), keys=keys)
 
 
 def annotate_file(

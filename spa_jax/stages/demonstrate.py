@@ -8,7 +8,7 @@ from spa_jax.config import ExploreConfig
 from spa_jax.play import Recording
 from spa_jax.policy import EXPERT
 from spa_jax.run import Run
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 
 
 def run(run: Run) -> None:
@@ -41,7 +41,7 @@ def _import(run: Run) -> None:
     """Writes the solved episodes of the log at --demonstrations."""
     log, env = run.settings.method.demonstrations, run.settings.env.env
     provenance.check_stage(
-        run, "demos", run.demos, inputs={"log": provenance.file_digest(log)}
+        run, "demos", run.demos, inputs={"the log's records": provenance.file_digest(log)}
     )
     distributed.first_alone(
         "demonstrations",

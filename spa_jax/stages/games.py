@@ -1,13 +1,14 @@
-"""Before the first stage: the games of all splits are generated, and nothing held out is trained on."""
+"""Before the first stage: games are generated; nothing that is held out is trained on."""
 
 import dataclasses
 import subprocess
+from typing import Any
 
 from spa_jax import games, play
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.run import Run
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 
 
 def run(run: Run) -> Run:
@@ -21,7 +22,8 @@ def run(run: Run) -> Run:
     env = run.settings.env
     if not (env.data or env.env_address):
         _generate(run)
-        env = dataclasses.replace(env, **{f"{env.env}_data": str(run.games)})
+        data: dict[str, Any] = {f"{env.env}_data": str(run.games)}
+        env = dataclasses.replace(env, **data)
         run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, env=env))
     _check_splits(run)
     return run

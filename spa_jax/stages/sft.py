@@ -14,7 +14,8 @@ from spa_jax.config import SftConfig, fit_attention
 from spa_jax.errors import UserError
 from spa_jax.policy import Policy
 from spa_jax.run import Run
-from spa_jax.training import cloning, distributed, trainable
+from spa_jax.runtime import distributed
+from spa_jax.training import cloning, trainable
 from spa_jax.trajectory import Trajectory
 
 
@@ -42,9 +43,12 @@ def train(run: Run, *, out: pathlib.Path, start: str, sft: SftConfig, seed: int)
         "sft",
         out,
         inputs={
-            "policy": provenance.policy_digest(start),
-            "demonstrations": provenance.file_digest(run.demonstrations("train")),
-            "held-out demonstrations": provenance.file_digest(run.demonstrations("valid")),
+            "the policy's weights": provenance.policy_digest(start),
+            **{
+                f"the {part} demonstrations": provenance.file_digest(run.demonstrations(part))
+                for part in ("train", "valid")
+                if run.demonstrations(part).exists()
+            },
         },
         settings={"sft_updates": sft.updates, "sft_eval_every": sft.eval_every, "seed": seed},
     )

@@ -14,7 +14,8 @@ from spa_jax import policy as policy_lib
 from spa_jax.config import PpoConfig, fit_attention
 from spa_jax.policy import Policy
 from spa_jax.run import Run
-from spa_jax.training import behaviour, distributed, policy_update, ppo_data, trainable
+from spa_jax.runtime import distributed
+from spa_jax.training import behaviour, policy_update, ppo_data, trainable
 from spa_jax.training.policy_update import Learner
 from spa_jax.training.ppo_data import RFT
 
@@ -38,9 +39,9 @@ def run(run: Run, number: int, *, policy: str = "") -> None:
         "ppo",
         here.ppo,
         inputs={
-            "policy": provenance.policy_digest(played),
-            "base policy": provenance.policy_digest(reference),
-            "annotated episodes": provenance.file_digest(here.annotated),
+            "the policy's weights": provenance.policy_digest(played),
+            "the base policy's weights": provenance.policy_digest(reference),
+            "the annotated episodes": provenance.file_digest(here.annotated),
         },
     )
     if files.is_done(here.ppo, "ppo"):

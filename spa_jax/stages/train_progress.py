@@ -14,7 +14,8 @@ from spa_jax.config import fit_attention
 from spa_jax.models import weights
 from spa_jax.policy import ADAPTER
 from spa_jax.run import Run
-from spa_jax.training import distributed, estimation, estimator_data, trainable
+from spa_jax.runtime import distributed
+from spa_jax.training import estimation, estimator_data, trainable
 from spa_jax.training.estimator_data import AdaptedTrunk, FrozenTrunk
 
 
@@ -32,14 +33,16 @@ def run(run: Run, number: int, *, trunk: str = "") -> None:
     out, settings = run.round(number).progress, run.settings
     explored = [run.round(i).episodes for i in range(number, -1, -1)]  # the newest first
     trunk = trunk or str(run.base)
-    digests = {f"episodes of round {number - i}": p for i, p in enumerate(explored)}
     provenance.check_stage(
         run,
         "progress",
         out,
         inputs={
-            "base policy": provenance.policy_digest(trunk),
-            **{name: provenance.file_digest(path) for name, path in digests.items()},
+            "the base policy's weights": provenance.policy_digest(trunk),
+            **{
+                f"the episodes of {path.parent.parent.name}": provenance.file_digest(path)
+                for path in explored
+            },
         },
     )
     if files.is_done(out, "progress"):

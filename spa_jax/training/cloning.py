@@ -10,7 +10,8 @@ import numpy as np
 from spa_jax import batching
 from spa_jax.config import RowsConfig, SftConfig
 from spa_jax.models.transformer import ModelConfig, Params
-from spa_jax.training import distributed, metrics, partition, schedule, scoring, sft_update
+from spa_jax.runtime import distributed
+from spa_jax.training import metrics, partition, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.loop import Loop, Outcome
 from spa_jax.training.state import TrainState
@@ -53,12 +54,18 @@ def clone(
         optimizer = state_lib.averaged(optimizer, sft.ema)
     frozen = parts.frozen_in(config.dtype)
     loss_fn = parts.on_parts(sft_update.make_loss(config))
-    trainer = partition.make(rows, loss_fn, optimizer, frozen, config.compute.accum_dtype)
+    trainer = partition.make(
+        rows, loss_fn, optimizer, frozen=frozen, accum_dtype=config.compute.accum_dtype
+    )
     evaluate = trainer.forward(parts.on_parts(sft_update.make_nll(config)))
     layers = partition.gather_layers(trainer, frozen)
     data, held_out = (
         Demonstrations(
-            trajectories, rows=rows, config=config, layers=layers, devices=trainer.devices,
+            trajectories,
+            rows=rows,
+            config=config,
+            layers=layers,
+            devices=trainer.devices,
             title=title,
         )
         for trajectories, title in ((train, "frozen layers"), (valid, "frozen layers, held-out"))
@@ -162,7 +169,8 @@ class Demonstrations:
         rows = self._rows
         cut = batching.microbatches(packed, rows.rows_per_device, self._devices, rows.row_buckets)
         return packed, (
-            sft_update.SftBatch(b, scoring.lower_states_in_rows(self._lower_states, chosen, b)) for b in cut
+            sft_update.SftBatch(b, scoring.lower_states_in_rows(self._lower_states, chosen, b))
+            for b in cut
         )
 
     def loss(self, evaluate: Callable, params: Any) -> float:

@@ -1,7 +1,7 @@
 """What the progress estimator learns from: a trunk's features of the explored episodes.
 
-    FrozenTrunk    the base model as it is: its hidden states are computed once
-    AdaptedTrunk   the base model with adapters that are trained: it reads tokens in every update
+FrozenTrunk    the base model as it is: its hidden states are computed once
+AdaptedTrunk   the base model with adapters that are trained: it reads tokens in every update
 """
 
 import dataclasses
@@ -164,15 +164,15 @@ def scores_of(
     episodes.check_lengths(policy.config, trajectories, path, rows)
     sampling = trajectories[0].sampling
     return scoring.cached_score(
-        run_lib.features_of(path),
-        policy.folder,
         policy.config,
         {"policy": policy.params},
         trajectories,
         rows,
+        cache=run_lib.features_of(path),
+        policy_folder=policy.folder,
         temperature=(sampling.temperature if sampling else 1.0) or 1.0,
         title="features",
-        lower_states_file=run_lib.lower_states_of(path),
+        lower_cache=run_lib.lower_states_of(path),
         train_layers=ppo_layers,
     )
 

@@ -19,7 +19,8 @@ from typing import Any
 import tqdm
 
 from spa_jax import run as run_lib
-from spa_jax.training import distributed, partition, preemption
+from spa_jax.runtime import distributed, preemption
+from spa_jax.training import partition
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.metrics import MetricsWriter
 from spa_jax.training.state import TrainState
@@ -83,7 +84,9 @@ class Loop:
         saved = self._checkpoints.restore(self._tree(state, carry or {}))
         if saved is not None:
             state = saved["state"] if self._carries else saved
-        self._carry = {name: saved[name] if saved else value for name, value in (carry or {}).items()}
+        self._carry = {
+            name: saved[name] if saved else value for name, value in (carry or {}).items()
+        }
         self.start = int(state.update)
         self._writer = MetricsWriter(folder, enabled=distributed.is_first())
         self._writer.truncate_after(self.start)

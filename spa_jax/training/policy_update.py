@@ -72,7 +72,11 @@ class Learner:
         )
         frozen = parts.frozen_in(config.dtype)
         trainer = partition.make(
-            self.rows, parts.on_parts(loss), optimizer, frozen, config.compute.accum_dtype
+            self.rows,
+            parts.on_parts(loss),
+            optimizer,
+            frozen=frozen,
+            accum_dtype=config.compute.accum_dtype,
         )
         make = self._updates(trainer)
         loop = Loop(
@@ -102,22 +106,22 @@ class Learner:
 
         return trainer.fetch(loop.run(step, total=total, title="ppo"))
 
-    def _updates(
-        self, trainer: partition.Trainer
-    ) -> Callable[[np.ndarray, Any], ppo_data.Update]:
+    def _updates(self, trainer: partition.Trainer) -> Callable[[np.ndarray, Any], ppo_data.Update]:
         """(indices of an update's episodes, parameters on the devices) -> the update's data."""
         ppo, rows, trajectories = self.ppo, self.rows, self.trajectories
         parts, config = self.trainable.parts, self.trainable.policy.config
         lower = self._lower_states(trainer)
         if ppo.objective == RFT:
             return lambda chosen, _: ppo_data.make_rft_update(
-                trajectories, chosen, rows, trainer.devices, lower
+                trajectories, chosen, rows, devices=trainer.devices, lower_states=lower
             )
         values = None if self.scores is None else self.scores.values
         if ppo.gae == "token":
             run = trainer.forward(parts.on_parts(ppo_update.make_token_values(config)))
             at_start = functools.partial(run, trainer.replicate(parts.trained | self.head))
-            values = ppo_data.token_values(at_start, trajectories, rows, trainer.devices, lower)
+            values = ppo_data.token_values(
+                at_start, trajectories, rows, devices=trainer.devices, lower_states=lower
+            )
         if self.scores is not None and ppo.critic == "ridge":
             values = ppo_data.fitted_values(trajectories, self.scores.value_hidden, ppo)
         table = ppo_data.make_table(trajectories, values, ppo)
@@ -128,8 +132,8 @@ class Learner:
             trajectories,
             table,
             chosen,
-            rows=rows,
-            ppo=ppo,
+            rows,
+            ppo,
             devices=trainer.devices,
             lower_states=lower,
             log_probs=functools.partial(log_probs, now),
@@ -182,18 +186,18 @@ def critic_scores(
     """
     if ppo.objective == RFT or not objectives.OBJECTIVES[ppo.objective].critic:
         return None
-    kept = ("value",) if ppo.critic == "head" else ()
-    heads_of = {name: head for name, head in policy.heads.items() if name in kept}
+    read = ("value",) if ppo.critic == "head" else ()
+    heads_of = {name: head for name, head in policy.heads.items() if name in read}
     return scoring.cached_score(
-        features,
-        policy.folder,
         policy.config,
         {"policy": policy.params} | heads_of,
         trajectories,
         rows,
+        cache=features,
+        policy_folder=policy.folder,
         temperature=temperature,
         title="values",
-        keep=False,
+        write=False,
     )
 
 

@@ -15,7 +15,7 @@ from spa_jax.models import lora as lora_lib
 from spa_jax.models import weights
 from spa_jax.models.transformer import Params
 from spa_jax.policy import ABOUT, ADAPTER, Policy
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 from spa_jax.training import parts as parts_lib
 from spa_jax.training.parts import Parts
 
