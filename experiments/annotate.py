@@ -28,9 +28,10 @@ from spa_jax.config import (
     RowsConfig,
 )
 from spa_jax.errors import UserError
-from spa_jax.models import heads, weights
+from spa_jax.models import heads
 from spa_jax.models import lora as lora_lib
-from spa_jax.models.transformer import Params
+from spa_jax.models.config import Params
+from spa_jax.models.io import peft, tensors
 from spa_jax.training import distributed, scoring
 from spa_jax.trajectory import Trajectory
 
@@ -62,9 +63,9 @@ def run(
     scores = train_progress.scores_of(policy, data, trajectories, rows)
     mask = scores.step_mask
     hidden = scores.end_hidden
-    if weights.is_adapter(progress_folder / common.ADAPTER):
+    if peft.is_adapter(progress_folder / common.ADAPTER):
         hidden = adapted_hidden(policy, progress_folder / common.ADAPTER, trajectories, rows)
-    contributions = np.asarray(heads.progress(head, hidden)) * mask
+    contributions = np.asarray(heads.read(head, hidden)) * mask
     grounded = np.zeros(mask.shape, np.float32)
     for i, trajectory in enumerate(trajectories):
         grounded[i, : len(trajectory.steps)] = [step.grounded for step in trajectory.steps]
@@ -97,7 +98,7 @@ def progress_head(policy: common.Policy, progress_folder: pathlib.Path) -> Param
     Raises:
       UserError: there is none that reads this policy's hidden states.
     """
-    trained = weights.load_heads(progress_folder).get("progress")
+    trained = tensors.load_heads(progress_folder).get("progress")
     if trained is not None:
         return trained
     if "progress" not in policy.heads:
@@ -120,7 +121,7 @@ def adapted_hidden(
     rows: RowsConfig,
 ) -> np.ndarray:
     """[N, S, D] what the trunk with the estimator's adapters says at the end of each step."""
-    lora, adapter = weights.load_adapter(adapter_folder, policy.config)
+    lora, adapter = peft.load_adapter(adapter_folder, policy.config)
     trunk = {"policy": jax.device_get(lora_lib.merge(lora, policy.params, adapter))}
     return scoring.score(
         policy.config, trunk, trajectories, rows, temperature=1.0, title="contributions"

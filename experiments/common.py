@@ -18,7 +18,7 @@ import tqdm
 from absl import logging
 
 from experiments import flags as flags_lib
-from spa_jax import batching, pretrained, rollout, store, tokenizer
+from spa_jax import batching, rollout, store, tokenizer
 from spa_jax.chat import TEMPLATE, TEMPLATES, ChatFormat
 from spa_jax.config import (
     DEFAULT_COMPUTE,
@@ -35,9 +35,11 @@ from spa_jax.envs.guard import read_token
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.openenv import OPENENV, OpenEnvClient
 from spa_jax.errors import UserError
-from spa_jax.models import fused, native, transformer, weights
+from spa_jax.models import limits
 from spa_jax.models import lora as lora_lib
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.io import huggingface, peft, pretrained, tensors
+from spa_jax.models.kernels import choice
 from spa_jax.sampling.engine import Engine
 from spa_jax.sampling.parallel import ParallelEngine
 from spa_jax.training import distributed, preemption
@@ -112,15 +114,15 @@ def load_policy(
     path = pretrained.resolve(policy)
     about = _about(path)
     noted = {"version": about.get("version", 0), "trunk": about.get("progress_trunk", "")}
-    if weights.is_adapter(path):
+    if peft.is_adapter(path):
         trained_in = about.get("chat_format", chat_format)
-        base = load_policy(weights.adapter_base(path), trained_in, compute)
-        lora, adapter = weights.load_adapter(path, base.config)
+        base = load_policy(peft.adapter_base(path), trained_in, compute)
+        lora, adapter = peft.load_adapter(path, base.config)
         params = jax.device_get(lora_lib.merge(lora, base.params, adapter))
         return dataclasses.replace(
-            base, folder=path, params=params, heads=weights.load_heads(path), **noted
+            base, folder=path, params=params, heads=tensors.load_heads(path), **noted
         )
-    config, params = weights.load_pretrained(path)
+    config, params = huggingface.load_pretrained(path)
     backend, trained_in = _conversations(path, chat_format)
     largest = max(backend.get_vocab().values(), default=-1)
     if largest >= config.vocab_size:
@@ -129,31 +131,9 @@ def load_policy(
             f"tensor model.embed_tokens.weight have vocab_size {config.vocab_size}: they belong "
             "to different models"
         )
-    heads = weights.load_heads(path)
-    config = computed(config, compute)
+    heads = tensors.load_heads(path)
+    config = choice.resolve(config, compute)
     return Policy(path, path, config, params, heads, backend, trained_in, **noted)
-
-
-def computed(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> ModelConfig:
-    """The model as it is computed on this machine.
-
-    Raises:
-      UserError: the attention asked for does not run here.
-    """
-    platform = jax.default_backend()
-    compute = compute.resolved(platform)
-    kind = (compute.compute_dtype, config.head_dim, platform)
-    if compute.attention == "auto":
-        attention = "native" if native.runs(*kind) else "xla"
-        compute = dataclasses.replace(compute, attention=attention)
-    elif compute.attention == "native":
-        native.check(*kind)
-    else:
-        fused.check(compute.attention, *kind)
-    if compute.matmul_dtype == "auto":
-        matmul_dtype = "bfloat16" if native.multiplies_bfloat16() else "compute"
-        compute = dataclasses.replace(compute, matmul_dtype=matmul_dtype)
-    return dataclasses.replace(config, compute=compute)
 
 
 def check_chat_format(policy: str | os.PathLike[str], chat_format: str) -> None:
@@ -217,7 +197,7 @@ def check_lengths(
     """
     for t in trajectories:
         what = f"{source}: task {t.task!r} (seed {t.seed}, attempt {t.attempt})"
-        transformer.check_length(policy.config, len(t.token_ids), what)
+        limits.check_length(policy.config, len(t.token_ids), what)
     batching.check_fit(
         trajectories, row_length=rows.row_length, policy_slots=rows.policy_slots,
         step_slots=rows.step_slots,
@@ -255,9 +235,9 @@ class Trainable:
             return
         config, model = self.policy.config, self.policy.model
         template = TEMPLATES.get(self.policy.chat_format)
-        weights.save_pretrained(folder, config, self.parts.whole(trained), model, template)
+        huggingface.save_pretrained(folder, config, self.parts.whole(trained), model, template)
         if heads:
-            weights.save_heads(folder, heads)
+            tensors.save_heads(folder, heads)
         if self.parts.lora.rank:
             save_adapter(folder / ADAPTER, self.parts.lora, trained["adapter"], self.base)
         about = {"version": version, "chat_format": self.policy.chat_format}
@@ -279,7 +259,7 @@ def trainable(
 
     Args:
       policy: that the stage starts from.
-      train_layers: as in `transformer.split`.
+      train_layers: as in `tree.split`.
       lora: the adapters; rank 0: none.
       seed: of a new adapter.
       reference: the folder of the policy that must not be strayed from, if there is one.
@@ -298,14 +278,14 @@ def trainable(
 def _own_adapter(policy: Policy, lora: LoraConfig, base: pathlib.Path) -> Params | None:
     """The policy's adapter, if it is one of this shape on `base`."""
     folder = policy.folder / ADAPTER
-    if not weights.is_adapter(folder):
+    if not peft.is_adapter(folder):
         return None
     try:
-        if weights.adapter_base(folder) != base.resolve():
+        if peft.adapter_base(folder) != base.resolve():
             return None
     except UserError:  # the base is not here any more; the policy's own weights are merged
         return None
-    found, adapter = weights.load_adapter(folder, policy.config)
+    found, adapter = peft.load_adapter(folder, policy.config)
     same = (found.rank, found.alpha) == (lora.rank, lora.alpha)
     return adapter if same and set(found.targets) == set(lora.targets) else None
 
@@ -315,14 +295,14 @@ def save_adapter(
 ) -> None:
     """Writes an adapter that names its base relative to itself: a run's folder can be moved."""
     relative = os.path.relpath(base.resolve(), folder.resolve())
-    weights.save_adapter(folder, lora, adapter, relative)
+    peft.save_adapter(folder, lora, adapter, relative)
 
 
 def make_engine(
     policy: Policy, sampling: SamplingConfig, slots: int, seed: int
 ) -> Engine | ParallelEngine:
     """The generation engine of a policy: one on each local device, as far as there are slots."""
-    transformer.check_length(policy.config, sampling.context_length, "--context_length")
+    limits.check_length(policy.config, sampling.context_length, "--context_length")
     drawn = Sampling(
         sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_new_tokens,
         tuple(stop.replace("\\n", "\n") for stop in sampling.stop),

@@ -32,7 +32,7 @@ from spa_jax.config import (
     SftConfig,
 )
 from spa_jax.errors import UserError
-from spa_jax.models import transformer
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.training import (
     distributed,
     partition,
@@ -183,8 +183,8 @@ class Demonstrations:
         self,
         trajectories: Sequence[Trajectory],
         rows: RowsConfig,
-        config: transformer.ModelConfig,
-        layers: transformer.Params,
+        config: ModelConfig,
+        layers: Params,
         devices: int,
         title: str,
     ) -> None:

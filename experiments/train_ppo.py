@@ -23,7 +23,7 @@ from absl import flags
 from experiments import common
 from experiments import flags as flags_lib
 from experiments.train_progress import below_file, playable
-from spa_jax import batching, pretrained, store
+from spa_jax import batching, store
 from spa_jax import config as config_lib
 from spa_jax.config import (
     DEFAULT_COMPUTE,
@@ -35,7 +35,8 @@ from spa_jax.config import (
 )
 from spa_jax.errors import UserError
 from spa_jax.models import heads
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.io import pretrained
 from spa_jax.rl import objectives
 from spa_jax.training import (
     distributed,
@@ -175,7 +176,7 @@ def value_head(policy: common.Policy, scores: scoring.Scores, seed: int) -> Para
     """The policy's value head, or a new one."""
     if "value" in policy.heads:
         return policy.heads["value"]
-    fresh = jax.jit(heads.ValueHead().init)(jax.random.key(seed), scores.value_hidden[:1, :1])
+    fresh = jax.jit(heads.Head().init)(jax.random.key(seed), scores.value_hidden[:1, :1])
     return heads.fit_norm(fresh["params"], scores.value_hidden, scores.step_mask)
 
 

@@ -34,8 +34,9 @@ from spa_jax.config import (
     RowsConfig,
 )
 from spa_jax.errors import UserError
-from spa_jax.models import heads, weights
-from spa_jax.models.transformer import Params
+from spa_jax.models import heads
+from spa_jax.models.config import Params
+from spa_jax.models.io import tensors
 from spa_jax.training import (
     distributed,
     estimator_update,
@@ -76,7 +77,7 @@ def run(
     if lora.rank:
         trunk = AdaptedTrunk(common.trainable(policy, 0, lora, seed), trajectories, rows)
     train, valid = split_by_task([t.task for t in trajectories], progress.valid_share, seed)
-    head = heads.ProgressHead(width=progress.width)
+    head = heads.Head(width=progress.width)
     params = jax.jit(head.init)(jax.random.key(seed), features.hidden[:1, :1])["params"]
     params = heads.fit_norm(params, features.hidden[train], features.step_mask[train])
     per_epoch = -(-len(train) // progress.batch_size)
@@ -114,7 +115,7 @@ def run(
                 preemption.stop(update + 1, total)
     params = trainer.fetch(state.params)
     if distributed.is_first():
-        weights.save_heads(out, {"progress": params["progress"]})
+        tensors.save_heads(out, {"progress": params["progress"]})
         if lora.rank:
             common.save_adapter(out / common.ADAPTER, lora, params["adapter"], policy.folder)
     checkpoints.close()
@@ -317,7 +318,7 @@ def judge(params: Params, trunk: FrozenTrunk | AdaptedTrunk, valid: np.ndarray) 
         return {}
     features = trunk.features_of(params, valid)
     mask = features.step_mask
-    c = np.asarray(heads.progress(params["progress"], features.hidden)) * mask
+    c = np.asarray(heads.read(params["progress"], features.hidden)) * mask
     predicted = np.asarray(estimator.predicted_return(c, mask))
     lists = [row[m > 0] for row, m in zip(c, mask, strict=True)]
     validity = evaluation.estimator_validity(predicted, features.final_reward, lists)

@@ -11,7 +11,7 @@ from flax import struct
 from spa_jax.batching import PackedRows
 from spa_jax.config import PpoConfig
 from spa_jax.models import heads
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.rl import losses, objectives
 from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
@@ -88,7 +88,7 @@ def ppo_loss(
             if by_token
             else (rows.value_index, rows.step_mask, "steps")
         )
-        values = heads.value(params["value"], forward.at(hidden, index))
+        values = heads.read(params["value"], forward.at(hidden, index))
         value = losses.clipped_value_loss(
             values, batch.old_values, batch.returns, mask, clip=ppo.value_clip
         )
@@ -125,6 +125,6 @@ def make_token_values(config: ModelConfig) -> Callable[..., jax.Array]:
         params: Params, frozen: Params, rows: PackedRows, below: jax.Array | None
     ) -> jax.Array:
         hidden = forward.rows_hidden(config, forward.whole(params, frozen), rows, below)
-        return heads.value(params["value"], forward.at(hidden, rows.token_index))
+        return heads.read(params["value"], forward.at(hidden, rows.token_index))
 
     return values
