@@ -22,7 +22,7 @@ from absl import flags
 from experiments import common
 from experiments import flags as flags_lib
 from spa_jax.errors import UserError
-from spa_jax.models import weights
+from spa_jax.models.io import huggingface, peft, tensors
 from spa_jax.runtime import setup
 
 
@@ -47,7 +47,7 @@ def run(checkpoint: pathlib.Path, out: pathlib.Path, adapter: bool, progress: st
     if policy.trunk:
         about["progress_trunk"] = policy.trunk
     source = pathlib.Path(progress) if progress else folder.parent.parent / "progress"
-    found = weights.load_heads(source).get("progress")
+    found = tensors.load_heads(source).get("progress")
     if progress and found is None:
         raise UserError(f"--progress={progress}: holds no progress head; run train_progress first")
     if found is not None:
@@ -58,9 +58,9 @@ def run(checkpoint: pathlib.Path, out: pathlib.Path, adapter: bool, progress: st
         if adapter:
             _write_adapter(new, policy)
         else:
-            weights.save_pretrained(new, policy.config, policy.params, policy.model)
+            huggingface.save_pretrained(new, policy.config, policy.params, policy.model)
         if heads:
-            weights.save_heads(new, heads)
+            tensors.save_heads(new, heads)
         common.write_json(new / common.ABOUT, about)
         new.rename(out)
     finally:
@@ -75,7 +75,7 @@ def find_policy(checkpoint: pathlib.Path) -> pathlib.Path:
       UserError: there is none.
     """
     for folder in (checkpoint / "policy", checkpoint):
-        if (folder / "config.json").is_file() or weights.is_adapter(folder):
+        if (folder / "config.json").is_file() or peft.is_adapter(folder):
             return folder
     raise UserError(
         f"--checkpoint={checkpoint}: holds no policy; give the folder of a stage that has ended "
@@ -85,7 +85,7 @@ def find_policy(checkpoint: pathlib.Path) -> pathlib.Path:
 
 def trunk_of(progress: pathlib.Path, policy: pathlib.Path) -> str:
     """The policy whose hidden states a progress head reads; "" if it is this one."""
-    if weights.is_adapter(progress / common.ADAPTER):
+    if peft.is_adapter(progress / common.ADAPTER):
         return str((progress / common.ADAPTER).resolve())
     try:
         trunk = (progress / json.loads((progress / "done.json").read_text())["trunk"]).resolve()
@@ -98,14 +98,14 @@ def trunk_of(progress: pathlib.Path, policy: pathlib.Path) -> str:
 
 
 def _write_adapter(new: pathlib.Path, policy: common.Policy) -> None:
-    own = policy.folder if weights.is_adapter(policy.folder) else policy.folder / common.ADAPTER
-    if not weights.is_adapter(own):
+    own = policy.folder if peft.is_adapter(policy.folder) else policy.folder / common.ADAPTER
+    if not peft.is_adapter(own):
         raise UserError(
             f"--adapter: {policy.folder} was trained without --lora_rank; leave --adapter out"
         )
-    lora, tree = weights.load_adapter(own, policy.config)
-    weights.save_adapter(new, lora, tree, os.fspath(weights.adapter_base(own)))
-    weights.copy_tokenizer(policy.model, new)
+    lora, tree = peft.load_adapter(own, policy.config)
+    peft.save_adapter(new, lora, tree, os.fspath(peft.adapter_base(own)))
+    huggingface.copy_tokenizer(policy.model, new)
 
 
 def main(argv: Sequence[str]) -> None:

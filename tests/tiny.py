@@ -11,8 +11,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from spa_jax import tokenizer as tokenizer_lib
-from spa_jax.models import transformer, weights
-from spa_jax.models.transformer import ModelConfig
+from spa_jax.models import transformer
+from spa_jax.models.config import ModelConfig
+from spa_jax.models.io import huggingface
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
 # ChatML as SmolLM2 has it: a default system message unless the conversation brings its own.
@@ -179,7 +180,7 @@ def tiny_policy(folder: pathlib.Path, *, seed: int = 0, tied: bool = True) -> pa
     """Writes a random tiny policy as a Hugging Face folder; returns it."""
     config = tiny_config(tied)
     tokenizer = tiny_tokenizer(folder.with_name(folder.name + "_tokenizer"))
-    weights.save_pretrained(folder, config, tiny_params(config, seed), tokenizer)
+    huggingface.save_pretrained(folder, config, tiny_params(config, seed), tokenizer)
     return folder
 
 

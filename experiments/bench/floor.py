@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import common
-from spa_jax.models import transformer, weights
+from spa_jax.models import transformer
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.io import huggingface
+from spa_jax.models.kernels import choice
 from spa_jax.models.shapes import SMOLLM2_135M
-from spa_jax.models.transformer import ModelConfig, Params
 
 
 def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
@@ -86,10 +87,10 @@ def model() -> tuple[ModelConfig, Params, str]:
     """(config, parameters, what they are): those of --policy, or random ones of its shape."""
     folder = pathlib.Path(flags.FLAGS.policy)
     if folder.exists():
-        config, params = weights.load_pretrained(folder)
-        return common.computed(config), jax.device_put(params), str(folder)
+        config, params = huggingface.load_pretrained(folder)
+        return choice.resolve(config), jax.device_put(params), str(folder)
     params = transformer.init(SMOLLM2_135M, jax.random.key(0))
-    return common.computed(SMOLLM2_135M), params, "random weights of SmolLM2-135M's shape"
+    return choice.resolve(SMOLLM2_135M), params, "random weights of SmolLM2-135M's shape"
 
 
 def layer_parameters(params: Params) -> int:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from experiments.bench import floor
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.sampling.engine import Engine
 from spa_jax.trajectory import Sampling
 

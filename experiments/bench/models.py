@@ -21,14 +21,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
 from experiments.bench import floor, peers, updates
 from spa_jax import batching
 from spa_jax.batching import PackedRows
 from spa_jax.config import DEFAULT_COMPUTE
 from spa_jax.models import transformer
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.kernels import choice
 from spa_jax.models.shapes import SMOLLM2_135M
-from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.training import forward, partition, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
@@ -251,7 +251,7 @@ def model(sizes: Sizes) -> tuple[ModelConfig, Params, str]:
         SMOLLM2_135M, num_layers=2, vocab_size=2048, hidden_size=192, num_heads=3, num_kv_heads=1
     )
     params = transformer.init(config, jax.random.key(0))
-    return common.computed(config), params, "a small random model (rehearsal)"
+    return choice.resolve(config), params, "a small random model (rehearsal)"
 
 
 def run() -> None:

@@ -15,8 +15,8 @@ import numpy as np
 
 from spa_jax.batching import SHARED, PackedRows
 from spa_jax.errors import UserError
-from spa_jax.models import weights
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.io import huggingface
 
 
 def require(name: str) -> Any:
@@ -86,7 +86,7 @@ def model(config: ModelConfig, params: Params, dtype: str = "float32") -> Any:
       UserError: PyTorch is not installed.
     """
     pytorch, transformers = torch(), require("transformers")
-    settings = weights.hf_config(config, "float32", {})
+    settings = huggingface.hf_config(config, "float32", {})
     kind, _ = settings.pop("model_type"), settings.pop("torch_dtype")
     shape = transformers.AutoConfig.for_model(kind, **settings, use_cache=False)
     # sdpa: the fastest attention that transformers has.
@@ -95,7 +95,7 @@ def model(config: ModelConfig, params: Params, dtype: str = "float32") -> Any:
     ).to(device())
     tensors = {
         name: tensor(np.array(array, np.float32, order="C"))
-        for name, array in weights.to_named(config, params).items()
+        for name, array in huggingface.to_named(config, params).items()
     }
     missing, unexpected = made.load_state_dict(tensors, strict=False)
     tied = {"lm_head.weight"} if config.tie_embeddings else set()

@@ -33,14 +33,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
 from experiments.bench import floor, peers, ppo_peer, updates
 from spa_jax import store
 from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, transformer
 from spa_jax.models import lora as lora_lib
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.kernels import choice
 from spa_jax.parity import files
 from spa_jax.training import partition, ppo_data, ppo_update, scoring
 from spa_jax.training import parts as parts_lib
@@ -97,7 +97,7 @@ def run() -> None:
 
 def _model() -> tuple[ModelConfig, Params]:
     """The timed model, or the rehearsal's."""
-    config = common.computed(_SMALL if flags.FLAGS.rehearsal else TIMED)
+    config = choice.resolve(_SMALL if flags.FLAGS.rehearsal else TIMED)
     return config, transformer.init(config, jax.random.key(0))
 
 
@@ -205,7 +205,7 @@ def _sides(
     lora: bool,
 ) -> Sides:
     """Both sides' work; the log-probabilities are recorded as sampling and annotating do."""
-    value = _head(heads.ValueHead, config.hidden_size)
+    value = _head(heads.Head, config.hidden_size)
     adapter = None
     if lora:
         adapter = lora_lib.init(_LORA, params, jax.random.key(2))
@@ -434,14 +434,14 @@ def _scoring(rate: float) -> dict[str, float]:
     config, params = _model()
     lengths = _SCORED[::4] if flags.FLAGS.rehearsal else _SCORED
     episodes = [of_length(f"t{i}", n, config.vocab_size) for i, n in enumerate(lengths)]
-    head = _head(heads.ProgressHead, config.hidden_size)
+    head = _head(heads.Head, config.hidden_size)
     rows = _rows_for(episodes, 768, 1)
 
     def ours() -> np.ndarray:
         scores = scoring.score(
             config, {"policy": params}, episodes, rows, temperature=1.0, title=""
         )
-        return np.asarray(heads.progress(head, scores.end_hidden)) * scores.step_mask
+        return np.asarray(heads.read(head, scores.end_hidden)) * scores.step_mask
 
     one_by_one = _one_by_one(config, params, head, episodes)
     print(f"scoring: {len(lengths)} trajectories of {np.mean(lengths):.0f} tokens on average; "
@@ -515,7 +515,7 @@ def _quickstart(rate: float) -> dict[str, float]:
     config, params, name = floor.model()
     optimizer, ppo = updates.adamw(), PpoConfig()
     trainer = partition.make(updates.ROWS, ppo_update.make_loss(config, ppo, 1.0), optimizer)
-    value = _head(heads.ValueHead, config.hidden_size)
+    value = _head(heads.Head, config.hidden_size)
     played = updates.episodes(batch, config.vocab_size)
     steps = len(played[0].steps)
     noise = np.random.default_rng(0).normal(size=(4, batch, steps)).astype(np.float32)

@@ -14,8 +14,8 @@ import numpy as np
 
 from experiments.bench import peers
 from spa_jax.config import LoraConfig, PpoConfig
-from spa_jax.models import lora as lora_lib
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.io import peft as peft_io
 from spa_jax.trajectory import Trajectory
 
 
@@ -202,12 +202,12 @@ def _adapted(model: Any, lora: LoraConfig, adapter: Params) -> Any:
     peft, torch = peers.require("peft"), peers.torch()
     shape = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none",
-        target_modules=lora_lib.modules_of(lora.targets),
+        target_modules=peft_io.modules_of(lora.targets),
     )  # fmt: skip
     adapted = peft.get_peft_model(model, shape)  # changes the model in place
     tensors = {
         f"base_model.model.{name}": torch.tensor(np.array(array))
-        for name, array in lora_lib.to_peft(jax.device_get(adapter)).items()
+        for name, array in peft_io.to_named(jax.device_get(adapter)).items()
     }
     _, unexpected = adapted.load_state_dict(tensors, strict=False)
     if unexpected:

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from experiments.bench import floor, peers
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.sampling.engine import Engine, Usage
 from spa_jax.trajectory import Sampling
 

@@ -13,7 +13,7 @@ from experiments.bench import floor
 from spa_jax import batching
 from spa_jax.batching import PackedRows
 from spa_jax.config import RowsConfig
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.training import partition
 from spa_jax.training import state as state_lib
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory

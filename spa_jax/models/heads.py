@@ -1,7 +1,7 @@
 """Heads that read one number a position off the decoder's last hidden states.
 
-Both are LayerNorm -> Dense -> gelu -> Dense(1) in float32, whatever the
-decoder's dtype: a contribution is a small difference, and bfloat16 has three
+The progress head and the value head are both LayerNorm -> Dense -> gelu -> Dense(1) in
+float32, whatever the decoder's dtype: a contribution is a small difference, and bfloat16 has three
 digits.  Both start at exactly 0: a random head would predict a return of about
 +-sqrt(n) for an episode of n steps, and a random value would shift every first
 advantage.
@@ -14,26 +14,23 @@ the median one, a head that is fitted reaches the same training loss in 2.5 to 4
 times fewer updates (figures at `fit_norm`).
 """
 
-from typing import Any, cast
+from typing import cast
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Params = Any  # a pytree of arrays
+from spa_jax.models.config import Params
 
 _EPSILON = 1e-6
 
 
-def _mlp(hidden: jax.Array, width: int) -> jax.Array:
-    x = nn.LayerNorm(name="norm", epsilon=_EPSILON)(hidden.astype(jnp.float32))
-    x = nn.gelu(nn.Dense(width, name="hidden")(x))
-    return nn.Dense(1, name="out", kernel_init=nn.initializers.zeros)(x)[..., 0]
+class Head(nn.Module):
+    """MLP(h) at the positions that are given to it.
 
-
-class ProgressHead(nn.Module):
-    """c_k = MLP(h) at the last token of step k (SPA-RL, arXiv 2505.20732).
+    progress head   c_k, a step's contribution (SPA-RL, arXiv 2505.20732): the last token of step k
+    value head      V_k, the value before step k: the last context token before it
 
     Attributes:
       width: units of the hidden layer.
@@ -43,23 +40,10 @@ class ProgressHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D], any float dtype -> contributions [...], float32."""
-        return _mlp(hidden, self.width)
-
-
-class ValueHead(nn.Module):
-    """V_k = MLP(h) at the last context token before step k; V = 0 before training.
-
-    Attributes:
-      width: units of the hidden layer.
-    """
-
-    width: int = 256
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D], any float dtype -> values [...], float32."""
-        return _mlp(hidden, self.width)
+        """hidden [..., D], any float dtype -> one number a position [...], float32."""
+        x = nn.LayerNorm(name="norm", epsilon=_EPSILON)(hidden.astype(jnp.float32))
+        x = nn.gelu(nn.Dense(self.width, name="hidden")(x))
+        return nn.Dense(1, name="out", kernel_init=nn.initializers.zeros)(x)[..., 0]
 
 
 def fit_norm(params: Params, hidden: chex.Array, mask: chex.Array) -> Params:
@@ -77,7 +61,7 @@ def fit_norm(params: Params, hidden: chex.Array, mask: chex.Array) -> Params:
     episodes.  One seed.
 
     Args:
-      params: parameters of a ProgressHead or ValueHead.
+      params: parameters of a `Head`.
       hidden: [..., D] hidden states such as the head will read; some hundreds do.
       mask: [...] 1 (or True) where a position counts; at least two.
 
@@ -96,13 +80,7 @@ def fit_norm(params: Params, hidden: chex.Array, mask: chex.Array) -> Params:
     return {**params, "norm": {"scale": 1.0 / std, "bias": -mean / std}}
 
 
-def progress(params: Params, hidden: chex.Array) -> jax.Array:
-    """Contributions [...] of hidden states [..., D] under a ProgressHead's parameters."""
-    head = ProgressHead(width=params["hidden"]["kernel"].shape[-1])
-    return cast(jax.Array, head.apply({"params": params}, hidden))
-
-
-def value(params: Params, hidden: chex.Array) -> jax.Array:
-    """Values [...] of hidden states [..., D] under a ValueHead's parameters."""
-    head = ValueHead(width=params["hidden"]["kernel"].shape[-1])
+def read(params: Params, hidden: chex.Array) -> jax.Array:
+    """What a head of these parameters reads off hidden states: [..., D] -> [...] float32."""
+    head = Head(width=params["hidden"]["kernel"].shape[-1])
     return cast(jax.Array, head.apply({"params": params}, hidden))

@@ -13,26 +13,13 @@ N layers, D hidden, r rank; the other sizes are those of `models.transformer`.
 """
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spa_jax.config import LoraConfig
-
-Params = Any  # a pytree of arrays
-
-# Ours -> Hugging Face's name in a layer.
-MODULES = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
-_PEFT = re.compile(r"model\.layers\.(\d+)\.(.+)\.lora_([AB])\.(?:default\.)?weight")
+from spa_jax.models.config import Params
 
 
 def init(config: LoraConfig, params: Params, key: chex.PRNGKey) -> Params:
@@ -63,7 +50,7 @@ def attach(config: LoraConfig, params: Params, adapter: Params) -> Params:
       adapter: of `init`; differentiable.
 
     Returns:
-      A tree that shares every leaf of `params`; `transformer.Linear` reads lora_a and lora_b,
+      A tree that shares every leaf of `params`; `layers.Linear` reads lora_a and lora_b,
       which is (alpha / r) b.
     """
     layers = dict(params["layers"])
@@ -93,69 +80,3 @@ def merge(config: LoraConfig, params: Params, adapter: Params) -> Params:
         changed = kernel + (config.scale * product).astype(kernel.dtype)
         layers[name] = {**layers[name], "kernel": changed}
     return {**params, "layers": layers}
-
-
-def from_peft(tensors: Mapping[str, np.ndarray]) -> Params:
-    """An adapter from PEFT's tensors; names that are not of an adapter are passed over.
-
-    Args:
-      tensors: "...model.layers.0.self_attn.q_proj.lora_A.default.weight" -> [r, in],
-        "...lora_B.default.weight" -> [out, r].
-
-    Raises:
-      ValueError: a module that is none of `MODULES`, or layers that are not 0, 1, 2, ...
-    """
-    ours = {hugging_face: name for name, hugging_face in MODULES.items()}
-    found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
-    for tensor, array in tensors.items():
-        match = _PEFT.search(tensor)
-        if not match:
-            continue
-        layer, module, letter = match.groups()
-        if module not in ours:
-            raise ValueError(f"{tensor}: an adapter of {module} is not supported")
-        leaves = found.setdefault(ours[module], {"a": {}, "b": {}})
-        leaves[letter.lower()][int(layer)] = array.T
-    for name, leaves in found.items():
-        for leaf, layers in leaves.items():
-            if sorted(layers) != list(range(len(leaves["a"]))):
-                raise ValueError(f"the adapter of {name} lacks {leaf} of some layer")
-    return {
-        "layers": {
-            name: {
-                leaf: np.stack([layers[i] for i in range(len(layers))])
-                for leaf, layers in found[name].items()
-            }
-            for name in MODULES
-            if name in found
-        }
-    }
-
-
-def to_peft(adapter: Params) -> dict[str, np.ndarray]:
-    """PEFT's tensors of an adapter: "model.layers.0.self_attn.q_proj.lora_A.default.weight"."""
-    tensors = {}
-    for name, leaves in adapter["layers"].items():
-        for leaf, stacked in leaves.items():
-            for i, array in enumerate(np.asarray(stacked)):
-                key = f"model.layers.{i}.{MODULES[name]}.lora_{leaf.upper()}.default.weight"
-                tensors[key] = array.T
-    return tensors
-
-
-def targets_of(modules: Sequence[str]) -> tuple[str, ...]:
-    """Our names of PEFT's `target_modules`, such as "q_proj".
-
-    Raises:
-      ValueError: a module that is none of `MODULES`.
-    """
-    ours = {hugging_face.split(".")[-1]: name for name, hugging_face in MODULES.items()}
-    unknown = sorted(set(modules) - set(ours))
-    if unknown:
-        raise ValueError(f"an adapter of {unknown[0]} is not supported ({', '.join(ours)} are)")
-    return tuple(ours[module] for module in modules)
-
-
-def modules_of(targets: Sequence[str]) -> list[str]:
-    """PEFT's names of our `targets`, as `targets_of` reads them."""
-    return [MODULES[name].split(".")[-1] for name in targets]

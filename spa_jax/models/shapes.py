@@ -1,6 +1,6 @@
 """Shapes of well-known models by name: to plan for, or to time, a model that is not at hand."""
 
-from spa_jax.models.transformer import ModelConfig, RopeScaling
+from spa_jax.models.config import ModelConfig, RopeScaling
 
 SMOLLM2_135M = ModelConfig(
     vocab_size=49152,

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spa_jax.errors import UserError
-from spa_jax.models import padded, weights
-from spa_jax.models.transformer import ModelConfig
-from spa_jax.parity import files, ppo
+from spa_jax.models.config import ModelConfig
+from spa_jax.models.io import huggingface
+from spa_jax.parity import files, padded, ppo, released
 from spa_jax.parity.compare import (
     EXACT,
     FORWARD,
@@ -36,8 +36,7 @@ from spa_jax.parity.compare import (
     check_padding,
 )
 from spa_jax.parity.files import Arrays
-from spa_jax.rl import released
-from spa_jax.rl.released import Params
+from spa_jax.parity.released import Params
 
 _BACKBONE = "backbone.lm."
 _SAID_TWICE = {"fp32/per_sample_prediction", "fp32/per_sample_loss", "turn_end"}  # may be left out
@@ -262,7 +261,7 @@ def _progress(
         yield f"fp32/{name}", predictions, FORWARD
     yield "fp32/per_sample_loss", error, FORWARD
     yield "fp32/loss", loss, FORWARD
-    for name, array in weights.to_named(config, gradient["policy"]).items():
+    for name, array in huggingface.to_named(config, gradient["policy"]).items():
         yield f"fp32/grad/{_BACKBONE}{name}", array, GRADIENT
     for name in ("weight", "bias"):
         yield f"fp32/grad/LN.{name}", gradient["head"][name], GRADIENT

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from spa_jax.errors import UserError
-from spa_jax.models import weights
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.io import huggingface
 
 Arrays = dict[str, np.ndarray]
 
@@ -62,11 +62,11 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     """The shape of the cases' model.
 
     Raises:
-      UserError: as `weights.read_config`, or no such file.
+      UserError: as `huggingface.read_config`, or no such file.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder / CONFIG}: no such file")
-    return weights.read_config(folder / CONFIG)
+    return huggingface.read_config(folder / CONFIG)
 
 
 def read_pad_id(folder: pathlib.Path) -> int | None:
@@ -123,6 +123,6 @@ def read_decoder(config: ModelConfig, file: pathlib.Path, named: Arrays, prefix:
       UserError: a tensor is missing or of another shape.
     """
     try:
-        return weights.from_named(config, part(named, prefix))
+        return huggingface.from_named(config, part(named, prefix))
     except UserError as error:
         raise UserError(f"{file}: {error} (below {prefix})") from error

@@ -12,9 +12,10 @@ import numpy as np
 
 from spa_jax.config import LoraConfig
 from spa_jax.errors import UserError
-from spa_jax.models import lora, padded, transformer, weights
-from spa_jax.models.transformer import ModelConfig
-from spa_jax.parity import files
+from spa_jax.models import lora, transformer
+from spa_jax.models.config import ModelConfig
+from spa_jax.models.io import huggingface, peft
+from spa_jax.parity import files, padded, released
 from spa_jax.parity.compare import (
     COEFFICIENT,
     EXACT,
@@ -26,8 +27,7 @@ from spa_jax.parity.compare import (
     check_padding,
 )
 from spa_jax.parity.files import Arrays
-from spa_jax.rl import released
-from spa_jax.rl.released import Forward, Params
+from spa_jax.parity.released import Forward, Params
 
 # Adam divides a gradient by its own size.  Where that is as small as its rounding error, the
 # update is anything between plus and minus the learning rate, on the recording machine as on any
@@ -282,7 +282,7 @@ def _full_model(path: pathlib.Path, text: Mapping[str, Any]) -> Model:
         }
 
     def name(params: Params) -> Arrays:
-        named = weights.to_named(config, params["policy"])
+        named = huggingface.to_named(config, params["policy"])
         return _with_value_head({files.BASE + key: array for key, array in named.items()}, params)
 
     return Model(_forward(config, None, pad_id), parts("policy"), {}, parts("ref"), name)
@@ -296,18 +296,18 @@ def _lora_model(path: pathlib.Path, text: Mapping[str, Any], result: Comparison)
         name.removeprefix("policy/").replace(".base_layer.", "."): array
         for name, array in files.read_arrays(file).items()
     }
-    peft = text["peft"]
+    stated = text["peft"]
     modules, alpha, rank = (
-        files.setting(path, peft, name) for name in ("target_modules", "lora_alpha", "r")
+        files.setting(path, stated, name) for name in ("target_modules", "lora_alpha", "r")
     )
     try:
-        adapter = lora.from_peft(named)
-        targets = lora.targets_of(modules)
+        adapter = peft.from_named(named)
+        targets = peft.targets_of(modules)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
-    scale = float(peft.get("scaling", alpha / rank))
+    scale = float(stated.get("scaling", alpha / rank))
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
-        if peft.get(key):
+        if stated.get(key):
             result.failures.append(f"peft: {key} is not supported")
     result.add("peft/lora_alpha", scale * rank, alpha, FORWARD)
     ranks = {leaves["a"].shape[-1] for leaves in adapter["layers"].values()}
@@ -318,7 +318,7 @@ def _lora_model(path: pathlib.Path, text: Mapping[str, Any], result: Comparison)
     value = {"value": _value_head(file, named)}
 
     def name(params: Params) -> Arrays:
-        adapter = lora.to_peft(params["adapter"])
+        adapter = peft.to_named(params["adapter"])
         return _with_value_head({files.PEFT_BASE + key: a for key, a in adapter.items()}, params)
 
     trained = {"adapter": adapter} | value

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from spa_jax.models import transformer
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.kernels import attention
 
 _BLOCK = 256  # vocabulary entries a block of the two-level inverse CDF
 
@@ -32,7 +33,7 @@ class SlotState:
       length: [B] int32, tokens in the cache.
     """
 
-    cache: list[transformer.LayerCache]
+    cache: list[attention.LayerCache]
     hidden: jax.Array
     length: jax.Array
 
@@ -89,7 +90,7 @@ def prefill(
 
     Args:
       config: the model's shape.
-      params: the tree of `transformer.unstack`.
+      params: the tree of `tree.unstack`.
       state: the slots.
       slots: [A] int32, the slot to append each row to; an entry >= B is padding.
       tokens: [A, T] int32, the chunks, padded on the right.
@@ -251,7 +252,7 @@ def decode_chunk(
 
     Args:
       config: the model's shape.
-      params: the tree of `transformer.unstack`.
+      params: the tree of `tree.unstack`.
       state: the slots, each prefilled up to where the policy writes.
       tokens: [B] int32, the newest token of a turn that goes on, which was drawn but not
         fed; negative where the turn begins.

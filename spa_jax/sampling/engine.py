@@ -38,8 +38,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from spa_jax.models import transformer
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models import tree
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.sampling import decode, programs
 from spa_jax.trajectory import Sampling
 
@@ -47,7 +47,7 @@ _CHUNKS = (16, 24, 32, 48)  # tokens of a chunk that a prefill call reads: the c
 _STEPS = 4  # decoding steps between two looks at who has ended
 _SHARED_LEAST = 16  # tokens; a shorter opening is encoded again (not tuned)
 
-_unstack = jax.jit(transformer.unstack, static_argnames=("dtype", "matmul_dtype"))
+_unstack = jax.jit(tree.unstack, static_argnames=("dtype", "matmul_dtype"))
 
 
 class Ending(enum.StrEnum):

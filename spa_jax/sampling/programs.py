@@ -14,7 +14,7 @@ import chex
 import jax
 import numpy as np
 
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.sampling import decode
 from spa_jax.sampling.decode import Chunk, SlotState
 

@@ -14,7 +14,7 @@ from flax import struct
 from spa_jax.attribution import estimator
 from spa_jax.batching import PackedRows
 from spa_jax.models import heads
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
 
@@ -64,7 +64,7 @@ def estimator_loss(
       The loss of these trajectories and the sum "squared_error".
     """
     del frozen
-    contributions = heads.progress(params["progress"], batch.hidden)
+    contributions = heads.read(params["progress"], batch.hidden)
     error, _ = estimator.progress_loss(contributions, batch.step_mask, batch.final_reward)
     return error / counts["trajectories"], {"squared_error": error}
 
@@ -93,7 +93,7 @@ def trunk_loss(
     """
     rows = batch.rows
     hidden = forward.rows_hidden(config, forward.with_frozen(params, frozen), rows)
-    c = heads.progress(params["progress"], forward.at(hidden, rows.end_index))
+    c = heads.read(params["progress"], forward.at(hidden, rows.end_index))
     number = rows.step_trajectory
     same = (number[:, :, None] == number[:, None, :]) & (rows.step_mask[:, None, :] > 0)
     first = (rows.step_mask > 0) & (jnp.argmax(same, -1) == jnp.arange(c.shape[1]))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from spa_jax.batching import PackedRows
 from spa_jax.models import heads, transformer
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.rl import losses
 
 
@@ -153,5 +153,5 @@ def score(
         "log_probs": log_probs,
         "end_hidden": at(hidden, rows.end_index).astype(jnp.float32),
         "value_hidden": value_hidden,
-        "values": heads.value(params["value"], value_hidden) if "value" in params else values,
+        "values": heads.read(params["value"], value_hidden) if "value" in params else values,
     }

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from spa_jax.config import LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.models import lora as lora_lib
-from spa_jax.models import transformer
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models import transformer, tree
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.training import forward as forward_lib
 from spa_jax.training import partition
 
@@ -76,7 +76,7 @@ def update(
       config: the model, as it is computed.
       rows: the static shape of a microbatch.
       lora: adapters; rank 0: none.
-      train_layers: as in `transformer.split`; 0: all.
+      train_layers: as in `tree.split`; 0: all.
       fsdp: how many devices share each parameter (1 under pmap).
       averaged: whether there is an average of the weights too (`state.averaged`).
 
@@ -172,7 +172,7 @@ def split(config: ModelConfig, lora: LoraConfig, train_layers: int) -> tuple[Par
     if lora.rank:
         make = functools.partial(lora_lib.init, lora)
         return jax.eval_shape(make, every, jax.random.key(0)), every
-    split = functools.partial(transformer.split, config, train_layers=train_layers)
+    split = functools.partial(tree.split, config, train_layers=train_layers)
     return jax.eval_shape(split, every)
 
 

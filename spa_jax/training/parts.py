@@ -18,8 +18,8 @@ import numpy as np
 
 from spa_jax.config import LoraConfig
 from spa_jax.models import lora as lora_lib
-from spa_jax.models import transformer
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models import tree
+from spa_jax.models.config import ModelConfig, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Parts:
             return jax.device_get(
                 lora_lib.merge(self.lora, self.frozen["base"], trained["adapter"])
             )
-        return transformer.join(trained["policy"], self.frozen.get("policy", {}))
+        return tree.join(trained["policy"], self.frozen.get("policy", {}))
 
 
 def cast(tree: Params, dtype: str) -> Params:
@@ -82,7 +82,7 @@ def split(config: ModelConfig, params: Params, train_layers: int) -> Parts:
     Raises:
       UserError: if the model has no layer left to freeze.
     """
-    trained, frozen = transformer.split(config, params, train_layers)
+    trained, frozen = tree.split(config, params, train_layers)
     trained = cast(trained, config.compute.param_dtype)
     return Parts({"policy": trained}, {"policy": frozen} if frozen else {})
 

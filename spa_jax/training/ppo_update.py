@@ -11,7 +11,7 @@ from flax import struct
 from spa_jax.batching import PackedRows
 from spa_jax.config import PpoConfig
 from spa_jax.models import heads
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.rl import losses, objectives
 from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
@@ -94,7 +94,7 @@ def ppo_loss(
             if by_token
             else (rows.value_index, rows.step_mask, "steps")
         )
-        values = heads.value(params["value"], forward.at(hidden, index))
+        values = heads.read(params["value"], forward.at(hidden, index))
         value = losses.clipped_value_loss(
             values, batch.old_values, batch.returns, mask, clip=ppo.value_clip
         )
@@ -132,6 +132,6 @@ def make_token_values(config: ModelConfig) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         policy = forward.with_frozen(params, frozen)
         hidden = forward.rows_hidden(config, policy, rows, lower_states)
-        return heads.value(params["value"], forward.at(hidden, rows.token_index))
+        return heads.read(params["value"], forward.at(hidden, rows.token_index))
 
     return values

@@ -17,8 +17,9 @@ from flax import struct
 from spa_jax import batching
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import transformer, weights
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models import tree
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.io import pretrained, tensors
 from spa_jax.runtime import distributed
 from spa_jax.training import forward, partition
 from spa_jax.trajectory import Trajectory
@@ -79,7 +80,7 @@ def score(
     packed = batching.pack(trajectories, **rows.packing)
     devices = jax.device_count()
     run = _compiled(config, temperature)
-    top, lower = transformer.split(config, params["policy"], train_layers)
+    top, lower = tree.split(config, params["policy"], train_layers)
     replicated = partition.replicate(params | {"policy": top})
     frozen = partition.replicate({"policy": lower} if lower else {})
     names = ["log_probs", "end_hidden", "value_hidden", "values"] + ["lower_states"] * bool(lower)
@@ -223,7 +224,7 @@ def cached_score(
         arrays = {name: getattr(scores, name) for name in _BY_STEP}
         _write(cache, digest, log_probs=np.concatenate(scores.log_probs), **arrays)
         if lower_cache is not None and scores.lower_states is not None:
-            frozen = transformer.split(config, params["policy"], train_layers)[1]
+            frozen = tree.split(config, params["policy"], train_layers)[1]
             digest = _digest(trajectories, config, _weights(frozen))
             _write(lower_cache, digest, below=np.concatenate(scores.lower_states))
     return scores
@@ -308,8 +309,8 @@ def _write(cache: pathlib.Path, digest: str, **arrays: np.ndarray) -> None:
 def policy_key(folder: pathlib.Path) -> str:
     """Names a policy by its weights, wherever they lie; heads beside them do not count."""
     digest = hashlib.sha256()
-    for file in weights.weight_files(folder):
-        if file.name != weights.HEADS:
+    for file in pretrained.weight_files(folder):
+        if file.name != tensors.HEADS:
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -317,5 +318,5 @@ def policy_key(folder: pathlib.Path) -> str:
 
 def _stamp(folder: pathlib.Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of a policy's weight files."""
-    files = weights.weight_files(folder)
+    files = pretrained.weight_files(folder)
     return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spa_jax.batching import PackedRows
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.rl import losses
 from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums

@@ -9,7 +9,8 @@ from experiments import common, sft
 from spa_jax import chat, tokenizer
 from spa_jax.config import EnvConfig, LoraConfig, RowsConfig, SamplingConfig, SftConfig
 from spa_jax.errors import UserError
-from spa_jax.models import weights
+from spa_jax.models.io import huggingface
+from spa_jax.models.kernels import choice
 from spa_jax.trajectory import Status, Step, Trajectory
 from tests import test_chat, tiny
 
@@ -62,13 +63,13 @@ def thinking(tmp_path):
     """A policy whose own template drops earlier thoughts."""
     words = tiny.tiny_tokenizer(tmp_path / "words", test_chat.DROPS_THOUGHTS)
     config = tiny.tiny_config()
-    weights.save_pretrained(tmp_path / "thinking", config, tiny.tiny_params(config), words)
+    huggingface.save_pretrained(tmp_path / "thinking", config, tiny.tiny_params(config), words)
     return tmp_path / "thinking"
 
 
 def test_a_stage_without_conversations_needs_no_format(thinking):
     policy = common.load_policy(thinking)
-    assert policy.config == common.computed(tiny.tiny_config())
+    assert policy.config == choice.resolve(tiny.tiny_config())
     with pytest.raises(UserError, match="not append-only"):
         _ = policy.chat
     with pytest.raises(UserError, match="not append-only"):

@@ -17,7 +17,8 @@ from experiments import annotate, common, export
 from spa_jax import store
 from spa_jax.config import LORA_TARGETS, CreditConfig, LoraConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads, lora, transformer, weights
+from spa_jax.models import heads, lora, transformer
+from spa_jax.models.io import huggingface, tensors
 from tests import tiny
 from tests.experiments import stages
 
@@ -53,13 +54,13 @@ def _write_run(root: pathlib.Path, model: str, settings: LoraConfig) -> np.ndarr
     base = root / "sft" / "policy"
     params = _noise(tiny.tiny_params(config), 0.02)  # biases too
     tokenizer = tiny.tiny_tokenizer(root / "tokenizer")
-    weights.save_pretrained(base, config, params, tokenizer)
+    huggingface.save_pretrained(base, config, params, tokenizer)
     trainable = common.trainable(common.load_policy(base), 0, settings, 0)
     trained = _noise(trainable.parts.trained)
     round_0 = root / "iteration_0"
-    trainable.save(round_0 / "ppo" / "policy", trained, {"value": _head(heads.ValueHead(8))}, 7)
+    trainable.save(round_0 / "ppo" / "policy", trained, {"value": _head(heads.Head(8))}, 7)
     (round_0 / "progress").mkdir()
-    weights.save_heads(round_0 / "progress", {"progress": _head(heads.ProgressHead(16))})
+    tensors.save_heads(round_0 / "progress", {"progress": _head(heads.Head(16))})
     common.mark_done(round_0 / "progress", 0.0, trunk="../../sft/policy")
     if not settings.rank:
         return _logits(config, trained["policy"])
@@ -83,7 +84,7 @@ def test_what_is_written_comes_back_in(run, adapter, tmp_path):
     np.testing.assert_allclose(_logits(policy.config, policy.params), logits, atol=2e-5)
     value = common.load_policy(root / "iteration_0" / "ppo" / "policy").heads["value"]
     jax.tree.map(np.testing.assert_array_equal, policy.heads["value"], value)
-    progress = weights.load_heads(root / "iteration_0" / "progress")["progress"]
+    progress = tensors.load_heads(root / "iteration_0" / "progress")["progress"]
     jax.tree.map(np.testing.assert_array_equal, policy.heads["progress"], progress)
     assert policy.version == 7
     assert policy.trunk == str(root / "sft" / "policy")  # the head's; not this policy
@@ -110,12 +111,12 @@ def test_the_files_are_named_as_transformers_and_peft_name_them(run, tmp_path):
     assert settings_file["target_modules"] == [
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     ]  # fmt: skip
-    tensors = safetensors.numpy.load_file(tmp_path / "True" / "adapter_model.safetensors")
-    assert len(tensors) == 2 * 7 * 2
+    written = safetensors.numpy.load_file(tmp_path / "True" / "adapter_model.safetensors")
+    assert len(written) == 2 * 7 * 2
     for letter, shape in (("A", (3, 64)), ("B", (32, 3))):
         name = f"base_model.model.model.layers.1.mlp.down_proj.lora_{letter}.weight"
-        assert (tensors[name].shape, tensors[name].dtype) == (shape, np.float32)
-    product = tensors[name] @ tensors[name.replace("lora_B", "lora_A")] * settings.scale
+        assert (written[name].shape, written[name].dtype) == (shape, np.float32)
+    product = written[name] @ written[name.replace("lora_B", "lora_A")] * settings.scale
     kernel = "model.layers.1.mlp.down_proj.weight"
     np.testing.assert_allclose(merged[kernel], base[kernel] + product, atol=1e-5)
 

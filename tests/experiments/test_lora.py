@@ -20,7 +20,8 @@ from spa_jax.config import (
     SftConfig,
 )
 from spa_jax.errors import UserError
-from spa_jax.models import heads, lora, transformer, weights
+from spa_jax.models import heads, lora, transformer
+from spa_jax.models.io import peft, tensors
 from tests import tiny
 from tests.experiments.test_resume import _demos
 
@@ -66,8 +67,8 @@ def test_a_stage_writes_merged_weights_and_the_adapter_beside_them(finished):
         start = common.load_policy(finished / below)
         own = policy.folder / common.ADAPTER
         # PPO's second round goes on with the adapter of its first: the reference has it off.
-        assert weights.adapter_base(own) == (finished / below).resolve()
-        found, adapter = weights.load_adapter(own, policy.config)
+        assert peft.adapter_base(own) == (finished / below).resolve()
+        found, adapter = peft.load_adapter(own, policy.config)
         assert found == LORA
         _same(policy.params, jax.device_get(lora.merge(LORA, start.params, adapter)))
         for name, part in policy.params["layers"].items():
@@ -83,7 +84,7 @@ def test_the_second_round_begins_with_the_first_ones_adapter(finished, tmp_path)
     first = common.load_policy(finished / "iteration_0" / "ppo" / "policy")
     reference = finished / "sft" / "policy"
     going_on = common.trainable(first, 0, LORA, 0, reference)
-    _, adapter = weights.load_adapter(first.folder / common.ADAPTER, first.config)
+    _, adapter = peft.load_adapter(first.folder / common.ADAPTER, first.config)
     _same(going_on.parts.trained["adapter"], adapter)
     _same(going_on.parts.frozen["base"], common.load_policy(reference).params)
     # Of another shape, or with another reference, a new adapter begins on what was reached.
@@ -103,7 +104,7 @@ def test_a_moved_run_finds_its_base(finished, tmp_path):
     moved = finished.rename(tmp_path / "moved")
     try:
         own = moved / "iteration_1" / "ppo" / "policy" / common.ADAPTER
-        assert weights.adapter_base(own) == (moved / "sft" / "policy").resolve()
+        assert peft.adapter_base(own) == (moved / "sft" / "policy").resolve()
     finally:
         moved.rename(finished)
 
@@ -119,13 +120,13 @@ def test_an_estimator_whose_trunk_has_adapters(finished):
     train_progress.run(folder / "progress", str(trunk), [data], progress, ROWS, 0, LORA)
     policy = common.load_policy(trunk)
     own = folder / "progress" / common.ADAPTER
-    assert weights.adapter_base(own) == trunk.resolve()
-    _, adapter = weights.load_adapter(own, policy.config)
+    assert peft.adapter_base(own) == trunk.resolve()
+    _, adapter = peft.load_adapter(own, policy.config)
     assert all(np.abs(pair["b"]).max() > 0 for pair in adapter["layers"].values())
     annotated = annotate.run(
         folder / "out.jsonl", str(trunk), data, folder / "progress", CreditConfig(), ROWS, 0
     )
-    head = weights.load_heads(folder / "progress")["progress"]
+    head = tensors.load_heads(folder / "progress")["progress"]
     adapted = common.load_policy(own)
     first = annotated[0]
     tokens = np.array([first.token_ids])
@@ -135,7 +136,7 @@ def test_an_estimator_whose_trunk_has_adapters(finished):
         hidden = transformer.hidden_states(
             policy.config, params, tokens, np.arange(tokens.size)[None], np.ones_like(tokens)
         )
-        found[name] = np.asarray(heads.progress(head, hidden[0, np.array(ends)]))
+        found[name] = np.asarray(heads.read(head, hidden[0, np.array(ends)]))
     ours = [step.contribution for step in first.steps]
     np.testing.assert_allclose(ours, found["adapted"], atol=1e-4)
     assert np.abs(found["base"] - found["adapted"]).max() > 1e-3

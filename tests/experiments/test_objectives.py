@@ -12,7 +12,8 @@ from experiments import common, train_ppo, train_progress
 from spa_jax import store
 from spa_jax.attribution import credit
 from spa_jax.config import ComputeConfig, LoraConfig, PpoConfig, RowsConfig
-from spa_jax.models import transformer, weights
+from spa_jax.models import tree
+from spa_jax.models.io import huggingface, tensors
 from spa_jax.rl.objectives import OBJECTIVES
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import partition, ppo_data, scoring
@@ -74,11 +75,11 @@ def _trained(folder, policy, ppo, rows=ROWS, kind="spa", rank=0):
     store.write(data, _episodes(kind))
     out = folder / "iteration_0" / "ppo"
     train_ppo.run(out, str(policy), data, ppo, rows, 0, LoraConfig(rank=rank), policy)
-    _, before = weights.load_pretrained(policy)
-    _, after = weights.load_pretrained(out / "policy")
+    _, before = huggingface.load_pretrained(policy)
+    _, after = huggingface.load_pretrained(out / "policy")
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
     assert any(jax.tree.leaves(moved))
-    return metrics_lib.read_metrics(out / "metrics.jsonl"), weights.load_heads(out / "policy")
+    return metrics_lib.read_metrics(out / "metrics.jsonl"), tensors.load_heads(out / "policy")
 
 
 def test_without_a_critic_there_is_no_value_anywhere(policy, tmp_path):
@@ -165,7 +166,7 @@ def test_states_of_frozen_layers_are_kept_in_bfloat16_too(policy, tmp_path):
     explored, episodes = tmp_path / "explore" / "trajectories.jsonl", _episodes()
     explored.parent.mkdir()
     train_progress.scores_of(read, explored, episodes, ROWS, ppo_layers=1)
-    frozen = {"policy": transformer.split(read.config, read.params, 1)[1]}
+    frozen = {"policy": tree.split(read.config, read.params, 1)[1]}
     file = train_progress.below_file(explored.parent)
     kept = scoring.cached_lower_states(file, read.config, frozen, episodes)
     wanted = scoring.lower_states(

@@ -7,7 +7,8 @@ import pytest
 from experiments import plan, run_spa
 from spa_jax.config import LoraConfig, RowsConfig, RunConfig
 from spa_jax.errors import UserError
-from spa_jax.models import shapes, weights
+from spa_jax.models import shapes
+from spa_jax.models.io import huggingface
 from spa_jax.training.memory import Need
 from tests import tiny
 from tests.experiments import stages
@@ -21,7 +22,7 @@ def _run(**settings) -> run_spa.Run:
 def _written(folder, config):
     """A config.json alone: no weights lie beside it."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(weights.hf_config(config, "float32", {})))
+    (folder / "config.json").write_text(json.dumps(huggingface.hf_config(config, "float32", {})))
     return folder
 
 

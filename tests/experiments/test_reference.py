@@ -11,7 +11,8 @@ from experiments import annotate, train_ppo
 from spa_jax import store
 from spa_jax.config import CreditConfig, LoraConfig, PpoConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads, weights
+from spa_jax.models import heads
+from spa_jax.models.io import huggingface, tensors
 from spa_jax.training import scoring
 from tests import tiny
 
@@ -31,10 +32,10 @@ def run(tmp_path):
     played = [dataclasses.replace(t, ref_log_probs=None) for t in played]
     folder = tmp_path / "iteration_0"
     store.write(folder / "explore" / "trajectories.jsonl", played)
-    config, _ = weights.load_pretrained(base)
-    head = heads.ProgressHead(width=8).init(jax.random.key(0), np.zeros((1, config.hidden_size)))
+    config, _ = huggingface.load_pretrained(base)
+    head = heads.Head(width=8).init(jax.random.key(0), np.zeros((1, config.hidden_size)))
     (folder / "progress").mkdir()
-    weights.save_heads(folder / "progress", {"progress": head["params"]})
+    tensors.save_heads(folder / "progress", {"progress": head["params"]})
     _annotate(tmp_path)
     return tmp_path
 
@@ -56,7 +57,7 @@ def _train(root, name="ppo"):
 
 def _replace(base):
     """Other weights in the policy's folder."""
-    path = base / weights.WEIGHTS
+    path = base / huggingface.WEIGHTS
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
@@ -101,7 +102,7 @@ def test_a_policy_has_one_name_wherever_it_lies_and_whatever_heads_it_has(run):
     base = run / "sft" / "policy"
     name = scoring.policy_key(base)
     shutil.copytree(base, run / "moved")
-    weights.save_heads(run / "moved", weights.load_heads(run / "iteration_0" / "progress"))
+    tensors.save_heads(run / "moved", tensors.load_heads(run / "iteration_0" / "progress"))
     assert scoring.policy_key(run / "moved") == name
     _replace(run / "moved")
     assert scoring.policy_key(run / "moved") != name

@@ -15,7 +15,7 @@ from spa_jax.config import CreditConfig, RowsConfig, RunConfig
 from spa_jax.envs.protocol import Task
 from spa_jax.envs.webshop import tasks
 from spa_jax.errors import UserError
-from spa_jax.models import weights
+from spa_jax.models.io import huggingface
 from spa_jax.training.metrics import read_metrics
 from tests import tiny
 from tests.experiments import stages
@@ -228,7 +228,7 @@ def test_a_base_whose_template_drops_thoughts(tmp_path):
     """The format that is given goes through every stage, and its policies remember it."""
     words = tiny.tiny_tokenizer(tmp_path / "words", DROPS_THOUGHTS)
     config = tiny.tiny_config()
-    weights.save_pretrained(tmp_path / "base", config, tiny.tiny_params(config), words)
+    huggingface.save_pretrained(tmp_path / "base", config, tiny.tiny_params(config), words)
     flags = (*_FLAGS, "--iterations=1", f"--base={tmp_path / 'base'}",
              f"--workdir={tmp_path / 'run'}")  # fmt: skip
     refused = stages.run("run_spa", *flags)

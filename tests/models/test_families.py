@@ -15,7 +15,8 @@ import pytest
 import safetensors.numpy
 
 from spa_jax.errors import UserError
-from spa_jax.models import transformer, weights
+from spa_jax.models import limits, transformer, tree
+from spa_jax.models.io import huggingface
 from tests import tiny
 from tests.golden.models import make
 
@@ -38,7 +39,7 @@ def _write(folder: pathlib.Path, arrays) -> pathlib.Path:
     """A Hugging Face folder of the golden model."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(str(arrays["config"]))
-    safetensors.numpy.save_file(_part(arrays, "weight/"), folder / weights.WEIGHTS)
+    safetensors.numpy.save_file(_part(arrays, "weight/"), folder / huggingface.WEIGHTS)
     return folder
 
 
@@ -63,8 +64,8 @@ def _compare(config, params, arrays, folder, packed=False):
     named = _part(arrays, "gradient/")
     (folder / "gradient").mkdir()
     (folder / "gradient" / "config.json").write_text((folder / "config.json").read_text())
-    safetensors.numpy.save_file(named, folder / "gradient" / weights.WEIGHTS)
-    _, wanted = weights.load_pretrained(folder / "gradient")
+    safetensors.numpy.save_file(named, folder / "gradient" / huggingface.WEIGHTS)
+    _, wanted = huggingface.load_pretrained(folder / "gradient")
     assert jax.tree.structure(gradient) == jax.tree.structure(wanted)
     for (path, ours), theirs in zip(
         jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(wanted), strict=True
@@ -76,7 +77,7 @@ def _compare(config, params, arrays, folder, packed=False):
 @pytest.mark.parametrize("name", make.FAMILIES)
 def test_logits_and_gradients_are_those_of_transformers(name, tmp_path):
     arrays = _golden(name)
-    config, params = weights.load_pretrained(_write(tmp_path, arrays))
+    config, params = huggingface.load_pretrained(_write(tmp_path, arrays))
     assert config.model_type == make.FAMILIES[name][0]
     _compare(config, params, arrays, tmp_path)
 
@@ -84,23 +85,23 @@ def test_logits_and_gradients_are_those_of_transformers(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama3.1", "mistral", "qwen2", "qwen3"])
 def test_packed_rows_are_those_of_transformers_apart(name, tmp_path):
     arrays = _golden(name)
-    config, params = weights.load_pretrained(_write(tmp_path, arrays))
+    config, params = huggingface.load_pretrained(_write(tmp_path, arrays))
     _compare(config, params, arrays, tmp_path, packed=True)
 
 
 @pytest.mark.parametrize("name", make.FAMILIES)
 def test_a_family_is_saved_as_it_was_read(name, tmp_path, tokenizer_folder):
     arrays = _golden(name)
-    config, params = weights.load_pretrained(_write(tmp_path / "theirs", arrays))
-    weights.save_pretrained(tmp_path / "ours", config, params, tokenizer_folder)
-    again, back = weights.load_pretrained(tmp_path / "ours")
+    config, params = huggingface.load_pretrained(_write(tmp_path / "theirs", arrays))
+    huggingface.save_pretrained(tmp_path / "ours", config, params, tokenizer_folder)
+    again, back = huggingface.load_pretrained(tmp_path / "ours")
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, back, params)
     theirs = json.loads(str(arrays["config"]))
     for key, value in json.loads((tmp_path / "ours" / "config.json").read_text()).items():
         if key in theirs and key not in ("architectures", "bos_token_id", "eos_token_id"):
             assert value == theirs[key], key
-    saved = safetensors.numpy.load_file(tmp_path / "ours" / weights.WEIGHTS)
+    saved = safetensors.numpy.load_file(tmp_path / "ours" / huggingface.WEIGHTS)
     stored = _part(arrays, "weight/")
     assert saved.keys() == stored.keys()
     for key, array in stored.items():
@@ -110,7 +111,7 @@ def test_a_family_is_saved_as_it_was_read(name, tmp_path, tokenizer_folder):
 @pytest.mark.parametrize("name", ["llama3.2", "qwen2.5", "qwen3"])
 def test_packed_rows_and_the_cache_change_nothing(name, tmp_path):
     """Biases, norms of queries and keys, and the stretched rotation, in both ways in."""
-    config, params = weights.load_pretrained(_write(tmp_path, _golden(name)))
+    config, params = huggingface.load_pretrained(_write(tmp_path, _golden(name)))
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 9)).astype(np.int32)
     at = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
     apart = transformer.hidden_states(config, params, tokens, at, np.ones_like(tokens))
@@ -121,21 +122,21 @@ def test_packed_rows_and_the_cache_change_nothing(name, tmp_path):
     np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=2e-5)
 
     step = jax.jit(functools.partial(transformer.cached_hidden_states, config))
-    cache, layers = transformer.empty_cache(config, 2, 12), transformer.unstack(params)
+    cache, layers = transformer.empty_cache(config, 2, 12), tree.unstack(params)
     for start, end in ((0, 4), (4, 5), (5, 9)):
         hidden, cache = step(layers, tokens[:, start:end], at[:, start:end], cache)
         np.testing.assert_allclose(hidden, apart[:, start:end], atol=2e-5)
 
 
 def test_a_sequence_beyond_the_window_is_refused(tmp_path):
-    config, _ = weights.load_pretrained(_write(tmp_path, _golden("mistral")))
+    config, _ = huggingface.load_pretrained(_write(tmp_path, _golden("mistral")))
     assert (config.sliding_window, config.max_position) == (32, 64)
-    transformer.check_length(config, 32, "--context_length")
+    limits.check_length(config, 32, "--context_length")
     with pytest.raises(UserError, match="--context_length: 33 .* sliding_window, 32"):
-        transformer.check_length(config, 33, "--context_length")
+        limits.check_length(config, 33, "--context_length")
     whole = dataclasses.replace(config, sliding_window=0)
     with pytest.raises(UserError, match="max_position_embeddings, 64"):
-        transformer.check_length(whole, 65, "--context_length")
+        limits.check_length(whole, 65, "--context_length")
 
 
 @pytest.mark.slow
@@ -145,7 +146,7 @@ def test_live_models_agree(name, tmp_path):
     model = make.build(name)
     model.save_pretrained(tmp_path)
     arrays = make.inputs() | make.compute(model, make.inputs())
-    config, params = weights.load_pretrained(tmp_path)
+    config, params = huggingface.load_pretrained(tmp_path)
     _compare(config, params, arrays, tmp_path)
 
 
@@ -156,8 +157,8 @@ def test_transformers_reads_what_we_save(name, tmp_path, tokenizer_folder):
     import transformers
 
     arrays = _golden(name)
-    config, params = weights.load_pretrained(_write(tmp_path / "theirs", arrays))
-    weights.save_pretrained(tmp_path / "ours", config, params, tokenizer_folder)
+    config, params = huggingface.load_pretrained(_write(tmp_path / "theirs", arrays))
+    huggingface.save_pretrained(tmp_path / "ours", config, params, tokenizer_folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32
     )

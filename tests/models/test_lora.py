@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from spa_jax.config import LORA_TARGETS, LoraConfig
-from spa_jax.models import lora, transformer
+from spa_jax.models import lora, names, transformer
+from spa_jax.models.io import peft
 from tests import tiny
 
 CONFIG = tiny.tiny_config()
 PARAMS = transformer.init(CONFIG, jax.random.key(0))
-ALL = LoraConfig(rank=4, alpha=8.0, targets=tuple(lora.MODULES))
+ALL = LoraConfig(rank=4, alpha=8.0, targets=LORA_TARGETS)
 
 
 def test_a_new_adapter_changes_nothing():
@@ -43,7 +44,7 @@ def _trained(config: LoraConfig):
 
 
 def test_every_matrix_can_have_one():
-    assert tuple(lora.MODULES) == LORA_TARGETS
+    assert tuple(names.MATRICES) == LORA_TARGETS
     assert set(LORA_TARGETS) == {k for k, v in PARAMS["layers"].items() if "kernel" in v}
 
 
@@ -107,23 +108,23 @@ def test_the_gradient_is_the_adapters():
 
 def test_pefts_names_there_and_back():
     adapter = jax.tree.map(np.asarray, lora.init(ALL, PARAMS, jax.random.key(1)))
-    named = lora.to_peft(adapter)
+    named = peft.to_named(adapter)
     assert named["model.layers.1.self_attn.k_proj.lora_A.default.weight"].shape == (4, 32)
     assert named["model.layers.1.mlp.up_proj.lora_B.default.weight"].shape == (64, 4)
     wrapped = {f"base_model.model.{name}": array for name, array in named.items()}
     wrapped["base_model.model.model.norm.weight"] = np.ones(32)
-    jax.tree.map(np.testing.assert_array_equal, lora.from_peft(wrapped), adapter)
+    jax.tree.map(np.testing.assert_array_equal, peft.from_named(wrapped), adapter)
     saved = {name.replace(".default.", "."): array for name, array in named.items()}
-    jax.tree.map(np.testing.assert_array_equal, lora.from_peft(saved), adapter)
+    jax.tree.map(np.testing.assert_array_equal, peft.from_named(saved), adapter)
 
 
 def test_what_is_not_supported_is_named():
-    assert lora.targets_of(["q_proj", "down_proj"]) == ("q", "down")
-    assert lora.modules_of(("q", "down")) == ["q_proj", "down_proj"]
+    assert peft.targets_of(["q_proj", "down_proj"]) == ("q", "down")
+    assert peft.modules_of(("q", "down")) == ["q_proj", "down_proj"]
     with pytest.raises(ValueError, match="embed_tokens"):
-        lora.targets_of(["q_proj", "embed_tokens"])
+        peft.targets_of(["q_proj", "embed_tokens"])
     name = "model.layers.0.self_attn.{}.lora_A.default.weight"
     with pytest.raises(ValueError, match="rotary"):
-        lora.from_peft({name.format("rotary"): np.ones((2, 2))})
+        peft.from_named({name.format("rotary"): np.ones((2, 2))})
     with pytest.raises(ValueError, match="q lacks b"):
-        lora.from_peft({name.format("q_proj"): np.ones((2, 2))})
+        peft.from_named({name.format("q_proj"): np.ones((2, 2))})

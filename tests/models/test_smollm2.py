@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, fetch_policy
+from experiments import fetch_policy
 from spa_jax import chat, tokenizer
-from spa_jax.models import transformer, weights
+from spa_jax.models import transformer, tree
+from spa_jax.models.io import huggingface
+from spa_jax.models.kernels import choice
 from spa_jax.sampling.engine import Engine
 from spa_jax.trajectory import Sampling
 
@@ -37,7 +39,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    config, params = weights.load_pretrained(folder)
+    config, params = huggingface.load_pretrained(folder)
     return config, jax.tree.map(jnp.asarray, params)
 
 
@@ -100,7 +102,7 @@ def test_it_says_paris(model, loaded):
     config, params = model
     fmt = chat.ChatFormat.from_tokenizer(loaded)
     ids = fmt.first_turn("", "What is the capital of France?")
-    layers = transformer.unstack(params)
+    layers = tree.unstack(params)
 
     @jax.jit
     def step(layers, tokens, positions, cache):
@@ -146,7 +148,7 @@ def test_greedy_turns_are_those_of_plain_re_encoding(model, loaded):
     ]
     context = 320
     engine = Engine(
-        common.computed(config), params, slots=2, context_length=context,
+        choice.resolve(config), params, slots=2, context_length=context,
         sampling=Sampling(temperature=0.0, max_new_tokens=10), end_of_turn=(fmt.end_of_turn,),
         seed=0,
     )  # fmt: skip

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spa_jax.models import attention, transformer, weights
+from spa_jax.models import layers, transformer, tree
+from spa_jax.models.io import huggingface
+from spa_jax.models.kernels import products, xla
 from tests import tiny
 
 CONFIG = tiny.tiny_config()
@@ -76,7 +78,7 @@ def test_rotation_by_hand():
             3 * np.cos(a) + 1 * np.sin(a),
             4 * np.cos(b) + 2 * np.sin(b),
         ]
-        out = transformer.rotate(x, jnp.array([[position]]), jnp.array([1.0, 0.1]))
+        out = layers.rotate(x, jnp.array([[position]]), jnp.array([1.0, 0.1]))
         np.testing.assert_allclose(out.reshape(4), wanted, atol=1e-5)
 
 
@@ -85,7 +87,7 @@ def test_scores_depend_on_the_distance_only():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def score(at_q, at_k):
-        turned = (transformer.rotate(x, jnp.array([[p]]), 1e4) for x, p in ((q, at_q), (k, at_k)))
+        turned = (layers.rotate(x, jnp.array([[p]]), 1e4) for x, p in ((q, at_q), (k, at_k)))
         return float(jnp.vdot(*turned))
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
@@ -109,7 +111,7 @@ def test_attention_in_blocks_is_attention(length):
 
     ours, theirs = (
         jax.jit(with_gradient, static_argnums=0)(attend)
-        for attend in (attention.attend_causally, attention.attend)
+        for attend in (xla.attend_causally, xla.attend)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
@@ -120,7 +122,7 @@ def test_attention_by_hand():
     k = jnp.log(jnp.array([1.0, 3.0])).reshape(1, 1, 1, 2)
     v = jnp.array([8.0, 16.0]).reshape(1, 1, 2, 1)
     mask = jnp.tril(jnp.ones((1, 2, 2), bool))
-    out = attention.attend(q, k, v, mask)
+    out = xla.attend(q, k, v, mask)
     np.testing.assert_allclose(out.reshape(2), [8.0, 14.0], rtol=1e-6)
 
 
@@ -154,7 +156,7 @@ def test_the_cache_changes_nothing(chunk):
     """Rows of different lengths, in chunks that a row's end does not divide."""
     tokens, lengths = _tokens(3), np.array([LENGTH, 23, 5])
     wanted = _whole(tokens)
-    layers = transformer.unstack(PARAMS)
+    layers = tree.unstack(PARAMS)
     cache = transformer.empty_cache(CONFIG, 3, CACHE)
     # What an earlier conversation left in the slots must not be seen.
     cache = jax.tree.map(lambda x: x + 100.0, cache)
@@ -173,7 +175,7 @@ def test_the_cache_changes_nothing(chunk):
 
 
 def test_unstack_names_every_layer():
-    layers = transformer.unstack(PARAMS)["layers"]
+    layers = tree.unstack(PARAMS)["layers"]
     assert len(layers) == CONFIG.num_layers
     for i, layer in enumerate(layers):
         np.testing.assert_array_equal(
@@ -193,7 +195,7 @@ def test_logits_are_those_of_transformers(tied, tmp_path):
     config = dataclasses.replace(tiny.tiny_config(tied), rope_theta=500.0)
     params = tiny.tiny_params(config)
     tokenizer = tiny.tiny_tokenizer(tmp_path / "tokenizer")
-    weights.save_pretrained(tmp_path / "model", config, params, tokenizer)
+    huggingface.save_pretrained(tmp_path / "model", config, params, tokenizer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", torch_dtype=torch.float32
     )
@@ -209,7 +211,7 @@ def test_the_gradient_of_matmul_is_that_of_a_plain_product():
     keys = jax.random.split(jax.random.key(3), 3)
     shapes = ((2, 3, 4), (4, 5), (2, 3, 5))
     x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
-    ours = jax.grad(lambda x, w: jnp.sum(transformer.matmul(x, w) * g), (0, 1))(x, w)
+    ours = jax.grad(lambda x, w: jnp.sum(products.matmul(x, w) * g), (0, 1))(x, w)
     plain = jax.grad(lambda x, w: jnp.sum(jnp.einsum("btn,nm->btm", x, w) * g), (0, 1))(x, w)
     for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -62,7 +62,7 @@ def updates(trainer: partition.Trainer, folder: pathlib.Path | None = None) -> d
 
 
 def _contributions(params: dict, batch: estimator_update.StepFeatures) -> jax.Array:
-    return heads.progress(params["progress"], batch.hidden) * batch.step_mask
+    return heads.read(params["progress"], batch.hidden) * batch.step_mask
 
 
 def talk(index: int, count: int) -> None:

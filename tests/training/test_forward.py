@@ -40,7 +40,7 @@ def _ppo(config):
     table = ppo_data.make_table(played, values, PPO)
     made = ppo_data.make_update(played, table, np.arange(len(played)), ROWS, PPO, devices=1)
     (batch,) = (jax.tree.map(lambda x: x[0], b) for b in made.batches)
-    head = heads.ValueHead(width=8).init(jax.random.key(1), np.zeros((1, 32), np.float32))
+    head = heads.Head(width=8).init(jax.random.key(1), np.zeros((1, 32), np.float32))
     return ppo_update.make_loss(config, PPO, 0.7), batch, {"value": head["params"]}
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from spa_jax import batching
 from spa_jax.config import ComputeConfig, LoraConfig, PpoConfig, RowsConfig, SamplingConfig
-from spa_jax.models import heads, transformer
+from spa_jax.models import heads, tree
 from spa_jax.sampling import decode
 from spa_jax.training import memory, partition, parts, ppo_data, ppo_update, sft_update
 from spa_jax.training import state as state_lib
@@ -39,7 +39,7 @@ def _update_bytes(config, rows, lora, train_layers, averaged=False) -> tuple[int
     else:
         trained, frozen = {"policy": trained}, {"policy": frozen} if frozen else {}
     width = config.hidden_size
-    value = jax.eval_shape(heads.ValueHead(width=8).init, jax.random.key(0), np.zeros((1, width)))
+    value = jax.eval_shape(heads.Head(width=8).init, jax.random.key(0), np.zeros((1, width)))
     trained = trained | {"value": value["params"]}
     batch = _batch(rows, config, bool(train_layers))
     optimizer = state_lib.adamw(1e-5, clip_norm=1.0, weight_decay=0.0)
@@ -146,7 +146,7 @@ def test_the_engine_needs_what_the_plan_says():
     """Weights, cache and what a decoded token makes, by XLA's analysis of the decoding step."""
     sampling = SamplingConfig(slots=8, context_length=512)
     planned = memory.exploration(CONFIG, sampling)
-    params = jax.eval_shape(transformer.unstack, memory.shapes(CONFIG))
+    params = jax.eval_shape(tree.unstack, memory.shapes(CONFIG))
     state = jax.eval_shape(lambda: decode.empty_state(CONFIG, 8, 512))
     run = functools.partial(
         decode.decode_chunk, CONFIG, steps=4, end_of_turn=2, temperature=1.0, top_k=0, top_p=1.0

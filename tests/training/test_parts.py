@@ -10,7 +10,7 @@ import pytest
 from experiments import train_progress
 from spa_jax import batching
 from spa_jax.config import LORA_TARGETS, LoraConfig, PpoConfig, RowsConfig
-from spa_jax.models import heads, lora, transformer
+from spa_jax.models import heads, lora, tree
 from spa_jax.training import (
     estimator_update,
     partition,
@@ -46,7 +46,7 @@ def _adapter():
 
 
 def _value():
-    head = heads.ValueHead(width=8).init(jax.random.key(1), np.zeros((1, 32), np.float32))
+    head = heads.Head(width=8).init(jax.random.key(1), np.zeros((1, 32), np.float32))
     head["params"]["out"]["kernel"] += 0.3
     return jax.device_get(head["params"])
 
@@ -157,5 +157,5 @@ def test_the_whole_policy_of_all_kinds_of_parts():
         assert jax.tree.structure(whole) == jax.tree.structure(wanted[name])
         jax.tree.map(np.testing.assert_array_equal, whole, wanted[name])
     assert kinds["adapters"].frozen["base"] is BASE
-    top = transformer.depth(kinds["top"].trained["policy"])
+    top = tree.depth(kinds["top"].trained["policy"])
     assert top == 1 and kinds["everything"].frozen == {}

@@ -48,7 +48,7 @@ OBJECTIVES = {
 
 @functools.cache
 def _params():
-    value = heads.ValueHead(width=8).init(jax.random.key(1), jnp.zeros((1, 32)))["params"]
+    value = heads.Head(width=8).init(jax.random.key(1), jnp.zeros((1, 32)))["params"]
     value["out"]["kernel"] = jnp.ones_like(value["out"]["kernel"]) * 0.3  # not 0 from the start
     return {"policy": tiny.tiny_params(CONFIG), "value": value}
 

@@ -17,7 +17,7 @@ from experiments import train_progress
 from spa_jax import batching
 from spa_jax.config import PpoConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads, transformer
+from spa_jax.models import heads, tree
 from spa_jax.training import (
     estimator_update,
     partition,
@@ -45,7 +45,7 @@ def _episodes(count: int = 9):
 
 def _params():
     hidden = jnp.zeros((1, CONFIG.hidden_size))
-    value = heads.ValueHead(width=8).init(jax.random.key(1), hidden)["params"]
+    value = heads.Head(width=8).init(jax.random.key(1), hidden)["params"]
     value["out"]["kernel"] = jnp.ones_like(value["out"]["kernel"]) * 0.3  # not 0 from the start
     return {"policy": tiny.tiny_params(CONFIG), "value": value}
 
@@ -86,7 +86,7 @@ def _estimator(devices: int, rows: RowsConfig):
         step_mask=(np.arange(steps) < rng.integers(1, 4, (count, 1))).astype(np.float32),
         final_reward=rng.integers(0, 2, count).astype(np.float32),
     )
-    head = heads.ProgressHead(width=8).init(jax.random.key(2), features.hidden)["params"]
+    head = heads.Head(width=8).init(jax.random.key(2), features.hidden)["params"]
     head["out"]["kernel"] = jnp.ones_like(head["out"]["kernel"]) * 0.3
     per_batch = devices * rows.rows_per_device
     batches = [
@@ -228,7 +228,7 @@ def test_scores_are_the_same_where_lower_states_are_asked_for():
         np.testing.assert_allclose(getattr(both, name), getattr(plain, name), atol=1e-5)
     for a, b in zip(both.log_probs, plain.log_probs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    frozen = {"policy": transformer.split(CONFIG, params["policy"], 1)[1]}
+    frozen = {"policy": tree.split(CONFIG, params["policy"], 1)[1]}
     wanted = scoring.lower_states(
         CONFIG, partition.replicate(frozen), opened, ROWS, devices=8, title="lower"
     )
@@ -333,8 +333,8 @@ def test_top_layers_learn_alone_what_they_learn_in_the_whole_model(name, monkeyp
     monkeypatch.setattr(f"{__name__}._episodes", lambda: opened)
     rows = dataclasses.replace(ROWS, row_length=64)
     loss_fn, params, batches, counts = UPDATES[name](2, rows)
-    trained, frozen = transformer.split(CONFIG, params["policy"], 1)
-    whole = transformer.join(trained, frozen)
+    trained, frozen = tree.split(CONFIG, params["policy"], 1)
+    whole = tree.join(trained, frozen)
     assert jax.tree.structure(whole) == jax.tree.structure(params["policy"])
     jax.tree.map(np.testing.assert_array_equal, whole, params["policy"])
 
@@ -361,14 +361,14 @@ def test_top_layers_learn_alone_what_they_learn_in_the_whole_model(name, monkeyp
     for key in metrics.keys() - {"grad_norm"}:
         assert top_metrics[key] == pytest.approx(metrics[key], rel=2e-5, abs=2e-5), key
     assert 1e-3 < top_metrics["grad_norm"] < metrics["grad_norm"]
-    move["policy"] = transformer.split(CONFIG, move["policy"], 1)[0]
+    move["policy"] = tree.split(CONFIG, move["policy"], 1)[0]
     _close(top_move, move, 2e-4)
 
 
 def test_a_model_without_a_layer_to_freeze_is_refused():
     layers = CONFIG.num_layers
     with pytest.raises(UserError, match=f"{layers} layers to train: the model has {layers}"):
-        transformer.split(CONFIG, _params()["policy"], layers)
+        tree.split(CONFIG, _params()["policy"], layers)
 
 
 # --- the state ------------------------------------------------------------------------------

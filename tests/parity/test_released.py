@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
-from spa_jax.rl import released
+from spa_jax.parity import released
 
 f32 = functools.partial(np.asarray, dtype=np.float32)
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common
 from spa_jax.config import ComputeConfig, RowsConfig, fit_attention
 from spa_jax.errors import UserError
-from spa_jax.models import attention, fused, lora, native, transformer
+from spa_jax.models import lora, transformer, tree
+from spa_jax.models.kernels import choice, fused, native, products, xla
 from spa_jax.training import memory
 from tests import tiny
 
@@ -113,7 +113,7 @@ def test_cudnn_is_given_what_it_takes():
     mask = transformer.packed_mask(segments)
     ours = fused.cudnn(q, k, v, mask, "xla")
     grouped = q.reshape(2, 40, 2, 2, 8).transpose(0, 2, 3, 1, 4)
-    wanted = attention.attend(grouped, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
+    wanted = xla.attend(grouped, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
     wanted = wanted.transpose(0, 3, 1, 2, 4).reshape(ours.shape)
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
@@ -250,7 +250,7 @@ def test_a_product_of_rounded_factors_is_that_of_rounded_arrays():
     keys = jax.random.split(jax.random.key(3), 3)
     shapes = ((2, 3, 4), (4, 5), (2, 3, 5))
     x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
-    y, backward = jax.vjp(lambda x, w: transformer.matmul(x, w, "bfloat16"), x, w)
+    y, backward = jax.vjp(lambda x, w: products.matmul(x, w, "bfloat16"), x, w)
     x, w, rounded = (np.float32(np.asarray(a).astype(jnp.bfloat16)) for a in (x, w, g))
     np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-5)
     dx, dw = backward(g)
@@ -260,7 +260,7 @@ def test_a_product_of_rounded_factors_is_that_of_rounded_arrays():
 
 def test_the_sampler_rounds_the_factors_that_the_trainer_rounds():
     config = _computed(matmul_dtype="bfloat16")
-    layers = transformer.unstack(PARAMS, config.dtype, config.matmul_dtype)
+    layers = tree.unstack(PARAMS, config.dtype, config.matmul_dtype)
     kernels = [layer[k]["transposed"] for layer in layers["layers"] for k in ("q", "o", "down")]
     assert {x.dtype for x in kernels} == {jnp.dtype("bfloat16")}
     assert layers["embed"]["embedding"].dtype == jnp.float32
@@ -278,7 +278,7 @@ def test_the_sampler_rounds_the_factors_that_the_trainer_rounds():
 def test_auto_rounds_factors_where_the_processor_has_products_of_them(monkeypatch):
     for has, wanted in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(native, "multiplies_bfloat16", lambda has=has: has)
-        config = common.computed(CONFIG, ComputeConfig(matmul_dtype="auto"))
+        config = choice.resolve(CONFIG, ComputeConfig(matmul_dtype="auto"))
         assert (config.dtype, config.matmul_dtype) == ("float32", wanted)
     assert ComputeConfig(matmul_dtype="auto").resolved("gpu").matmul_dtype == "compute"
 
@@ -288,7 +288,7 @@ def test_bfloat16_in_the_cache_too(tied):
     """The sampler's weights, cast once, and its cache give what packed rows give."""
     config = _computed(tiny.tiny_config(tied), compute_dtype="bfloat16")
     params = tiny.tiny_params(config)
-    layers = transformer.unstack(params, config.dtype)
+    layers = tree.unstack(params, config.dtype)
     matrices = [x for x in jax.tree.leaves(layers) if x.ndim > 1]
     assert {x.dtype for x in matrices} == {jnp.dtype("bfloat16")}
     cache = transformer.empty_cache(config, 2, 12)

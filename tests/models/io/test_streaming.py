@@ -10,45 +10,48 @@ import pytest
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does"
 )
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 # 55 million parameters: 110 MB of bfloat16 in three shards, 220 MB of float32 once read.
 _WRITE = """
 import json, pathlib, sys
 import ml_dtypes, numpy as np, safetensors.numpy
-from spa_jax.models import weights
-from spa_jax.models.transformer import ModelConfig
+from spa_jax.models.config import ModelConfig
+from spa_jax.models.io import huggingface
+from spa_jax.models.io import tensors as tensors_io
+from spa_jax.models.names import hf_shapes
 
 CONFIG = ModelConfig(
     vocab_size=8000, hidden_size=1024, num_layers=3, num_heads=16, num_kv_heads=16, head_dim=64,
     intermediate_size=2800, tie_embeddings=False,
 )
 folder = pathlib.Path(sys.argv[1])
-shapes = weights.hf_shapes(CONFIG)
+shapes = hf_shapes(CONFIG)
 shards = {f"model-{i + 1:05}-of-00003.safetensors": list(shapes)[i::3] for i in range(3)}
 for file, names in shards.items():
     tensors = {name: np.full(shapes[name], 0.5, ml_dtypes.bfloat16) for name in names}
     safetensors.numpy.save_file(tensors, folder / file)
 index = {name: file for file, names in shards.items() for name in names}
-(folder / weights.INDEX).write_text(json.dumps({"weight_map": index}))
-weights._write_json(folder / "config.json", weights.hf_config(CONFIG, "bfloat16", {}))
+(folder / huggingface.INDEX).write_text(json.dumps({"weight_map": index}))
+tensors_io.write_json(folder / "config.json", huggingface.hf_config(CONFIG, "bfloat16", {}))
 """
 
 _READ = """
 import json, resource, sys, tracemalloc
 import numpy as np
-from spa_jax.models import weights
+from spa_jax.models.io import huggingface
+from spa_jax.models.names import hf_shapes
 
 def data_bytes():  # what the limit below counts: private memory, not the mapped files
     status = open("/proc/self/status").read()
     return 1024 * int(status.split("VmData:")[1].split()[0])
 
-config, params = weights.load_pretrained(sys.argv[1])
-sizes = [4 * int(np.prod(shape)) for shape in weights.hf_shapes(config).values()]
+config, params = huggingface.load_pretrained(sys.argv[1])
+sizes = [4 * int(np.prod(shape)) for shape in hf_shapes(config).values()]
 del params
 
 tracemalloc.start()
-config, params = weights.load_pretrained(sys.argv[1])
+config, params = huggingface.load_pretrained(sys.argv[1])
 peak = tracemalloc.get_traced_memory()[1]
 tracemalloc.stop()
 right = float(params["layers"]["up"]["kernel"].mean())
@@ -58,7 +61,7 @@ def fits(budget):
     limit = data_bytes() + budget
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     try:
-        weights.load_pretrained(sys.argv[1])
+        huggingface.load_pretrained(sys.argv[1])
     except MemoryError:
         return False
     finally:
@@ -93,10 +96,10 @@ def test_a_sharded_model_is_read_tensor_by_tensor(tmp_path):
 _IMPORT = """
 import json, sys, tracemalloc
 import gguf, numpy as np
-from spa_jax.models import gguf_import
 from tests import tiny
-from tests.models import test_gguf_import
-from spa_jax.models.transformer import ModelConfig
+from tests.models.io import test_gguf
+from spa_jax.models.config import ModelConfig
+from spa_jax.models.io import gguf as gguf_io
 
 CONFIG = ModelConfig(
     vocab_size=384, hidden_size=1024, num_layers=3, num_heads=16, num_kv_heads=16, head_dim=64,
@@ -109,12 +112,12 @@ kinds = dict.fromkeys(
     gguf.GGMLQuantizationType.Q8_0,
 )
 params = tiny.random_params(CONFIG)
-test_gguf_import.write_gguf(root + "/m.gguf", CONFIG, params, words, types=kinds)
+test_gguf.write_gguf(root + "/m.gguf", CONFIG, params, words, types=kinds)
 model = sum(4 * x.size for x in __import__("jax").tree.leaves(params))
 largest = 4 * 1024 * 2816
 del params
 tracemalloc.start()
-gguf_import.import_gguf(root + "/m.gguf", root + "/m")
+gguf_io.import_gguf(root + "/m.gguf", root + "/m")
 print(json.dumps({"model": model, "largest": largest, "peak": tracemalloc.get_traced_memory()[1]}))
 """
 

@@ -2,7 +2,7 @@
 
 Training packs rows (`transformer.hidden_states`); this is the other layout, one conversation a
 row with an attention mask, in which other programs' numbers are recorded.  The layers are
-`transformer.Block`.
+`layers.Block`.
 """
 
 from typing import cast
@@ -11,13 +11,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from spa_jax.models import attention, transformer
-from spa_jax.models.transformer import Block, ModelConfig, Params, RMSNorm
+from spa_jax.models import transformer
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.kernels import attention, xla
+from spa_jax.models.layers import Block, RMSNorm
 
 
 @jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attention.attend` as PyTorch's CPU kernel computes it, its gradient included.
+    """`xla.attend` as PyTorch's CPU kernel computes it, its gradient included.
 
     Masked scores have the lowest float added to them, s + m = m, and the backward pass makes the
     weights anew from the sum that the forward pass kept:
@@ -43,13 +45,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 
 
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    return attention.scores_of(q, k) + jnp.where(mask[:, None, None], 0.0, jnp.finfo(q.dtype).min)
+    return xla.scores_of(q, k) + jnp.where(mask[:, None, None], 0.0, jnp.finfo(q.dtype).min)
 
 
 def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out, log_sums = attention.weigh(_scores(q, k, mask), v)
+    out, log_sums = xla.weigh(_scores(q, k, mask), v)
     return out, (q, k, v, mask, out, log_sums)
 
 
@@ -58,10 +60,18 @@ def _attend_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, mask, out, log_sums = saved
     scores = _scores(q, k, mask)
-    return (*attention.weigh_backward(q, k, v, scores, log_sums, out, g), None)
+    return (*xla.weigh_backward(q, k, v, scores, log_sums, out, g), None)
 
 
 attend.defvjp(_attend, _attend_backward)
+
+
+class _Block(Block):
+    """The decoder's layer with `attend` for its attention; `seen` is any mask [B, T, T]."""
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+        k_BGKT, v_BGTK = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+        return attention.ungroup(attend(attention.group(q, k.shape[2]), k_BGKT, v_BGTK, seen))
 
 
 def hidden_states(
@@ -94,12 +104,10 @@ def hidden_states(
     positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
     causal = jnp.tril(jnp.ones((length, length), bool))
     mask = causal & (jnp.asarray(attention_mask)[:, None, :] != 0)
-    # With a cache, that starts empty, a block takes any mask; without one, causal ones only.
-    cache = transformer.empty_cache(config, rows, length)[0]
-    block = Block(config, cached_attention=attend)
+    block = _Block(config)
 
     def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        x, _ = block.apply({"params": weights}, x, positions, mask, cache)
+        x, _ = block.apply({"params": weights}, x, positions, mask)
         return x, None
 
     embedded = jnp.take(jnp.asarray(params["embed"]["embedding"]), tokens, axis=0)

@@ -20,8 +20,11 @@ import numpy as np
 
 from spa_jax import tokenizer as tokenizer_lib
 from spa_jax.errors import UserError
-from spa_jax.models import weights
-from spa_jax.models.transformer import ModelConfig, RopeScaling, rope_frequencies
+from spa_jax.models import names
+from spa_jax.models.config import ModelConfig, RopeScaling
+from spa_jax.models.io import huggingface
+from spa_jax.models.io.tensors import Lazy
+from spa_jax.models.layers import rope_frequencies
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -40,7 +43,7 @@ def import_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str
 
     Args:
       gguf_path: the file.
-      folder: where to write; as `weights.save_pretrained`.
+      folder: where to write; as `huggingface.save_pretrained`.
 
     Raises:
       UserError: a missing or damaged file, an architecture, kind of tensor or tokenizer that is
@@ -52,7 +55,7 @@ def import_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str
     config = _config(path, reader, stored)
     tensors = _tensors(path, config, stored)
     tokenizer = _Tokenizer(path, reader, config)
-    weights.write_folder(folder, config, tensors, tokenizer.write)
+    huggingface.write_folder(folder, config, tensors, tokenizer.write)
 
 
 class _Reader(gguf.GGUFReader):
@@ -164,16 +167,16 @@ def _with_rope_scaling(path: pathlib.Path, config: ModelConfig, factors: np.ndar
 
 def _tensors(
     path: pathlib.Path, config: ModelConfig, stored: dict[str, gguf.ReaderTensor]
-) -> dict[str, weights.Lazy]:
+) -> dict[str, Lazy]:
     """Hugging Face's name -> tensor, to be dequantised when it is written; all are checked."""
-    ours = {hf: ggml for _, hf, ggml in weights.names(config)}
+    ours = {hf: ggml for _, hf, ggml in names.tensor_names(config)}
     extra = sorted(set(stored) - set(ours.values()) - {_ROPE_FACTORS})
     if extra:
         raise UserError(
             f"{path}: tensor {extra[0]} is not part of the {config.model_type} architecture"
         )
-    tensors: dict[str, weights.Lazy] = {}
-    for hf_name, shape in weights.hf_shapes(config).items():
+    tensors: dict[str, Lazy] = {}
+    for hf_name, shape in names.hf_shapes(config).items():
         name = ours[hf_name]
         if name not in stored:
             raise UserError(f"{path}: tensor {name} is missing; fetch the file again")

@@ -12,7 +12,9 @@ import transformers
 
 from spa_jax import chat, tokenizer
 from spa_jax.errors import UserError
-from spa_jax.models import gguf_import, transformer, weights
+from spa_jax.models.config import RopeScaling
+from spa_jax.models.io import gguf as gguf_io
+from spa_jax.models.io import huggingface
 from tests import tiny
 from tests.tiny import CONFIG, UNTIED, assert_same, random_params
 
@@ -23,7 +25,7 @@ WIDE = dataclasses.replace(CONFIG, hidden_size=256, head_dim=64, intermediate_si
 LLAMA3_2 = dataclasses.replace(
     CONFIG,
     rope_theta=500_000.0,
-    rope_scaling=transformer.RopeScaling(32.0, 1.0, 4.0, 8192),
+    rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
 )
 KINDS = gguf.GGMLQuantizationType
 
@@ -173,8 +175,8 @@ K_QUANTS = {"attn_q": KINDS.Q4_K, "attn_k": KINDS.Q2_K, "attn_v": KINDS.Q6_K,
 def test_gguf_becomes_a_folder_with_the_same_weights(tmp_path, tokenizer_folder, config, types):
     params = random_params(config)
     expected = write_gguf(tmp_path / "m.gguf", config, params, tokenizer_folder, types=types)
-    gguf_import.import_gguf(tmp_path / "m.gguf", tmp_path / "m")
-    found_config, found = weights.load_pretrained(tmp_path / "m")
+    gguf_io.import_gguf(tmp_path / "m.gguf", tmp_path / "m")
+    found_config, found = huggingface.load_pretrained(tmp_path / "m")
     assert found_config == config
     assert_same(found, expected)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
@@ -184,7 +186,7 @@ def test_gguf_becomes_a_folder_with_the_same_weights(tmp_path, tokenizer_folder,
 
 def test_its_tokenizer_comes_along(tmp_path, tokenizer_folder):
     write_gguf(tmp_path / "m.gguf", CONFIG, random_params(CONFIG), tokenizer_folder)
-    gguf_import.import_gguf(tmp_path / "m.gguf", tmp_path / "m")
+    gguf_io.import_gguf(tmp_path / "m.gguf", tmp_path / "m")
     original, imported = tokenizer.load(tokenizer_folder), tokenizer.load(tmp_path / "m")
     text = "put mug 12 in/on shelf\n\n caf\u00e9 \U0001f375<|im_end|>"
     assert imported.encode(text) == original.encode(text)
@@ -201,7 +203,7 @@ def test_the_families_tokenizers_come_along(tmp_path, family):
     name = "llama3" if family is tiny.LLAMA3 else "chatml"
     folder = tiny.family_tokenizer(tmp_path / "t", family, chat.TEMPLATES[name])
     write_gguf(tmp_path / "m.gguf", CONFIG, random_params(CONFIG), folder, pre=family.split)
-    gguf_import.import_gguf(tmp_path / "m.gguf", tmp_path / "m")
+    gguf_io.import_gguf(tmp_path / "m.gguf", tmp_path / "m")
     original, imported = tokenizer.load(folder), tokenizer.load(tmp_path / "m")
     special = "".join(family.special)
     for text in ("Go12345 we'll\n\n [see].\n", "<think>\nx</think>e\u0301", special):
@@ -229,7 +231,7 @@ def test_a_sentencepiece_tokenizer_comes_along(tmp_path, tokenizer_folder):
     path = tmp_path / "m.gguf"
     params = random_params(CONFIG)
     write_gguf(path, CONFIG, params, tokenizer_folder, extra=sentencepiece)
-    gguf_import.import_gguf(path, tmp_path / "m")
+    gguf_io.import_gguf(path, tmp_path / "m")
     loaded = tokenizer.load(tmp_path / "m")
     ids = loaded.encode("hello\n")
     assert loaded.convert_ids_to_tokens(ids) == ["\u2581hell", "o", "<0x0A>"]
@@ -238,7 +240,7 @@ def test_a_sentencepiece_tokenizer_comes_along(tmp_path, tokenizer_folder):
 
 def refuse(path, out, message):
     with pytest.raises(UserError, match=message):
-        gguf_import.import_gguf(path, out)
+        gguf_io.import_gguf(path, out)
     assert not out.exists()
 
 

@@ -1,0 +1,164 @@
+"""Files of tensors and the folders that hold them: safetensors, JSON, and heads beside a model.
+
+Only plain arrays with a header are read.  Tensors are moved one at a time, so that the peak of host
+memory is the model and its largest tensor.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from spa_jax.errors import UserError
+from spa_jax.models.config import Params
+from spa_jax.models.names import Shape
+
+# A tensor that is made when it is written: its shape, its dtype, and how to get it.
+Lazy = tuple[Shape, np.dtype, Callable[[], np.ndarray]]
+HEADS = "heads.safetensors"
+_DTYPES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+
+
+def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:
+    """Reads the value and progress heads beside a model; {} if there are none.
+
+    Returns:
+      {"value": tree, "progress": tree}, those that were saved, in their dtype.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = pathlib.Path(folder) / HEADS
+    if not path.is_file():
+        return {}
+    heads: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        file = open_safetensors(path, stack)
+        for name in file.keys():
+            *parents, leaf = name.split("/")
+            node = heads
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = file.get_tensor(name)
+    return heads
+
+
+def save_heads(folder: str | os.PathLike[str], heads: Mapping[str, Params]) -> None:
+    """Writes heads beside a model, as `heads.safetensors` with names such as "value/kernel".
+
+    Args:
+      folder: an existing folder.
+      heads: name -> tree of nested dicts of arrays.
+    """
+    path = pathlib.Path(folder) / HEADS
+    flat = jax.tree_util.tree_flatten_with_path(dict(heads))[0]
+    tensors = {}
+    for keys, leaf in flat:
+        array = np.asarray(leaf)
+        name = "/".join(str(key.key) for key in keys)
+        tensors[name] = (array.shape, array.dtype, lambda array=array: array)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write_safetensors(temporary, tensors)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
+    try:
+        return stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+    except Exception as error:  # SafetensorError: header too large, incomplete buffer, ...
+        raise UserError(
+            f"{path}: not a safetensors file, or a truncated one ({error}); fetch it again"
+        ) from error
+
+
+def read_tensor(path: pathlib.Path, file: Any, name: str) -> np.ndarray:
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in _DTYPES.values():
+        raise UserError(
+            f"{path}: tensor {name} is {dtype}, which is not read (F32, F16 and BF16 are); fetch "
+            "the model in one of them"
+        )
+    return file.get_tensor(name)
+
+
+def write_safetensors(path: pathlib.Path, tensors: Mapping[str, Lazy]) -> None:
+    """Writes tensors one at a time (the library's own writer copies all of them first).
+
+    The format: 8 bytes little-endian header length, a JSON header padded with spaces to 8 bytes,
+    the arrays in C order. https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype, _) in tensors.items():
+        if dtype not in _DTYPES:
+            raise UserError(f"parameter {name} is {dtype}; only {list(_DTYPES.values())} are saved")
+        end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, dtype, get in tensors.values():
+            array = np.ascontiguousarray(get(), dtype=dtype)
+            file.write(array.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder that takes `folder`'s name when the block ends well.
+
+    What a killed writer of the same folder left is removed then, and not before: until the new
+    folder stands, it may be the only whole copy.
+    """
+    if folder.exists() and not (folder / "config.json").is_file():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise UserError(f"{folder}: holds something else than a model; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex
+    new = folder.with_name(f".{folder.name}.{mark}.tmp")
+    old = folder.with_name(f".{folder.name}.{mark}.old")
+    new.mkdir()
+    try:
+        yield new
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+        for suffix in ("tmp", "old"):
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.{suffix}"):
+                shutil.rmtree(left, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; fetch the file again")
+    return value
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

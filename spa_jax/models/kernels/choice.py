@@ -1,0 +1,38 @@
+"""Which kernels compute a model on this machine: decided once, before anything is compiled."""
+
+import dataclasses
+
+import jax
+
+from spa_jax.config import DEFAULT_COMPUTE, ComputeConfig
+from spa_jax.models.config import ModelConfig
+from spa_jax.models.kernels import fused, native
+
+
+def resolve(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> ModelConfig:
+    """The model as it is computed on this machine.
+
+    Args:
+      config: the model's shape; how it says that it is computed is passed over.
+      compute: what was asked for, `auto` among it.
+
+    Returns:
+      `config` with a `compute` that says no `auto`.
+
+    Raises:
+      UserError: the attention asked for does not run here.
+    """
+    platform = jax.default_backend()
+    compute = compute.resolved(platform)
+    kind = (compute.compute_dtype, config.head_dim, platform)
+    if compute.attention == "auto":
+        attention = "native" if native.runs(*kind) else "xla"
+        compute = dataclasses.replace(compute, attention=attention)
+    elif compute.attention == "native":
+        native.check(*kind)
+    else:
+        fused.check(compute.attention, *kind)
+    if compute.matmul_dtype == "auto":
+        matmul_dtype = "bfloat16" if native.multiplies_bfloat16() else "compute"
+        compute = dataclasses.replace(compute, matmul_dtype=matmul_dtype)
+    return dataclasses.replace(config, compute=compute)
