@@ -11,9 +11,10 @@ from spa_jax import provenance
 from spa_jax.attribution import credit
 from spa_jax.config import CreditConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads, weights
+from spa_jax.models import heads
 from spa_jax.models import lora as lora_lib
-from spa_jax.models.transformer import Params
+from spa_jax.models.config import Params
+from spa_jax.models.io import peft, pretrained, tensors
 from spa_jax.policy import ADAPTER, Policy
 from spa_jax.training import scoring
 from spa_jax.training.estimator_data import final_rewards
@@ -97,9 +98,9 @@ def contributions(
     """
     head = progress_head(base, progress)
     hidden = scores.end_hidden
-    if weights.is_adapter(progress / ADAPTER):
+    if peft.is_adapter(progress / ADAPTER):
         hidden = _adapted_hidden(base, progress / ADAPTER, trajectories, rows)
-    return np.asarray(heads.progress(head, hidden)) * scores.step_mask
+    return np.asarray(heads.read(head, hidden)) * scores.step_mask
 
 
 def progress_head(base: Policy, progress: pathlib.Path) -> Params:
@@ -108,7 +109,7 @@ def progress_head(base: Policy, progress: pathlib.Path) -> Params:
     Raises:
       UserError: there is none that reads this policy's hidden states.
     """
-    trained = weights.load_heads(progress).get("progress")
+    trained = tensors.load_heads(progress).get("progress")
     if trained is not None:
         return trained
     if "progress" not in base.heads:
@@ -125,7 +126,7 @@ def progress_head(base: Policy, progress: pathlib.Path) -> Params:
 
 def estimator_digest(progress: pathlib.Path) -> str:
     """Names an estimator by the weights in its folder; "" if there are none."""
-    files = [progress / weights.HEADS, *weights.weight_files(progress / ADAPTER)]
+    files = [progress / tensors.HEADS, *pretrained.weight_files(progress / ADAPTER)]
     return " ".join(provenance.file_digest(file) for file in files if file.exists())
 
 
@@ -133,7 +134,7 @@ def _adapted_hidden(
     base: Policy, adapter_folder: pathlib.Path, trajectories: Sequence[Trajectory], rows: RowsConfig
 ) -> np.ndarray:
     """[N, S, D] what the trunk with the estimator's adapters says at the end of each step."""
-    lora, adapter = weights.load_adapter(adapter_folder, base.config)
+    lora, adapter = peft.load_adapter(adapter_folder, base.config)
     trunk = {"policy": jax.device_get(lora_lib.merge(lora, base.params, adapter))}
     return scoring.score(
         base.config, trunk, trajectories, rows, temperature=1.0, title="contributions"

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from spa_jax import batching, store
 from spa_jax.config import RowsConfig
-from spa_jax.models import transformer
-from spa_jax.models.transformer import ModelConfig
+from spa_jax.models import limits
+from spa_jax.models.config import ModelConfig
 from spa_jax.runtime import distributed
 from spa_jax.trajectory import Status, Trajectory
 
@@ -73,7 +73,7 @@ def check_lengths(
     """
     for t in trajectories:
         what = f"{source}: task {t.task!r} (seed {t.seed}, attempt {t.attempt})"
-        transformer.check_length(config, len(t.token_ids), what)
+        limits.check_length(config, len(t.token_ids), what)
     batching.check_fit(
         trajectories,
         row_length=rows.row_length,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
-from spa_jax import files, pretrained, provenance, rollout, store
+from spa_jax import files, provenance, rollout, store
 from spa_jax import policy as policy_lib
 from spa_jax import run as run_lib
 from spa_jax.config import EnvConfig, ExploreConfig, SamplingConfig, ServerConfig
@@ -24,7 +24,8 @@ from spa_jax.envs.local import LocalServer
 from spa_jax.envs.openenv import OPENENV, OpenEnvClient
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
-from spa_jax.models import transformer
+from spa_jax.models import limits
+from spa_jax.models.io import pretrained
 from spa_jax.policy import EXPERT, Policy
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
@@ -141,7 +142,7 @@ def make_engine(
     policy: Policy, sampling: SamplingConfig, slots: int, seed: int
 ) -> Engine | ParallelEngine:
     """The generation engine of a policy: one on each local device, as far as there are slots."""
-    transformer.check_length(policy.config, sampling.context_length, "--context_length")
+    limits.check_length(policy.config, sampling.context_length, "--context_length")
     drawn = Sampling(
         temperature=sampling.temperature,
         top_k=sampling.top_k,

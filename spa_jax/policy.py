@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from spa_jax import files, pretrained, tokenizer
+from spa_jax import files, tokenizer
 from spa_jax.chat import TEMPLATE, ChatFormat
 from spa_jax.config import DEFAULT_COMPUTE, ComputeConfig
 from spa_jax.errors import UserError
 from spa_jax.models import lora as lora_lib
-from spa_jax.models import weights
+from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.io import huggingface, peft, pretrained, tensors
 from spa_jax.models.kernels.choice import resolve
-from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.runtime import distributed
 
 if TYPE_CHECKING:
@@ -81,15 +81,15 @@ def load(
     path = pretrained.resolve(policy)
     about = _about(path)
     noted = {"version": about.get("version", 0), "trunk": about.get("progress_trunk", "")}
-    if weights.is_adapter(path):
+    if peft.is_adapter(path):
         trained_in = about.get("chat_format", chat_format)
-        base = load(weights.adapter_base(path), trained_in, compute)
-        lora, adapter = weights.load_adapter(path, base.config)
+        base = load(peft.adapter_base(path), trained_in, compute)
+        lora, adapter = peft.load_adapter(path, base.config)
         params = jax.device_get(lora_lib.merge(lora, base.params, adapter))
         return dataclasses.replace(
-            base, folder=path, params=params, heads=weights.load_heads(path), **noted
+            base, folder=path, params=params, heads=tensors.load_heads(path), **noted
         )
-    config, params = weights.load_pretrained(path)
+    config, params = huggingface.load_pretrained(path)
     backend, trained_in = _conversations(path, chat_format)
     largest = max(backend.get_vocab().values(), default=-1)
     if largest >= config.vocab_size:
@@ -103,7 +103,7 @@ def load(
         model=path,
         config=resolve(config, compute),
         params=params,
-        heads=weights.load_heads(path),
+        heads=tensors.load_heads(path),
         tokenizer=backend,
         chat_format=trained_in,
         **noted,

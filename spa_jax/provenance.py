@@ -141,11 +141,11 @@ def policy_digest(folder: str | os.PathLike[str]) -> str:
     Args:
       folder: a Hugging Face folder, or an adapter's, whose base counts too.
     """
-    from spa_jax.models import weights
+    from spa_jax.models.io import pretrained, tensors
 
     digest = hashlib.sha256()
-    for file in weights.weight_files(folder):
-        if file.name != weights.HEADS:
+    for file in pretrained.weight_files(folder):
+        if file.name != tensors.HEADS:
             digest.update(bytes.fromhex(file_digest(file)))
     return digest.hexdigest()[:16]
 

@@ -9,9 +9,10 @@ metrics.jsonl and checkpoints.  Run again, it continues.
 import pathlib
 import time
 
-from spa_jax import episodes, files, pretrained, provenance
+from spa_jax import episodes, files, provenance
 from spa_jax import policy as policy_lib
 from spa_jax.config import PpoConfig, fit_attention
+from spa_jax.models.io import pretrained
 from spa_jax.policy import Policy
 from spa_jax.run import Run
 from spa_jax.runtime import distributed

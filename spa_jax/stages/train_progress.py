@@ -11,7 +11,7 @@ import time
 
 from spa_jax import files, policy, provenance
 from spa_jax.config import fit_attention
-from spa_jax.models import weights
+from spa_jax.models.io import tensors
 from spa_jax.policy import ADAPTER
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
@@ -66,7 +66,7 @@ def run(run: Run, number: int, *, trunk: str = "") -> None:
         out=out,
     )
     if distributed.is_first():
-        weights.save_heads(out, {"progress": params["progress"]})
+        tensors.save_heads(out, {"progress": params["progress"]})
         if lora.rank:
             trainable.save_adapter(out / ADAPTER, lora, params["adapter"], base.folder)
     # Relative, so that a run's folder can be moved.

@@ -9,7 +9,7 @@ import numpy as np
 
 from spa_jax import batching
 from spa_jax.config import RowsConfig, SftConfig
-from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.models.config import ModelConfig, Params
 from spa_jax.runtime import distributed
 from spa_jax.training import metrics, partition, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib

@@ -9,7 +9,7 @@ import numpy as np
 
 from spa_jax.config import ProgressConfig
 from spa_jax.models import heads
-from spa_jax.models.transformer import Params
+from spa_jax.models.config import Params
 from spa_jax.training import estimator_data, partition, schedule
 from spa_jax.training import state as state_lib
 from spa_jax.training.estimator_data import AdaptedTrunk, FrozenTrunk
@@ -44,7 +44,7 @@ def estimate(
       and the figures of the held-out episodes with the number of updates.
     """
     train, valid = estimator_data.split_by_task(tasks, progress.valid_share, seed)
-    head = heads.ProgressHead(width=progress.width)
+    head = heads.Head(width=progress.width)
     params = jax.jit(head.init)(jax.random.key(seed), features.hidden[:1, :1])["params"]
     params = heads.fit_norm(params, features.hidden[train], features.step_mask[train])
     per_epoch = -(-len(train) // progress.batch_size)

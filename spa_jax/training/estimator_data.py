@@ -18,7 +18,7 @@ from spa_jax.attribution import estimator
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
-from spa_jax.models.transformer import Params
+from spa_jax.models.config import Params
 from spa_jax.policy import Policy
 from spa_jax.training import estimator_update, partition, scoring
 from spa_jax.training.estimator_update import EstimatorRows, StepFeatures
@@ -211,7 +211,7 @@ def judge(params: Params, trunk: FrozenTrunk | AdaptedTrunk, valid: np.ndarray) 
         return {}
     features = trunk.features_of(params, valid)
     mask = features.step_mask
-    c = np.asarray(heads.progress(params["progress"], features.hidden)) * mask
+    c = np.asarray(heads.read(params["progress"], features.hidden)) * mask
     predicted = np.asarray(estimator.predicted_return(c, mask))
     lists = [row[m > 0] for row, m in zip(c, mask, strict=True)]
     validity = evaluation.estimator_validity(predicted, features.final_reward, lists)

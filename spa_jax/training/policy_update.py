@@ -14,7 +14,7 @@ import optax
 from spa_jax import batching
 from spa_jax.config import PpoConfig, RowsConfig
 from spa_jax.models import heads
-from spa_jax.models.transformer import Params
+from spa_jax.models.config import Params
 from spa_jax.policy import Policy
 from spa_jax.rl import objectives
 from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
@@ -205,5 +205,5 @@ def value_head(policy: Policy, scores: scoring.Scores, seed: int) -> Params:
     """The policy's value head, or a new one."""
     if "value" in policy.heads:
         return policy.heads["value"]
-    fresh = jax.jit(heads.ValueHead().init)(jax.random.key(seed), scores.value_hidden[:1, :1])
+    fresh = jax.jit(heads.Head().init)(jax.random.key(seed), scores.value_hidden[:1, :1])
     return heads.fit_norm(fresh["params"], scores.value_hidden, scores.step_mask)

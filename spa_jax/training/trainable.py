@@ -12,8 +12,8 @@ from spa_jax.chat import TEMPLATES
 from spa_jax.config import LoraConfig
 from spa_jax.errors import UserError
 from spa_jax.models import lora as lora_lib
-from spa_jax.models import weights
-from spa_jax.models.transformer import Params
+from spa_jax.models.config import Params
+from spa_jax.models.io import huggingface, peft, tensors
 from spa_jax.policy import ABOUT, ADAPTER, Policy
 from spa_jax.runtime import distributed
 from spa_jax.training import parts as parts_lib
@@ -51,9 +51,9 @@ class Trainable:
             return
         config, model = self.policy.config, self.policy.model
         template = TEMPLATES.get(self.policy.chat_format)
-        weights.save_pretrained(folder, config, self.parts.merge(trained), model, template)
+        huggingface.save_pretrained(folder, config, self.parts.merge(trained), model, template)
         if heads:
-            weights.save_heads(folder, heads)
+            tensors.save_heads(folder, heads)
         if self.parts.lora.rank:
             save_adapter(folder / ADAPTER, self.parts.lora, trained["adapter"], self.base)
         about = {"version": version, "chat_format": self.policy.chat_format}
@@ -95,14 +95,14 @@ def make(
 def _own_adapter(policy: Policy, lora: LoraConfig, base: pathlib.Path) -> Params | None:
     """The policy's adapter, if it is one of this shape on `base`."""
     folder = policy.folder / ADAPTER
-    if not weights.is_adapter(folder):
+    if not peft.is_adapter(folder):
         return None
     try:
-        if weights.adapter_base(folder) != base.resolve():
+        if peft.adapter_base(folder) != base.resolve():
             return None
     except UserError:  # the base is not here any more; the policy's own weights are merged
         return None
-    found, adapter = weights.load_adapter(folder, policy.config)
+    found, adapter = peft.load_adapter(folder, policy.config)
     same = (found.rank, found.alpha) == (lora.rank, lora.alpha)
     return adapter if same and set(found.targets) == set(lora.targets) else None
 
@@ -112,4 +112,4 @@ def save_adapter(
 ) -> None:
     """Writes an adapter that names its base relative to itself: a run's folder can be moved."""
     relative = os.path.relpath(base.resolve(), folder.resolve())
-    weights.save_adapter(folder, lora, adapter, relative)
+    peft.save_adapter(folder, lora, adapter, relative)
