@@ -25,7 +25,8 @@ import dataclasses
 import pathlib
 import re
 
-from spa_jax.config import ExploreConfig, LoraConfig, Settings
+from spa_jax.config import LoraConfig
+from spa_jax.stage_config import AdaptedStage, ExploreConfig, Settings
 
 BASE, SPA = "sft", "spa"  # names below W/eval: the base policy, and what it became
 EPISODES = "trajectories.jsonl"
@@ -149,10 +150,9 @@ class Run:
         first = explore.first_game + number * explore.games
         return dataclasses.replace(explore, first_game=first)
 
-    def lora(self, stage: str) -> LoraConfig:
+    def lora(self, stage: AdaptedStage) -> LoraConfig:
         """The adapters that a stage trains; none if --lora_stages leaves it out."""
-        named = stage in self.settings.method.lora_stages
-        return self.settings.lora if named else LoraConfig()
+        return self.settings.adapters(stage)
 
     @property
     def evaluations(self) -> pathlib.Path:

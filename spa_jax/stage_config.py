@@ -1,0 +1,441 @@
+"""What the stages of a run do: SFT, exploration, estimator, credit, policy update; and all in one.
+
+`settings.py` says how a setting is written, and `experiments/flags.py` derives the flags.
+"""
+
+import dataclasses
+import typing
+from typing import Literal
+
+from spa_jax.config import (
+    DEFAULT_COMPUTE,
+    ChatConfig,
+    ComputeConfig,
+    EnvConfig,
+    LoraConfig,
+    RowsConfig,
+    SamplingConfig,
+    check_trained,
+    fit_attention,
+)
+from spa_jax.errors import UserError
+from spa_jax.settings import MAY, MUST, Checked, setting
+
+RFT = "rft"
+GROUP_OBJECTIVES = ("grpo", "rloo")  # compare the rollouts of a task with each other
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig(Checked):
+    """Behaviour cloning of expert trajectories."""
+
+    learning_rate: float = setting(
+        2e-5, "The largest learning rate of SFT.", flag="sft_learning_rate", above=0, group=MAY
+    )
+    warmup_share: float = setting(
+        0.03,
+        "Share of SFT's updates in which its learning rate rises to the largest.",
+        flag="sft_warmup_share",
+        minimum=0,
+        maximum=1,
+    )
+    schedule: Literal["cosine", "constant"] = setting(
+        "cosine",
+        "SFT's learning rate after the warm-up: a cosine down to zero, or constant (as suits "
+        "--sft_ema).",
+        flag="sft_schedule",
+    )
+    ema: float = setting(
+        0.0,
+        "Keep the exponential moving average of the weights of SFT, of this decay (after n "
+        "updates at most n / (n + 9), which lets the first ones go); 0: keep the last weights.",
+        flag="sft_ema",
+        minimum=0,
+        below=1,
+    )
+    epochs: float = setting(
+        3.0, "Passes of SFT over the demonstrations.", flag="sft_epochs", above=0, group=MAY
+    )
+    batch_size: int = setting(
+        16, "Demonstrations in an update of SFT.", flag="sft_batch_size", minimum=1, group=MAY
+    )
+    clip_norm: float = setting(
+        1.0,
+        "Largest norm of a gradient in SFT; longer ones are cut.",
+        flag="sft_clip_norm",
+        above=0,
+    )
+    eval_every: int = setting(
+        0,
+        "Updates of SFT between losses on the held-out demonstrations; 0: a pass.",
+        flag="sft_eval_every",
+        minimum=0,
+    )
+    patience: int = setting(
+        0,
+        "SFT stops after this many held-out losses without a new best, and keeps the best "
+        "weights; 0: it never stops early, and keeps the last.",
+        flag="sft_patience",
+        minimum=0,
+        group=MAY,
+    )
+    train_layers: int = setting(
+        0,
+        "SFT trains only this many of the top layers, and the last norm; 0: everything.",
+        flag="sft_train_layers",
+        minimum=0,
+    )
+    updates: int = setting(
+        0, "SFT makes this many updates; 0: as --sft_epochs says.", flag="sft_updates", minimum=0
+    )
+    row_buckets: int = setting(
+        0,
+        "--row_buckets of SFT, whose updates may be a single short row; 0: as --row_buckets says.",
+        flag="sft_row_buckets",
+        minimum=0,
+        operational=True,
+    )
+    checkpoint_every: int = setting(
+        50,
+        "Updates of SFT between checkpoints; 0: one only when it is told to stop.",
+        flag="sft_checkpoint_every",
+        minimum=0,
+        operational=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig(Checked):
+    """Which episodes exploration plays."""
+
+    rollouts: int = setting(
+        10, "Episodes of a game that exploration plays in a round.", minimum=1, group=MAY
+    )
+    games: int = setting(
+        0, "Games of the split that are played, in each round others; 0: all.", minimum=0, group=MAY
+    )
+    first_game: int = setting(
+        0, "The first of these games, counted from 0 in the split's shuffled order.", minimum=0
+    )
+    split: str = setting("train", "The split whose games are played.", group=MAY)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgressConfig(Checked):
+    """The progress estimator."""
+
+    learning_rate: float = setting(
+        3e-4,
+        "The largest learning rate of the progress estimator.",
+        flag="progress_learning_rate",
+        above=0,
+        group=MAY,
+    )
+    epochs: int = setting(
+        60,
+        "Passes of the estimator over the exploration episodes.",
+        flag="progress_epochs",
+        minimum=1,
+        group=MAY,
+    )
+    batch_size: int = setting(
+        16, "Episodes in an update of the estimator.", flag="progress_batch_size", minimum=1
+    )
+    weight_decay: float = setting(
+        0.01, "AdamW's weight decay of the estimator.", flag="progress_weight_decay", minimum=0
+    )
+    clip_norm: float = setting(
+        1.0,
+        "Largest norm of a gradient of the estimator; longer ones are cut.",
+        flag="progress_clip_norm",
+        above=0,
+    )
+    width: int = setting(
+        256, "Units of the estimator's hidden layer.", flag="progress_width", minimum=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CreditConfig(Checked):
+    """From contributions to step rewards."""
+
+    alpha: float = setting(1.0, "Weight of a step's contribution in its reward.", group=MAY)
+    beta: float = setting(0.5, "Weight of grounding in a step's reward.", group=MAY)
+    grounding: Literal["penalty", "bonus"] = setting(
+        "penalty",
+        "What an action that the environment could not execute costs. penalty: it loses beta; "
+        "bonus: every other one gains beta, the paper's formula as printed.",
+    )
+    credit: Literal["spa", "terminal", "uniform", "shuffled", "random"] = setting(
+        "spa",
+        "How an episode's credit is shared among its steps: as the estimator says (spa), or, to "
+        "compare, by a placebo of the same total.",
+        group=MAY,
+    )
+    credit_residual: bool = setting(
+        False, "The last step also gets what the credits lack of the final reward.", group=MAY
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoConfig(Checked):
+    """The update of the policy: PPO, or another objective in its place."""
+
+    objective: Literal["ppo", "grpo", "rloo", "reinforce++", "rft"] = setting(
+        "ppo",
+        "How the policy is updated. ppo: advantages with a critic; grpo, rloo: a task's rollouts "
+        "against each other; reinforce++: returns, whitened; rft: SFT on the won episodes.",
+        group=MAY,
+    )
+    gae: Literal["step", "token"] = setting(
+        "step",
+        "How ppo estimates advantages. step: one value and one advantage a step; token: one a "
+        "token that the policy wrote.",
+    )
+    learning_rate: float = setting(
+        1e-5, "Learning rate of the policy's update.", flag="ppo_learning_rate", above=0, group=MAY
+    )
+    epochs: int = setting(
+        1,
+        "Passes of the policy's update over the episodes.",
+        flag="ppo_epochs",
+        minimum=1,
+        group=MAY,
+    )
+    batch_size: int = setting(
+        8, "Episodes in an update of the policy.", flag="ppo_batch_size", minimum=1, group=MAY
+    )
+    gamma: float = setting(0.99, "Discount of a step.", minimum=0, maximum=1, group=MAY)
+    gae_lambda: float = setting(
+        0.95, "Lambda of generalised advantage estimation.", minimum=0, maximum=1, group=MAY
+    )
+    critic: Literal["head", "ridge"] = setting(
+        "head",
+        "Where the values of ppo come from. head: from a head that is trained with the policy; "
+        "ridge: from ridge regression of the returns on the reference policy's hidden states, "
+        "fitted on the other tasks' episodes.",
+        group=MAY,
+    )
+    step_baseline: bool = setting(
+        False, "Subtract from each advantage the mean of the other episodes' at the same step."
+    )
+    train_layers: int = setting(
+        0,
+        "The policy's update trains only this many of the top layers, and the last norm; 0: "
+        "everything.",
+        flag="ppo_train_layers",
+        minimum=0,
+        group=MAY,
+    )
+    clip: float = setting(
+        0.2,
+        "How far the ratio of new to old probability may move from 1 before it is clipped.",
+        flag="ppo_clip",
+        above=0,
+    )
+    value_clip: float = setting(
+        0.2, "How far a value may move before it is clipped.", flag="ppo_value_clip", above=0
+    )
+    value_coef: float = setting(
+        0.1, "Weight of the value head's loss.", flag="ppo_value_coef", minimum=0
+    )
+    kl_coef: float = setting(
+        0.0, "Weight of the KL to the reference policy.", flag="ppo_kl_coef", minimum=0, group=MAY
+    )
+    kl: Literal["loss", "reward"] = setting(
+        "loss",
+        "Where the KL to the reference policy enters. loss: as a term of the loss (k3); reward: "
+        "each step's KL, with the policy at the update's start, is taken from its reward.",
+    )
+    truncate_ratio: float = setting(
+        0.0,
+        "Ratios to the policy that played count as this much at most (for old episodes); 0: as "
+        "they are.",
+        flag="ppo_truncate_ratio",
+        minimum=0,
+    )
+    entropy_coef: float = setting(
+        0.0, "Weight of the entropy bonus.", flag="ppo_entropy_coef", minimum=0
+    )
+    clip_norm: float = setting(
+        1.0,
+        "Largest norm of a gradient of the policy's update; longer ones are cut.",
+        flag="ppo_clip_norm",
+        above=0,
+    )
+    checkpoint_every: int = setting(
+        50,
+        "Updates of the policy between checkpoints; 0: one only when it is told to stop.",
+        flag="ppo_checkpoint_every",
+        minimum=0,
+        operational=True,
+    )
+    allow_truncated_behaviour: bool = setting(
+        False,
+        "Train on episodes that were sampled greedily or with --top_k or --top_p: their recorded "
+        "log-probabilities are not those of what they were drawn from.",
+    )
+
+    def check(self) -> None:
+        """Refuses what an objective would not heed."""
+        for wrong, flag, why in _unheeded(self):
+            if wrong:
+                raise UserError(
+                    f"{flag} with --objective={self.objective}: {why}; drop one of them"
+                )
+
+
+def _unheeded(ppo: PpoConfig) -> list[tuple[bool, str, str]]:
+    """(whether it is so, flag, why not) of what does not go together."""
+    name, in_reward = ppo.objective, ppo.kl == "reward"
+    grouped = name in GROUP_OBJECTIVES
+    own = "rft has no advantage" if name == RFT else "a task's rollouts are the baseline already"
+    spread = (
+        "rewards are divided by their spread in a group, so a KL among them would weigh more the "
+        "less they differ; --kl=loss is the paper's"
+    )
+    ratio = f"--ppo_truncate_ratio={ppo.truncate_ratio:g}"
+    least = f"it must exceed 1 + --ppo_clip={1 + ppo.clip:g}, where PPO clips anyway"
+    coefs = "--ppo_kl_coef or --ppo_entropy_coef"
+    has_coef = bool(ppo.kl_coef or ppo.entropy_coef)
+    return [
+        (ppo.gae == "token" and name != "ppo", "--gae=token", "GAE needs a critic, ppo's alone"),
+        (ppo.critic == "ridge" and name != "ppo", "--critic=ridge", "it has no critic"),
+        (ppo.critic == "ridge" and ppo.gae == "token", "--critic=ridge", "it values steps"),
+        (ppo.gae == "token" and ppo.step_baseline, "--gae=token", "--step_baseline compares steps"),
+        (ppo.step_baseline and (grouped or name == RFT), "--step_baseline", own),
+        (in_reward and not ppo.kl_coef, "--kl=reward", "--ppo_kl_coef is 0"),
+        (in_reward and name == "grpo", "--kl=reward", spread),
+        (name == RFT and has_coef, coefs, "rft minimises the negative log-likelihood alone"),
+        (0 < ppo.truncate_ratio <= 1 + ppo.clip, ratio, least),
+        (name == RFT and ppo.truncate_ratio > 0, "--ppo_truncate_ratio", "rft has no ratio"),
+    ]
+
+
+AdaptedStage = Literal["sft", "progress", "ppo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig(Checked):
+    """The whole method in one run."""
+
+    iterations: int = setting(
+        1, "Rounds of exploration, estimator and policy update.", minimum=1, group=MUST
+    )
+    base: str = setting(
+        "", "Start from the base policy in this folder instead of running SFT.", group=MUST
+    )
+    demonstrations: str = setting(
+        "",
+        "Clone the episodes of this ShareGPT-style log (see import_demos) instead of our expert's.",
+        group=MUST,
+        operational=True,
+    )
+    lora_stages: tuple[AdaptedStage, ...] = setting(
+        ("sft", "ppo"),
+        "With --lora_rank, the stages that train adapters, of "
+        f"{','.join(typing.get_args(AdaptedStage))}; without progress the estimator's trunk is "
+        "frozen.",
+    )
+    eval_temperature: float = setting(
+        1.0, "Temperature at which run_spa evaluates; 0 is greedy.", minimum=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Checked):
+    """The games of a whole run: which splits play which part, and how games are generated."""
+
+    demo_split: str = setting("train", "The split whose games the expert demonstrates.")
+    demo_games: int = setting(
+        0, "How many of that split's games are demonstrated; 0: all.", minimum=0
+    )
+    demo_valid_split: str = setting("valid", "The split of the held-out demonstrations.")
+    demo_valid_games: int = setting(
+        0, "How many of that split's games are held out; 0: all.", minimum=0
+    )
+    heldout_split: str = setting("heldout", "The split that is evaluated in the end.", group=MAY)
+    heldout_games: int = setting(
+        0, "How many of that split's games are evaluated; 0: all.", minimum=0, group=MAY
+    )
+    generate_train: int = setting(
+        0, "Games that are generated for the demonstrations.", minimum=0, group=MUST
+    )
+    generate_valid: int = setting(
+        0, "Games that are generated for held-out demonstrations.", minimum=0, group=MUST
+    )
+    generate_explore: int = setting(
+        0, "Games that are generated for exploration, over all rounds.", minimum=0, group=MUST
+    )
+    generate_heldout: int = setting(
+        0, "Games that are generated for the evaluation.", minimum=0, group=MUST
+    )
+    generate_seed: int = setting(
+        1, "Seed of the generated games; each split gets the next one.", minimum=0
+    )
+    task_types: str = setting(
+        "", "Task types to generate, comma-separated; empty: all. WebShop has none."
+    )
+    min_receptacles: int = setting(
+        4, "Fewest receptacles of a generated room (ALFWorld).", minimum=1
+    )
+    max_receptacles: int = setting(8, "Most receptacles of a generated room (ALFWorld).", minimum=1)
+    generate_products: int = setting(
+        0, "Products of the generated catalogue (WebShop); 0: four a task.", minimum=0
+    )
+
+    def check(self) -> None:
+        """Refuses rooms that have fewer than the fewest receptacles."""
+        if self.min_receptacles > self.max_receptacles:
+            raise UserError(
+                f"--min_receptacles={self.min_receptacles} exceeds "
+                f"--max_receptacles={self.max_receptacles}; give fewer"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Checked):
+    """Every setting of a run, by stage or part."""
+
+    method: MethodConfig = MethodConfig()
+    data: DataConfig = DataConfig()
+    env: EnvConfig = EnvConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rows: RowsConfig = RowsConfig()
+    sft: SftConfig = SftConfig()
+    explore: ExploreConfig = ExploreConfig()
+    progress: ProgressConfig = ProgressConfig()
+    credit: CreditConfig = CreditConfig()
+    ppo: PpoConfig = PpoConfig()
+    lora: LoraConfig = LoraConfig()
+    compute: ComputeConfig = DEFAULT_COMPUTE
+    chat: ChatConfig = ChatConfig()
+
+    def adapters(self, stage: AdaptedStage) -> LoraConfig:
+        """The adapters that a stage trains; none if --lora_stages leaves it out."""
+        return self.lora if stage in self.method.lora_stages else LoraConfig()
+
+    def check(self) -> None:
+        """Refuses stages that do not fit each other, or the machine's parts that they use."""
+        check_together(self.ppo, self.credit, self.explore)
+        fit_attention(self.compute, self.rows)
+        check_trained(self.adapters("sft"), self.sft.train_layers, "--sft_train_layers")
+        check_trained(self.adapters("ppo"), self.ppo.train_layers, "--ppo_train_layers")
+
+
+def check_together(ppo: PpoConfig, credit: CreditConfig, explore: ExploreConfig) -> None:
+    """Refuses stages that do not fit each other.
+
+    Raises:
+      UserError: names the flags, and says why.
+    """
+    if ppo.objective in GROUP_OBJECTIVES and explore.rollouts < 2:
+        raise UserError(
+            f"--objective={ppo.objective} compares a task's rollouts with each other: it needs "
+            f"--rollouts of at least 2, not {explore.rollouts}"
+        )
+    if ppo.objective == RFT and credit.credit != "spa":
+        raise UserError(
+            f"--credit={credit.credit} with --objective=rft: rft clones whole episodes, no step's "
+            "credit enters; drop one of them"
+        )
