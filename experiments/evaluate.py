@@ -4,66 +4,35 @@
     python -m experiments.evaluate --env=alfworld --alfworld_data=DIR --split=valid_seen \\
         --policy=expert --max_steps=50 --workdir=W
 
-Writes W/eval/NAME/{trajectories.jsonl,summary.json}.  Run again, it plays what is missing.
+Writes W/eval/NAME/{trajectories.jsonl,summary.json}.  Run again, it plays what is missing.  With a
+whole run's flagfile the games are the run's held-out ones, as run_spa plays them.
 """
 
-import dataclasses
-import pathlib
 import time
-from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
-from experiments import common, explore
 from experiments import flags as flags_lib
+from experiments import stage
 from spa_jax import evaluation
-from spa_jax.chat import TEMPLATE
-from spa_jax.config import (
-    DEFAULT_COMPUTE,
-    ChatConfig,
-    ComputeConfig,
-    DistributedConfig,
-    EnvConfig,
-    ExploreConfig,
-    SamplingConfig,
-)
+from spa_jax.config import ChatConfig, ComputeConfig, EnvConfig, SamplingConfig
+from spa_jax.run import Run
+from spa_jax.stage_config import ExploreConfig
+from spa_jax.stages import evaluate
 
 
-def run(
-    out: pathlib.Path,
-    policy_folder: str,
-    env: EnvConfig,
-    sampling: SamplingConfig,
-    games: ExploreConfig,
-    seed: int,
-    chat_format: str = TEMPLATE,
-    compute: ComputeConfig = DEFAULT_COMPUTE,
-) -> evaluation.Summary:
-    """Plays one episode of each chosen game and writes the summary."""
-    once = dataclasses.replace(games, rollouts=1)
-    title = f"evaluate {out.name}"
-    played = explore.run(out, policy_folder, env, sampling, once, seed, title, chat_format, compute)
-    summary = evaluation.summarize(played)
-    common.write_json(out / "summary.json", summary.to_dict())
-    return summary
-
-
-def main(argv: Sequence[str]) -> None:
-    del argv
-    started = time.time()
-    workdir = pathlib.Path(flags_lib.WORKDIR.value)
-    policy = _POLICY.value or str(workdir / "sft" / "policy")
-    summary = run(
-        workdir / "eval" / _NAME.value,
-        policy,
-        flags_lib.read(EnvConfig),
-        flags_lib.read(SamplingConfig),
-        flags_lib.read(ExploreConfig),
-        flags_lib.SEED.value,
-        flags_lib.read(ChatConfig).chat_format,
-        flags_lib.read(ComputeConfig),
+def main(run: Run) -> None:
+    started, name = time.time(), flags.FLAGS.name
+    settings = run.settings
+    summary = evaluate.play_games(
+        run,
+        name,
+        policy=flags_lib.stage_policy() or str(run.base),
+        games=_games(run),
+        sampling=settings.sampling,
     )
-    print(evaluation.table({_NAME.value: summary}))
+    print(evaluation.table({name: summary}))
     for task_type, won in sorted(summary.by_task_type.items()):
         print(f"  {task_type or 'no type'}: {won.successes} of {won.games}")
     print(
@@ -72,12 +41,24 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
+def _games(run: Run) -> ExploreConfig:
+    """The games that this program's flags name, and the run's held-out ones where they do not.
+
+    In a whole run's flagfile --split and --games are exploration's, and so are not given here.
+    """
+    explore, data = run.settings.explore, run.settings.data
+
+    def chosen(name: str, heldout: Any) -> Any:
+        return getattr(explore, name) if flags_lib.given(name) else heldout
+
+    return ExploreConfig(
+        split=chosen("split", data.heldout_split),
+        games=chosen("games", data.heldout_games),
+        first_game=chosen("first_game", 0),
+    )
+
+
 if __name__ == "__main__":
-    _POLICY = flags.DEFINE_string(
-        "policy", "", "Folder of the policy, or 'expert'; W/sft/policy by default."
-    )
-    _NAME = flags.DEFINE_string("name", "policy", "Folder below W/eval to write.")
-    flags_lib.define(
-        EnvConfig, SamplingConfig, ExploreConfig, ChatConfig, ComputeConfig, DistributedConfig
-    )
-    flags_lib.run(common.stage(main), flags_lib.WORKDIR, flags_lib.SEED)
+    flags.DEFINE_string("name", "policy", "Folder below W/eval to write.")
+    reads = (EnvConfig, SamplingConfig, ExploreConfig, ChatConfig, ComputeConfig)
+    stage.run("evaluate", main, reads=(*reads, "heldout_split", "heldout_games"), stage_policy=True)

@@ -17,7 +17,7 @@ import tqdm
 from spa_jax import files, provenance, rollout, store
 from spa_jax import policy as policy_lib
 from spa_jax import run as run_lib
-from spa_jax.config import EnvConfig, ExploreConfig, SamplingConfig, ServerConfig
+from spa_jax.config import EnvConfig, SamplingConfig, ServerConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.guard import read_token
 from spa_jax.envs.local import LocalServer
@@ -31,6 +31,7 @@ from spa_jax.run import Run
 from spa_jax.runtime import distributed
 from spa_jax.sampling.engine import Engine
 from spa_jax.sampling.parallel import ParallelEngine
+from spa_jax.stage_config import ExploreConfig
 from spa_jax.training.metrics import MetricsWriter
 from spa_jax.trajectory import Sampling, Status, Trajectory
 

@@ -34,7 +34,7 @@ _NUMBERS = ("compute.param_dtype", "compute.compute_dtype", "compute.matmul_dtyp
 _PLAYING = ("env", "sampling", "chat", *_NUMBERS)
 _DEPENDS: dict[str, tuple[str, ...]] = {
     "games": ("env.env", "data.generate_", "data.task_types", "data.min_", "data.max_"),
-    "demos": ("env", "data.demo_"),
+    "demos": ("env",),
     "sft": ("sft", "lora", "chat", "compute"),
     "explore": (*_PLAYING, "explore"),
     "progress": ("progress", "lora", "compute"),
@@ -285,8 +285,7 @@ def fingerprint(
     values = stage_settings(run, stage) | {k: v for k, v in settings.items() if k != "seed"}
     given = dict(inputs)
     if stage in ("demos", "explore", "evaluate"):
-        names = ("demo_split", "demo_valid_split") if stage == "demos" else ("split",)
-        splits = [values[name] for name in names if name in values]
+        splits = [values["split"]] if "split" in values else []
         identity = environment_identity(run.settings.env, run.games, splits)
         given[ENVIRONMENT] = identity or "not there"
     made = {

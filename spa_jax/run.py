@@ -174,6 +174,11 @@ class Run:
         return self.workdir / "terminal"
 
     @property
+    def comparison(self) -> pathlib.Path:
+        """How the arms of a comparison did, for each seed."""
+        return self.workdir / "comparison.json"
+
+    @property
     def estimator(self) -> pathlib.Path:
         """The figures of the estimator on held-out episodes."""
         return self.workdir / "estimator.json"

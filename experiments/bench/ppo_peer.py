@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from experiments.bench import peers
-from spa_jax.config import LoraConfig, PpoConfig
+from spa_jax.config import LoraConfig
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.models.io import peft as peft_io
+from spa_jax.stage_config import PpoConfig
 from spa_jax.trajectory import Trajectory
 
 

@@ -4,11 +4,11 @@ Writes W/demos/{train,valid}/trajectories.jsonl.
 """
 
 from spa_jax import importers, play, provenance
-from spa_jax.config import ExploreConfig
 from spa_jax.play import Recording
 from spa_jax.policy import EXPERT
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
+from spa_jax.stage_config import ExploreConfig
 
 
 def run(run: Run) -> None:

@@ -6,10 +6,11 @@ Writes W/eval/NAME/{trajectories.jsonl,summary.json}.  Run again, it plays what 
 import dataclasses
 
 from spa_jax import evaluation, files, play
-from spa_jax.config import ExploreConfig, SamplingConfig
+from spa_jax.config import SamplingConfig
 from spa_jax.evaluation import Summary
 from spa_jax.play import Recording
 from spa_jax.run import Run
+from spa_jax.stage_config import ExploreConfig
 
 
 def run(run: Run, name: str, *, policy: str) -> Summary:

@@ -9,6 +9,7 @@ import pathlib
 
 from spa_jax import play
 from spa_jax.play import Recording
+from spa_jax.policy import EXPERT
 from spa_jax.run import Run
 from spa_jax.trajectory import Trajectory
 
@@ -27,12 +28,13 @@ def run(
     Returns:
       The episodes, sorted by key.
     """
+    policy = policy or str(run.newest_policy(number))
     return play.record(
         run,
         Recording(
-            stage="explore",
+            stage="demos" if policy == EXPERT else "explore",
             folder=out or run.round(number).explore,
-            policy=policy or str(run.newest_policy(number)),
+            policy=policy,
             games=run.games_of(number),
             sampling=run.settings.sampling,
             title=f"explore {number}" if out is None else f"explore into {out}",

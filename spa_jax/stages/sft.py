@@ -10,11 +10,12 @@ import pathlib
 import time
 
 from spa_jax import chat, episodes, files, policy, provenance, store
-from spa_jax.config import SftConfig, fit_attention
+from spa_jax.config import fit_attention
 from spa_jax.errors import UserError
 from spa_jax.policy import Policy
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
+from spa_jax.stage_config import SftConfig
 from spa_jax.training import cloning, trainable
 from spa_jax.trajectory import Trajectory
 

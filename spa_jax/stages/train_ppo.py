@@ -11,11 +11,12 @@ import time
 
 from spa_jax import episodes, files, provenance
 from spa_jax import policy as policy_lib
-from spa_jax.config import PpoConfig, fit_attention
+from spa_jax.config import fit_attention
 from spa_jax.models.io import pretrained
 from spa_jax.policy import Policy
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import behaviour, policy_update, ppo_data, trainable
 from spa_jax.training.policy_update import Learner
 from spa_jax.training.ppo_data import RFT

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
-from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models.io import pretrained
 from spa_jax.policy import Policy
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import scoring
 from spa_jax.training.ppo_data import RFT
 from spa_jax.trajectory import Trajectory

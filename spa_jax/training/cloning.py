@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from spa_jax import batching
-from spa_jax.config import RowsConfig, SftConfig
+from spa_jax.config import RowsConfig
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.runtime import distributed
+from spa_jax.stage_config import SftConfig
 from spa_jax.training import metrics, partition, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.loop import Loop, Outcome
@@ -49,7 +50,7 @@ def clone(
     per_epoch = -(-len(train) // sft.batch_size)
     total = sft.updates or max(1, round(sft.epochs * per_epoch))
     rate = _SCHEDULES[sft.schedule](sft.learning_rate, total, sft.warmup_share)
-    optimizer = state_lib.adamw(rate, clip_norm=sft.clip_norm, weight_decay=sft.weight_decay)
+    optimizer = state_lib.adamw(rate, clip_norm=sft.clip_norm, weight_decay=0.0)
     if sft.ema:
         optimizer = state_lib.averaged(optimizer, sft.ema)
     frozen = parts.frozen_in(config.dtype)

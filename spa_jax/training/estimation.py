@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from spa_jax.config import ProgressConfig
 from spa_jax.models import heads
 from spa_jax.models.config import Params
+from spa_jax.stage_config import ProgressConfig
 from spa_jax.training import estimator_data, partition, schedule
 from spa_jax.training import state as state_lib
 from spa_jax.training.estimator_data import AdaptedTrunk, FrozenTrunk
@@ -18,6 +18,7 @@ from spa_jax.training.loop import Loop, Outcome
 from spa_jax.training.state import TrainState
 
 _WARMUP_SHARE = 0.03
+_VALID_SHARE = 0.2  # of the tasks, held out
 
 
 def estimate(
@@ -43,7 +44,7 @@ def estimate(
       The trained parameters on the host: {"progress": head} and what was trained of the trunk;
       and the figures of the held-out episodes with the number of updates.
     """
-    train, valid = estimator_data.split_by_task(tasks, progress.valid_share, seed)
+    train, valid = estimator_data.split_by_task(tasks, _VALID_SHARE, seed)
     head = heads.Head(width=progress.width)
     params = jax.jit(head.init)(jax.random.key(seed), features.hidden[:1, :1])["params"]
     params = heads.fit_norm(params, features.hidden[train], features.step_mask[train])

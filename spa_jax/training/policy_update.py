@@ -12,11 +12,12 @@ import numpy as np
 import optax
 
 from spa_jax import batching
-from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax.config import RowsConfig
 from spa_jax.models import heads
 from spa_jax.models.config import Params
 from spa_jax.policy import Policy
 from spa_jax.rl import objectives
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.loop import Loop, Outcome
@@ -63,7 +64,7 @@ class Learner:
         optimizer = state_lib.adamw(
             optax.constant_schedule(ppo.learning_rate),
             clip_norm=ppo.clip_norm,
-            weight_decay=ppo.weight_decay,
+            weight_decay=0.0,
         )
         loss = (
             sft_update.make_loss(config)

@@ -7,10 +7,11 @@ import pytest
 
 from experiments import common, sft
 from spa_jax import chat, tokenizer
-from spa_jax.config import EnvConfig, LoraConfig, RowsConfig, SamplingConfig, SftConfig
+from spa_jax.config import EnvConfig, LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.errors import UserError
 from spa_jax.models.io import huggingface
 from spa_jax.models.kernels import choice
+from spa_jax.stage_config import SftConfig
 from spa_jax.trajectory import Status, Step, Trajectory
 from tests import test_chat, tiny
 

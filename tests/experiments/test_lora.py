@@ -11,17 +11,11 @@ import pytest
 from experiments import annotate, common, run_spa, sft, train_ppo, train_progress
 from spa_jax import config as config_lib
 from spa_jax import store
-from spa_jax.config import (
-    CreditConfig,
-    LoraConfig,
-    PpoConfig,
-    ProgressConfig,
-    RowsConfig,
-    SftConfig,
-)
+from spa_jax.config import LoraConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, lora, transformer
 from spa_jax.models.io import peft, tensors
+from spa_jax.stage_config import CreditConfig, PpoConfig, ProgressConfig, SftConfig
 from tests import tiny
 from tests.experiments.test_resume import _demos
 

@@ -11,11 +11,12 @@ import pytest
 
 from experiments import common, compare, generated, import_demos
 from spa_jax import store
-from spa_jax.config import CreditConfig, RowsConfig, RunConfig
+from spa_jax.config import RowsConfig, RunConfig
 from spa_jax.envs.protocol import Task
 from spa_jax.envs.webshop import tasks
 from spa_jax.errors import UserError
 from spa_jax.models.io import huggingface
+from spa_jax.stage_config import CreditConfig
 from spa_jax.training.metrics import read_metrics
 from tests import tiny
 from tests.experiments import stages

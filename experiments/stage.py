@@ -1,0 +1,50 @@
+"""What every program that takes a run does: reads it from the flags, records it, prepares JAX."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import flags as flags_lib
+from spa_jax import provenance
+from spa_jax.config import DistributedConfig
+from spa_jax.run import Run
+from spa_jax.runtime import setup
+
+ROUND = "iteration"
+
+
+def define_round() -> None:
+    """The flag of the programs that work on one round."""
+    flags.DEFINE_integer(ROUND, 0, "The round, from 0.", lower_bound=0)
+
+
+def run(
+    program: str,
+    main: Callable[[Run], Any],
+    *,
+    reads: Sequence[type | str],
+    stage_policy: bool = False,
+) -> None:
+    """Runs a program: in W/run.json stands what it ran with before its `main` begins.
+
+    Args:
+      program: its name in `experiments`.
+      main: takes the run.
+      reads: the dataclasses of settings, and single flags, that it shows with --help.
+      stage_policy: its --policy is this stage's alone, see `flags.stage_policy`.
+    """
+
+    def with_run(argv: Sequence[str]) -> None:
+        made = flags_lib.from_flags()
+
+        def recorded() -> None:
+            if flags_lib.redo():
+                number = flags.FLAGS[ROUND].value if ROUND in flags.FLAGS else 0
+                provenance.redo(made, flags_lib.redo(), number)
+            provenance.record_run(made, program, argv)
+            main(made)
+
+        setup.program(recorded, flags_lib.read(DistributedConfig))
+
+    flags_lib.run_program(with_run, reads=reads, stage_policy=stage_policy)
