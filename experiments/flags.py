@@ -10,6 +10,7 @@ from absl import app, flags
 
 from spa_jax import config as config_lib
 from spa_jax.errors import UserError, complaint
+from spa_jax.runtime import interrupt
 
 Config = TypeVar("Config")
 
@@ -59,6 +60,8 @@ def read(config: type[Config], **overrides: Any) -> Config:
 def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder, words: int = 0) -> None:
     """`app.run`, with a user's own mistake, or a full disk, told in one line and exit code 2.
 
+    Ctrl-C is told in one line too; the exit code is 130.
+
     Args:
       main: the binary.
       *shared: those of `WORKDIR` and `SEED` that it reads: --help shows them.
@@ -80,8 +83,13 @@ def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder, words:
                 raise
             tqdm.tqdm.write(f"error: {said}", file=sys.stderr)  # on a line of its own
             sys.exit(2)
+        except KeyboardInterrupt:
+            interrupt.say(interrupt.STOPPED)
+            sys.exit(interrupt.EXIT_CODE)
 
-    app.run(guarded, flags_parser=_parse)
+    interrupt.install()
+    with interrupt.answered_by(interrupt.Answer(interrupt.interrupt)):
+        app.run(guarded, flags_parser=_parse)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

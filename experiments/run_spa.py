@@ -9,7 +9,6 @@ goes on where it stopped.
 
 import dataclasses
 import pathlib
-import subprocess
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +33,7 @@ from spa_jax import evaluation, store
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.report.page import BASE, SPA, shown, write_report
-from spa_jax.runtime import distributed
+from spa_jax.runtime import children, distributed
 from spa_jax.trajectory import Trajectory
 
 # The settings of a `Run`, by its field.
@@ -94,7 +93,7 @@ def generate_games(r: Run) -> Run:
     def generate() -> None:
         for command in commands:
             # A process of its own: the generator loads the environment, the trainer never does.
-            if subprocess.run(command).returncode:
+            if children.run(command):
                 raise UserError(f"the generator of {root} failed, see its message above")
 
     distributed.first_alone("games", generate)
