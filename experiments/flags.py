@@ -23,6 +23,7 @@ from spa_jax import settings as settings_lib
 from spa_jax.config import DistributedConfig
 from spa_jax.errors import UserError, complaint
 from spa_jax.run import Run
+from spa_jax.runtime import interrupt
 from spa_jax.stage_config import Settings
 
 Config = TypeVar("Config")
@@ -183,15 +184,15 @@ def run(main: Main, *shared: flags.FlagHolder, words: int = 0) -> None:
 
     A user's own mistake, or a full disk, is told in one line, with exit code 2.
 
+    Ctrl-C is told in one line too; the exit code is 130.
+
     Args:
       main: the program.
       *shared: those of `WORKDIR` and `SEED` that it reads: --help shows them.
       words: how many arguments it takes that are no flags.
     """
     own = {flag.name for flag in shared} | _program_flags()
-    app.run(
-        lambda argv: _guarded(main, argv, words), flags_parser=lambda argv: _parse(argv, own, False)
-    )
+    _start(lambda argv: _guarded(main, argv, words), lambda argv: _parse(argv, own, False))
 
 
 def run_program(
@@ -222,10 +223,16 @@ def run_program(
             from_flags()  # a mistake is told before anything is started
         main(argv)
 
-    app.run(
-        lambda argv: _guarded(checked, argv, 0),
-        flags_parser=lambda argv: _parse(argv, own, stage_policy),
+    _start(
+        lambda argv: _guarded(checked, argv, 0), lambda argv: _parse(argv, own, stage_policy)
     )
+
+
+def _start(main: Main, parse: Callable[[Sequence[str]], list[str]]) -> None:
+    """`app.run`, with Ctrl-C answered from the first moment on."""
+    interrupt.install()
+    with interrupt.answered_by(interrupt.Answer(interrupt.interrupt)):
+        app.run(main, flags_parser=parse)
 
 
 def _guarded(main: Main, argv: Sequence[str], words: int) -> None:
@@ -239,6 +246,9 @@ def _guarded(main: Main, argv: Sequence[str], words: int) -> None:
             raise
         tqdm.tqdm.write(f"error: {said}", file=sys.stderr)  # on a line of its own
         sys.exit(2)
+    except KeyboardInterrupt:
+        interrupt.say(interrupt.STOPPED)
+        sys.exit(interrupt.EXIT_CODE)
 
 
 def _names(config: type) -> set[str]:

@@ -70,9 +70,12 @@ class LocalServer:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.serve_env", "--port=0", "--exit_with_parent"]
                 + flags,
-                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+                stdin=subprocess.PIPE,  # its end tells of ours
+                stdout=output,
+                stderr=subprocess.STDOUT,
                 cwd=Path(__file__).parents[2],
-            )  # fmt: skip
+                start_new_session=True,  # Ctrl-C on the terminal is ours
+            )
         try:
             self.address = self._wait()
         except BaseException:

@@ -17,9 +17,9 @@ import os
 import resource
 import signal
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from types import FrameType
 from typing import Any, TypeVar
 
 import fastapi
@@ -36,6 +36,7 @@ from spa_jax.envs.session import Games, House, Session, State, StepRequest
 from spa_jax.envs.telemetry import Metrics, log_json, note
 from spa_jax.envs.worker import Worker, WorkerPool, start_fork_server
 from spa_jax.errors import UserError
+from spa_jax.runtime import children, interrupt
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -308,6 +309,15 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, room: _Room):
         super().__init__(config)
         self._room = room
+        self._interrupted = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Notes that it must stop; a second Ctrl-C ends the process."""
+        if sig == signal.SIGINT:
+            if self._interrupted:
+                interrupt.end_at_once()
+            self._interrupted = True
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._room.draining = True
@@ -322,14 +332,12 @@ class _Uvicorn(uvicorn.Server):
 def _exit_with_parent(server: uvicorn.Server) -> None:
     """Ends the server when standard input closes: whoever held its other end is gone."""
 
-    def wait() -> None:
-        while os.read(0, 4096):
-            pass
+    def stop() -> None:
         server.should_exit = True
         time.sleep(8)
         os._exit(1)  # a session did not end in time
 
-    threading.Thread(target=wait, daemon=True).start()
+    children.at_end_of_parent(stop)
 
 
 def _raise_file_limit() -> None:
@@ -345,7 +353,7 @@ def serve(
     exit_with_parent: bool = False,
     token: str = "",
 ) -> None:
-    """Serves until SIGTERM or SIGINT.  `port` 0 takes a free one; the first line printed says it.
+    """Serves until SIGTERM.  `port` 0 takes a free one; the first line printed says it.
 
     Args:
       config: the environment.
@@ -356,6 +364,7 @@ def serve(
 
     Raises:
       UserError: if the data folder is missing, the port is taken or a token is needed.
+      KeyboardInterrupt: at Ctrl-C, when it has stopped in good order.
     """
     check_host(host, token)
     log_json()

@@ -22,6 +22,7 @@ import psutil
 from spa_jax.envs.benchmarks import Benchmark, load
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
 from spa_jax.errors import UserError
+from spa_jax.runtime import interrupt
 
 # Fork servers fork from a process without threads; the server itself has some.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -41,7 +42,8 @@ def start_fork_server(benchmark: Benchmark) -> None:
     from multiprocessing import forkserver
 
     _CONTEXT.set_forkserver_preload([benchmark.preload] if benchmark.preload else [])
-    forkserver.ensure_running()
+    with interrupt.unseen():  # nor do the workers see it: Ctrl-C is the server's business
+        forkserver.ensure_running()
 
 
 def resident_mb(process: psutil.Process) -> float:
@@ -63,7 +65,7 @@ def _answer(engine: Any, request: tuple[Any, ...]) -> tuple[str, Any]:
 
 def _main(connection: Connection, benchmark: Benchmark) -> None:
     """Runs in the worker until the server goes away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     engine = load(benchmark, benchmark.engine)()
     while True:

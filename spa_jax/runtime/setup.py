@@ -10,7 +10,7 @@ import jax
 from absl import logging
 
 from spa_jax.config import DistributedConfig
-from spa_jax.runtime import distributed, preemption
+from spa_jax.runtime import distributed, interrupt, preemption
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -18,7 +18,7 @@ _HUGE_PAGE = 2 * 2**20
 
 
 def program(main: Callable[[], object], config: DistributedConfig) -> None:
-    """Runs a stage: with JAX prepared, the other processes joined, and SIGTERM heeded.
+    """Runs a stage: with JAX prepared, the other processes joined, SIGTERM and Ctrl-C heeded.
 
     Raises:
       UserError: the processes do not find each other, or differ in their number of devices.
@@ -61,6 +61,7 @@ def prepare_jax() -> None:
     """Settings of every binary that computes: a compilation cache, and memory that is kept."""
     logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators are absent
     keep_freed_memory()
+    interrupt.watch()  # a thread, so it comes after the memory's settings
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path.home() / ".cache" / "spa_jax" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -27,6 +27,7 @@ from spa_jax.envs import cli
 from spa_jax.envs.alfworld.engine import AlfworldEngine
 from spa_jax.envs.alfworld.games import GAME_FILE, TASK_TYPES, TRAJECTORY_FILE, layout_hash
 from spa_jax.errors import UserError
+from spa_jax.runtime import interrupt
 
 # isort: split
 # The engine sets alfworld's data folder first.
@@ -391,7 +392,9 @@ def generate(
     bar = {"total": games, "desc": "games", "unit": "game"}
     if workers == 1:
         return list(tqdm(map(_write_game, jobs), **bar))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with interrupt.unseen():
+        pool = multiprocessing.get_context("spawn").Pool(workers)
+    with pool:
         return list(tqdm(pool.imap(_write_game, jobs, chunksize=4), **bar))
 
 

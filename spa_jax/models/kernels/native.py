@@ -116,6 +116,7 @@ def _built() -> pathlib.Path:
             subprocess.run(
                 [*compiler.split(), *_FLAGS, f"-I{headers}", str(_SOURCE), "-o", str(made)],
                 check=True, capture_output=True, text=True, timeout=300,
+                start_new_session=True,  # Ctrl-C on the terminal is ours
             )  # fmt: skip
             made.rename(library)
     return library
