@@ -430,13 +430,20 @@ def play_jobs(
     name = EXPERT if policy is None else str(policy.folder)
     version = policy.version if policy else 0
     player = rollout.Player(
-        env.env, name, version, env.max_steps, env.prompt, env.max_retries, env.give_up_after
+        env=env.env,
+        policy=name,
+        version=version,
+        max_steps=env.max_steps,
+        prompt=env.prompt,
+        max_retries=env.max_retries,
+        give_up_after=env.give_up_after,
     )
     with bar:
         if policy is None:
-            rollout.play_expert(client, todo, player, on_done)
+            rollout.play_expert(client, todo, player=player, on_done=on_done)
         elif engine is not None:
-            timing = rollout.play(engine, policy.chat, client, todo, player, on_done)
+            playing = rollout.Rollout(engine, policy.chat, client, player=player, on_done=on_done)
+            timing = playing.play(todo)
             with MetricsWriter(folder, enabled=distributed.is_first()) as writer:
                 writer.write(len(done) + played, timing.metrics() | {"compiled": engine.compiled})
             if said := timing.bottleneck():
