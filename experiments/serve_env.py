@@ -15,7 +15,13 @@ from absl import flags
 from experiments import flags as flags_lib
 from spa_jax.config import EnvConfig, ServerConfig
 from spa_jax.envs.benchmarks import BENCHMARKS
+from spa_jax.envs.serve import serve
 from spa_jax.errors import UserError
+
+_TOKEN_FILE_HELP = (
+    "File of the token that clients must know; empty: the environment variable SPA_JAX_ENV_TOKEN, "
+    "if it is set."
+)
 
 _ENV = flags.DEFINE_enum("env", "alfworld", list(BENCHMARKS), "Which environment.")
 for _field in dataclasses.fields(EnvConfig):
@@ -24,10 +30,7 @@ for _field in dataclasses.fields(EnvConfig):
 _PROMPT = flags.DEFINE_string("prompt", "paper", "Instruction shown to the policy: paper, short.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8700, "Port to listen on; 0 takes a free one.")
-_TOKEN_FILE = flags.DEFINE_string(
-    "token_file", "", "File of the token that clients must know; empty: the environment variable "
-    "SPA_JAX_ENV_TOKEN, if it is set.",
-)  # fmt: skip
+_TOKEN_FILE = flags.DEFINE_string("token_file", "", _TOKEN_FILE_HELP)
 flags_lib.define(ServerConfig)
 _PARENT = flags.DEFINE_bool("exit_with_parent", False, "End when standard input closes.")
 
@@ -35,17 +38,18 @@ _PARENT = flags.DEFINE_bool("exit_with_parent", False, "End when standard input 
 def main(argv: Sequence[str]) -> None:
     """Serves until it is told to stop."""
     del argv
-    # Each environment process imports this file: what only the server needs is imported here.
-    from spa_jax.envs.guard import read_token
-    from spa_jax.envs.server import serve
-
     data = flags.FLAGS[f"{_ENV.value}_data"].value
     if not data:
         raise UserError(
             f"--{_ENV.value}_data is not set: give the folder of the environment's data"
         )
-    config = flags_lib.read(ServerConfig, env=_ENV.value, data_dir=data, prompt=_PROMPT.value)
-    serve(config, _HOST.value, _PORT.value, _PARENT.value, read_token(_TOKEN_FILE.value))
+    serve(
+        flags_lib.read(ServerConfig, env=_ENV.value, data_dir=data, prompt=_PROMPT.value),
+        host=_HOST.value,
+        port=_PORT.value,
+        token_file=_TOKEN_FILE.value,
+        exit_with_parent=_PARENT.value,
+    )
 
 
 if __name__ == "__main__":

@@ -69,34 +69,23 @@ class EnvConfig(Checked):
         group=MUST,
         operational=True,
     )
-    openenv_tasks: int = setting(100, "Tasks of a split of an OpenEnv environment: each is a "
-                                  "seed of its reset.")  # fmt: skip
-    openenv_instruction: str = setting(
-        'Read what the environment shows and decide what to do. Answer with one line: '
-        '"Action: " and then the action.', "The text before an OpenEnv environment's first "
-        "observation.",
-    )  # fmt: skip
-    openenv_action: str = setting(
-        "", "Field of an OpenEnv action that gets the text; empty: the one text that it needs."
+    openenv_tasks: int = setting(
+        100,
+        "Tasks of a split of an OpenEnv environment: each is a seed of its reset.",
+        minimum=1,
     )
-    openenv_text: str = setting(
-        "", "Field of an OpenEnv observation that the policy reads; empty: by its usual name."
+    openenv_mapping: str = setting(
+        "",
+        "JSON file that says what the fields of an OpenEnv environment mean: instruction, action, "
+        "text, reward, reward_scale, success, grounded (docs/environments.md); empty: what its "
+        "schema says.",
     )
-    openenv_reward: str = setting(
-        "last", "R of an OpenEnv episode: the reward that ends it, the sum of its rewards, or the "
-        "field of the last observation that this names.",
-    )  # fmt: skip
     openenv_reward_scale: float = setting(
-        1.0, "Brings R of an OpenEnv episode into [0, 1]: it is multiplied by this."
+        0.0,
+        "Brings R of an OpenEnv episode into [0, 1]: it is multiplied by this; 0: by what the "
+        "mapping says, else by 1.",
+        minimum=0,
     )
-    openenv_success: str = setting(
-        "", "Flag of an OpenEnv observation that means success; with ! before it, its opposite; "
-        "empty: success if there is one, else that the episode ended with R = 1.",
-    )  # fmt: skip
-    openenv_grounded: str = setting(
-        "", "Flag of an OpenEnv observation that means that the action could be executed; with ! "
-        "before it, its opposite (!error); empty: grounded if there is one, else always.",
-    )  # fmt: skip
     prompt: Literal["short", "paper"] = setting(
         "short", "The instruction that opens an episode: ours, or the paper's.", group=MAY
     )

@@ -270,9 +270,10 @@ def _play(
     )
     with bar:
         if policy is None:
-            rollout.play_expert(client, todo, player, on_done)
+            rollout.play_expert(client, todo, player=player, on_done=on_done)
         elif engine is not None:
-            timing = rollout.play(engine, policy.chat, client, todo, player, on_done)
+            playing = rollout.Rollout(engine, policy.chat, client, player=player, on_done=on_done)
+            timing = playing.play(todo)
             with MetricsWriter(folder, enabled=distributed.is_first()) as writer:
                 writer.write(len(done) + played, timing.metrics() | {"compiled": engine.compiled})
             if said := timing.bottleneck():

@@ -1,10 +1,13 @@
 """The host loop: engine x environment sessions -> trajectories.  The only place that plays.
 
-Every slot of the engine holds one episode.  A round takes what environments have answered,
-gives it to the engine, lets that read and write a little, and sends the actions of the turns
-that ended off; nobody waits for the slowest.  A finished episode's slot takes the next job at once.
+Every slot of the engine holds one episode.  A round has four parts:
 
-The wall clock of a `play` has four parts, which its `Timing` holds:
+    harvest   takes the observations of the environments that have answered
+    read      gives them to the engine; an episode that is over frees its slot for the next job
+    advance   the engine reads and writes a few tokens of every slot
+    act       sends the actions of the turns that ended to their environments
+
+No slot waits for the slowest one.  The wall clock has four parts too, which `Timing` holds:
 
     prefill | decode | waiting: no slot has anything to read or write | host: all the rest
 """
@@ -28,15 +31,16 @@ if TYPE_CHECKING:
     from spa_jax.sampling.engine import Engine, Response, Usage
     from spa_jax.sampling.parallel import ParallelEngine
 
-_WAITS = 0.2  # share of the time spent waiting, from which on environments are the bottleneck
-# With nothing else to do: once one environment has answered, how long a round waits for others,
-# in seconds.
+# Environments are the bottleneck if the engine waits for them for this share of the time.
+_WAITS = 0.2
+# If the engine has nothing to do: seconds that a round waits for other environments, once one has
+# answered.  Prompts that are read together cost less.
 _GRACE = 0.05
-# While others read or write: the share of the engine's last round that environments may take to
-# answer before the next one, if they usually answer within it.  Who has just acted then goes on
-# with the others, instead of a round later.
+# If the engine has something to do: how long a round waits for environments, as a share of the
+# engine's last round.  A slot whose environment answers in that time misses no round.  If the last
+# _RECENT steps took longer on average, a round does not wait at all.
 _PATIENCE = 0.2
-_RECENT = 32  # steps by which "usually" is judged
+_RECENT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Player:
     env: str
     policy: str
     version: int
+    _: dataclasses.KW_ONLY
     max_steps: int
     prompt: str
     max_retries: int = 3
@@ -85,7 +90,7 @@ class Player:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Where the time of a `play` went.
+    """Where the time of a `Rollout.play` went.
 
     Attributes:
       wall_s: seconds in all.
@@ -143,7 +148,9 @@ class _Episode:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.observation: Observation  # what the policy reads next; set by the first reset
-        self.forced: list[int] = []  # an end of turn that the policy did not write
+        # The end of the last turn, if a stop text ended it and the policy did not write it: it is
+        # read as context before the next observation.
+        self.forced: list[int] = []
         self.instruction = ""
         self.steps: list[Step] = []
         self.ids: list[int] = []
@@ -167,10 +174,19 @@ class _Episode:
         player: Player,
         status: Status,
         final: str,
+        *,
         sampling: Sampling | None = None,
         reward: float = 0.0,
     ) -> Trajectory:
-        """The finished record; `reward` is what the environment paid at the end."""
+        """The finished record.
+
+        Args:
+          player: who played.
+          status: how it ended.
+          final: the last observation, which the policy did not answer.
+          sampling: how tokens were drawn; None of the expert.
+          reward: R, what the environment paid at the end.
+        """
         job = self.job
         return Trajectory(
             env=player.env,
@@ -211,40 +227,33 @@ def _final_reward(episode: _Episode) -> float:
     return episode.observation.reward if episode.observation.done else 0.0
 
 
-def play(
-    engine: "Engine | ParallelEngine",
-    chat: ChatFormat,
-    client: EnvClient,
-    jobs: Iterable[Job],
-    player: Player,
-    on_done: Callable[[Trajectory], None],
-) -> Timing:
-    """Plays every job with the engine's policy.
+def _raise_if_final(error: EnvError) -> None:
+    """Raises UserError if no other episode can go well either.
+
+    The user's data or request is wrong, or the server is gone.
+    """
+    if error.code in (USER_ERROR, NO_SERVER):
+        raise UserError(str(error)) from error
+
+
+class Rollout:
+    """Plays episodes with an engine's policy.
 
     Args:
       engine: the policy.
       chat: how texts become ids.
       client: where the environments are.
-      jobs: the episodes.
-      player: see `Player`.
-      on_done: called with each finished trajectory, in order of arrival; one whose
-        status is ENV_ERROR has failed for the last time or will be tried again.
-
-    Returns:
-      Where the time went.
+      player: what the records say of the policy, and the limits of an episode.
+      on_done: called with each finished trajectory, in order of arrival.  One with status
+        ENV_ERROR will be tried again, or has failed for the last time.
     """
-    return _Rollout(engine, chat, client, jobs, player, on_done).run()
-
-
-class _Rollout:
-    """The state of one `play`: who is in which slot, and whom we are waiting for."""
 
     def __init__(
         self,
         engine: "Engine | ParallelEngine",
         chat: ChatFormat,
         client: EnvClient,
-        jobs: Iterable[Job],
+        *,
         player: Player,
         on_done: Callable[[Trajectory], None],
     ) -> None:
@@ -253,15 +262,21 @@ class _Rollout:
         self.client = client
         self.player = player
         self.on_done = on_done
-        self.jobs = deque(jobs)
-        self.sessions: list[Session | None] = [None] * engine.slots
-        self.episodes: dict[int, _Episode] = {}
-        self.waiting: dict[concurrent.futures.Future, int] = {}
-        self.waiting_s = 0.0
-        self.advance_s = 0.0  # the engine's last round
-        self.env_seconds: list[float] = []  # of each step; appended to by the pool's threads
 
-    def run(self) -> Timing:
+    def play(self, jobs: Iterable[Job]) -> Timing:
+        """Plays every job; returns where the time went.
+
+        Raises:
+          UserError: if the environment says that the data or the request is wrong, its server is
+            gone, or a prompt is longer than the context.
+        """
+        self.jobs = deque(jobs)
+        self.sessions: list[Session | None] = [None] * self.engine.slots
+        self.episodes: dict[int, _Episode] = {}  # slot -> its episode
+        self.waiting: dict[concurrent.futures.Future, int] = {}  # an environment's answer -> slot
+        self.waiting_s = 0.0
+        self.advance_s = 0.0  # seconds of the engine's last round
+        self.env_seconds: list[float] = []  # of each step; the pool's threads append to it
         before, started = dataclasses.replace(self.engine.usage), time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor(self.engine.slots) as self.pool:
             try:
@@ -304,7 +319,7 @@ class _Rollout:
         return session.reset(job.task.task, job.task.split, job.seed, prompt=self.player.prompt)
 
     def _harvest(self) -> list[int]:
-        """Slots whose environment has answered; waits long for one only if the engine is idle."""
+        """Slots whose environment has answered; if the engine is idle, waits until one has."""
         started, idle = time.perf_counter(), not self.engine.busy
         if idle:
             concurrent.futures.wait(self.waiting, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -328,14 +343,8 @@ class _Rollout:
         return allowed if recent and sum(recent) / len(recent) <= allowed else 0.0
 
     def _fail(self, slot: int, error: EnvError) -> None:
-        """An environment error is nobody's outcome: recorded, and tried again.
-
-        Raises:
-          UserError: if the environment says that the user's data or request is wrong, or its
-            server is gone.
-        """
-        if error.code in (USER_ERROR, NO_SERVER):
-            raise UserError(str(error)) from error
+        """An environment error is not the policy's failure: it is recorded, and tried again."""
+        _raise_if_final(error)
         episode = self.episodes[slot]
         self._end(slot, Status.ENV_ERROR, str(error))
         job = episode.job
@@ -348,7 +357,8 @@ class _Rollout:
     def _end(self, slot: int, status: Status, final: str) -> None:
         episode = self.episodes.pop(slot)
         reward = 0.0 if status is Status.ENV_ERROR else _final_reward(episode)
-        self.on_done(episode.result(self.player, status, final, self.engine.sampling, reward))
+        sampling = self.engine.sampling
+        self.on_done(episode.result(self.player, status, final, sampling=sampling, reward=reward))
 
     def _read(self, slot: int) -> None:
         """Shows the policy what came back, or ends the episode."""
@@ -380,8 +390,15 @@ class _Rollout:
         text = self.chat.decode(response.ids)
         action = parse_action(text.split(response.stop)[0] if response.stop else text)
         episode.write(response.ids, response.log_probs)
-        step = Step(episode.observation.text, text, action, False, self.player.version)
-        episode.steps.append(dataclasses.replace(step, partial=not response.ended))
+        step = Step(
+            observation=episode.observation.text,
+            response=text,
+            action=action,
+            grounded=False,  # until the environment has answered
+            policy_version=self.player.version,
+            partial=not response.ended,
+        )
+        episode.steps.append(step)
         if not response.ended:
             self._end(slot, Status(response.ending.value), "")
             return
@@ -393,7 +410,7 @@ class _Rollout:
         session = self.sessions[slot]
         assert session is not None  # a step comes after a reset
         started = time.perf_counter()
-        observation = session.step(action)
+        observation = session.step(action, parsed=True)
         self.env_seconds.append(time.perf_counter() - started)
         steps = self.episodes[slot].steps
         steps[-1] = dataclasses.replace(steps[-1], grounded=observation.grounded)
@@ -403,6 +420,7 @@ class _Rollout:
 def play_expert(
     client: EnvClient,
     jobs: Iterable[Job],
+    *,
     player: Player,
     on_done: Callable[[Trajectory], None],
     sessions: int = 2,
@@ -412,7 +430,7 @@ def play_expert(
     Args:
       client: where the environments are.
       jobs: the episodes.
-      player: see `Player`; its policy is "expert".
+      player: what the records say, and the limits of an episode; its policy is "expert".
       on_done: called with each finished trajectory, from this thread.
       sessions: episodes played at once.
     """
@@ -432,16 +450,14 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
                 )
                 episode.instruction = now.instruction
                 while (status := _outcome(now, episode.steps, player)) is None:
-                    after = session.step(now.expert_action)
-                    episode.steps.append(
-                        Step(now.text, now.expert_action, now.expert_action, after.grounded)
-                    )
+                    action = now.expert_action
+                    after = session.step(action, parsed=True)
+                    episode.steps.append(Step(now.text, action, action, after.grounded))
                     now = after
                 episode.observation = now
                 return episode.result(player, status, now.text, reward=_final_reward(episode))
         except EnvError as error:
-            if error.code in (USER_ERROR, NO_SERVER):
-                raise UserError(str(error)) from error
+            _raise_if_final(error)
             if not error.retryable or job.retry >= player.max_retries:
                 return episode.result(player, Status.ENV_ERROR, str(error))
             time.sleep(0.5)

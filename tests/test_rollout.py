@@ -12,7 +12,7 @@ from spa_jax.config import ServerConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import Observation, Task
-from spa_jax.rollout import Job, Player, Timing, _Episode, _final_reward, _outcome
+from spa_jax.rollout import Job, Player, Rollout, Timing, _Episode, _final_reward, _outcome
 from spa_jax.sampling.engine import Engine, Usage
 from spa_jax.trajectory import Sampling, Status, Step
 from tests import tiny
@@ -99,7 +99,8 @@ def _play(chat, client, sampling: Sampling, ends: float = 2.0, episodes: int = 4
     player = Player("custom", "tiny", version=7, max_steps=5, prompt="short")
     jobs = [Job(Task(f"train_{i}", "train", "", ""), 0, 0) for i in range(episodes)]
     played = []
-    timing = rollout.play(engine, chat, client, jobs, player, played.append)
+    playing = Rollout(engine, chat, client, player=player, on_done=played.append)
+    timing = playing.play(jobs)
     assert len({t.key for t in played}) == len(played) == episodes
     return sorted(played, key=lambda t: t.task), timing
 

@@ -1,20 +1,19 @@
 """The environments that a server can serve, and where their parts are.
 
-Each has three parts: an engine (`reset(folder, *, task, prompt, expert)`, with `seed` too if it
-is `seeded`, and `step(text)`, both giving an `Observation`), an index of a data folder (`root`,
-`splits()`, `folder(split, task)` and `tasks(split)`), and a module of prompts (`PROMPTS`,
-`instruction(name)`).  They are named here and imported where they are needed: the server loads no
-engine, the trainer neither engine nor index.
+Each has three parts: an engine, an index of its data (`spa_jax.envs.contract` says what both must
+do), and a module whose `PROMPTS` are the names of its instructions.  They are named here and
+imported where they are needed: the server loads no engine, the trainer neither engine nor index.
 """
 
 import dataclasses
 import importlib
 from typing import Any
 
+from spa_jax.envs.contract import Engine, Index
 from spa_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """One environment.
 
@@ -29,7 +28,6 @@ class Benchmark:
       worker_mb: memory that a worker process adds to the machine's load at the most, as measured.
       limit_mb: memory without mapped files above which a worker process is ended.
       install: how to get what it needs beside this package.
-      seeded: whether a reset takes the client's seed.
     """
 
     name: str
@@ -42,65 +40,86 @@ class Benchmark:
     worker_mb: int
     limit_mb: int
     install: str
-    seeded: bool = False
 
 
 _ALL = (
     Benchmark(
-        "alfworld",
-        "ALFWorld's text games on TextWorld's PDDL engine",
-        "spa_jax.envs.alfworld.engine:AlfworldEngine",
-        "spa_jax.envs.alfworld.games:GameIndex",
-        "spa_jax.envs.alfworld.prompt",
-        "spa_jax.envs.alfworld.preload",
-        40,  # the planner's memory grows with each game
-        200,
-        1000,
-        "pip install 'spa_jax[alfworld]'",
+        name="alfworld",
+        description="ALFWorld's text games on TextWorld's PDDL engine",
+        engine="spa_jax.envs.alfworld.engine:AlfworldEngine",
+        index="spa_jax.envs.alfworld.games:GameIndex",
+        prompts="spa_jax.envs.alfworld.prompt",
+        preload="spa_jax.envs.alfworld.preload",
+        games_per_worker=40,  # the planner's memory grows with each game
+        worker_mb=200,
+        limit_mb=1000,
+        install="pip install 'spa_jax[alfworld]'",
     ),
     Benchmark(
-        "webshop",
-        "WebShop in text mode",
-        "spa_jax.envs.webshop.engine:WebshopEngine",
-        "spa_jax.envs.webshop.tasks:GoalIndex",
-        "spa_jax.envs.webshop.prompt",
-        "spa_jax.envs.webshop.preload",
-        1000,
-        40,
-        1000,
-        "pip install 'spa_jax[webshop]'",
+        name="webshop",
+        description="WebShop in text mode",
+        engine="spa_jax.envs.webshop.engine:WebshopEngine",
+        index="spa_jax.envs.webshop.tasks:GoalIndex",
+        prompts="spa_jax.envs.webshop.prompt",
+        preload="spa_jax.envs.webshop.preload",
+        games_per_worker=1000,
+        worker_mb=40,
+        limit_mb=1000,
+        install="pip install 'spa_jax[webshop]'",
     ),
     Benchmark(
-        "virtualhome",
-        "VirtualHome on the evolving-graph simulator, without Unity",
-        "spa_jax.envs.virtualhome.engine:VirtualhomeEngine",
-        "spa_jax.envs.virtualhome.tasks:TaskIndex",
-        "spa_jax.envs.virtualhome.prompt",
-        "spa_jax.envs.virtualhome.preload",
-        1000,
-        25,
-        1000,
-        "pip install --no-deps virtualhome==2.3.0",
+        name="virtualhome",
+        description="VirtualHome on the evolving-graph simulator, without Unity",
+        engine="spa_jax.envs.virtualhome.engine:VirtualhomeEngine",
+        index="spa_jax.envs.virtualhome.tasks:TaskIndex",
+        prompts="spa_jax.envs.virtualhome.prompt",
+        preload="spa_jax.envs.virtualhome.preload",
+        games_per_worker=1000,
+        worker_mb=25,
+        limit_mb=1000,
+        install="pip install --no-deps virtualhome==2.3.0",
     ),
     Benchmark(
-        "custom",
-        "an environment of your own: one class of three methods (docs/environments.md)",
-        "spa_jax.envs.custom:CustomEngine",
-        "spa_jax.envs.custom:CustomIndex",
-        "spa_jax.envs.custom",
-        "",
-        1000,
-        200,
-        2000,
-        "install it beside this package",
-        seeded=True,
+        name="custom",
+        description="an environment of your own: one class of three methods (docs/environments.md)",
+        engine="spa_jax.envs.custom:CustomEngine",
+        index="spa_jax.envs.custom:CustomIndex",
+        prompts="spa_jax.envs.custom",
+        preload="",
+        games_per_worker=1000,
+        worker_mb=200,
+        limit_mb=2000,
+        install="install it beside this package",
     ),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 
 
-def load(benchmark: Benchmark, part: str) -> Any:
-    """The class or module that a part names, such as `load(b, b.engine)`.
+def make_engine(benchmark: Benchmark) -> Engine:
+    """The environment's engine.
+
+    Raises:
+      UserError: if a package that it needs is not installed.
+    """
+    return _load(benchmark, benchmark.engine)()
+
+
+def open_index(benchmark: Benchmark, data: str) -> Index:
+    """The index of an environment's data, the value of --<env>_data.
+
+    Raises:
+      UserError: if there is no such data, or a package that it needs is not installed.
+    """
+    return _load(benchmark, benchmark.index)(data)
+
+
+def prompt_names(benchmark: Benchmark) -> tuple[str, ...]:
+    """The names of the environment's instructions, values of --prompt."""
+    return _load(benchmark, benchmark.prompts).PROMPTS
+
+
+def _load(benchmark: Benchmark, part: str) -> Any:
+    """The class or module that a part names, such as `_load(b, b.engine)`.
 
     Raises:
       UserError: if a package that it needs is not installed.

@@ -34,14 +34,16 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0  # between tries, in seconds
 class Wire:
     """How one session's requests and answers look on the wire: as our own servers have them."""
 
-    def reset(self, task: str, split: str, seed: int, expert: bool, prompt: str) -> dict[str, Any]:
+    def reset(
+        self, task: str, split: str, *, seed: int, expert: bool, prompt: str
+    ) -> dict[str, Any]:
         """The data of a reset."""
         data = {"task": task, "split": split, "seed": seed, "expert": expert}
         return data | ({"prompt": prompt} if prompt else {})
 
-    def step(self, action: str) -> dict[str, Any]:
+    def step(self, text: str, parsed: bool) -> dict[str, Any]:
         """The data of a step."""
-        return {"text": action}
+        return {"text": text} | ({"parsed": True} if parsed else {})
 
     def read(self, data: dict[str, Any]) -> Observation:
         """The observation in an answer.
@@ -230,7 +232,7 @@ class Session:
         Args:
           task: one of `EnvClient.tasks(split)`.
           split: the split.
-          seed: goes to the server; ALFWorld's games have nothing random.
+          seed: of what is random in the game.
           expert: whether observations carry `expert_action`.
           prompt: which instruction; the server's default if empty.
 
@@ -238,7 +240,7 @@ class Session:
           EnvError: if the environment failed (retryable: try again), the server stayed away or
             full, or the game's files are broken (`code` USER_ERROR, not retryable).
         """
-        data = self._wire.reset(task, split, seed, expert, prompt)
+        data = self._wire.reset(task, split, seed=seed, expert=expert, prompt=prompt)
         full = None
         for _ in _tries(self._client.wait_s):
             try:
@@ -250,13 +252,17 @@ class Session:
         assert full is not None  # there is at least one try
         raise full
 
-    def step(self, action_text: str) -> Observation:
-        """Plays what the policy wrote.
+    def step(self, text: str, *, parsed: bool = False) -> Observation:
+        """Plays an action.
+
+        Args:
+          text: what a policy wrote, of which the server reads the action; or the action.
+          parsed: whether it is the action.
 
         Raises:
           EnvError: if the environment failed; only `reset` goes on then.
         """
-        return self._wire.read(self._ask("step", self._wire.step(action_text)))
+        return self._wire.read(self._ask("step", self._wire.step(text, parsed)))
 
     def state(self) -> dict[str, Any]:
         """Where the session stands: task, split, step_count, worker (a process id)."""

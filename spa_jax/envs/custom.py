@@ -17,6 +17,7 @@ import importlib
 import inspect
 from typing import Any
 
+from spa_jax.envs.contract import Engine, Index
 from spa_jax.envs.protocol import Observation, Task
 from spa_jax.errors import UserError
 
@@ -44,7 +45,7 @@ def load_class(name: str) -> type:
     return found
 
 
-class CustomIndex:
+class CustomIndex(Index[str]):
     """What the class says can be played.  It is asked in the server's own process.
 
     Args:
@@ -72,7 +73,7 @@ class CustomIndex:
             )
         return list(self._env.tasks(split))
 
-    def folder(self, split: str, task: str) -> str:
+    def place(self, split: str, task: str) -> str:
         """What `CustomEngine.reset` opens: the class's name.
 
         Raises:
@@ -94,7 +95,7 @@ class CustomIndex:
         return [Task(name, split, "", layout=name) for name in names], []
 
 
-class CustomEngine:
+class CustomEngine(Engine[str]):
     """Plays the class's tasks one after the other; `reset`, then `step` until done."""
 
     def __init__(self) -> None:
@@ -102,12 +103,12 @@ class CustomEngine:
         self._env: Any = None
 
     def reset(
-        self, folder: str, *, task: str, prompt: str = "", expert: bool = False, seed: int = 0
+        self, place: str, *, task: str, prompt: str = "", expert: bool = False, seed: int = 0
     ) -> Observation:
         """Starts a task.
 
         Args:
-          folder: "module:Class".
+          place: "module:Class".
           task: the task's name.
           prompt: which instruction; there is one.
           expert: whether observations carry the expert's next action.
@@ -116,21 +117,21 @@ class CustomEngine:
         Raises:
           UserError: if the class has no expert and one is wanted, or breaks its contract.
         """
-        if self._name != folder:
-            self._env, self._name = load_class(folder)(), folder
+        if self._name != place:
+            self._env, self._name = load_class(place)(), place
         if expert and not hasattr(self._env, "expert"):
-            raise UserError(f"{folder} has no expert: give it a method expert()")
+            raise UserError(f"{place} has no expert: give it a method expert()")
         text = self._env.reset(task, seed)
         if not isinstance(text, str):
-            raise UserError(f"{folder}.reset returned {type(text).__name__}, not a text")
+            raise UserError(f"{place}.reset returned {type(text).__name__}, not a text")
         self._task, self._expert = task, expert
         first = Observation(text, 0.0, False, False, True)
         instruction = inspect.cleandoc(self._env.instruction)
         return self._with_expert(dataclasses.replace(first, instruction=instruction, task=task))
 
-    def step(self, text: str) -> Observation:
+    def step(self, action: str) -> Observation:
         """Plays the action."""
-        now = self._env.step(text)
+        now = self._env.step(action)
         if not isinstance(now, Observation):
             kind = type(now).__name__
             raise UserError(f"{self._name}.step returned {kind}, not an Observation")

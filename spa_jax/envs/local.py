@@ -1,12 +1,12 @@
 """An environment server of one's own, on this machine.
 
-Who trains starts one through this; what serves (`spa_jax.envs.server`) is imported in its process
-alone, and takes half a second.
+Who trains starts one through this.  It is `spa_jax.envs.serve` in a process of its own, which alone
+imports what serves, in half a second.
 """
 
 import contextlib
 import dataclasses
-import os
+import json
 import re
 import signal
 import subprocess
@@ -53,12 +53,8 @@ class LocalServer:
         return self._process.pid
 
     def __enter__(self) -> "LocalServer":
-        # The server runs in the repository's folder, wherever we are.
-        values = dataclasses.asdict(self._config)
-        data = values.pop("data_dir")
-        is_folder = self._config.env != "custom"
-        values[f"{self._config.env}_data"] = os.path.abspath(data) if is_folder else data
-        flags = [f"--{name}={value}" for name, value in values.items()]
+        command = [sys.executable, "-m", "spa_jax.envs.serve"]
+        config = json.dumps(dataclasses.asdict(self._config))
         output: IO[bytes]
         if self.log is None:
             output = tempfile.NamedTemporaryFile(prefix="serve_env-", suffix=".log", delete=False)
@@ -68,12 +64,10 @@ class LocalServer:
             output = self.log.open("wb")
         with output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.serve_env", "--port=0", "--exit_with_parent"]
-                + flags,
+                [*command, config, "--port=0", "--exit_with_parent"],
                 stdin=subprocess.PIPE,  # its end tells of ours
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=Path(__file__).parents[2],
                 start_new_session=True,  # Ctrl-C on the terminal is ours
             )
         try:

@@ -2,27 +2,131 @@
 
 Such a server has no list of tasks, so a task is a seed: task i of a split is named "<split>-<i>",
 and a hash of the name is the seed of its reset.  Which fields of its actions and observations mean
-what is read off its /schema, or said by the --openenv_* flags.
+what is read off its /schema.  Where that is not enough, an `OpenEnvMapping` says it: the
+environment's author once, in the schema of the observation, under "x-spa-jax"; whoever trains in
+the JSON file --openenv_mapping, whose keys win.
 """
 
+import dataclasses
+import difflib
 import json
 import math
 import zlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from spa_jax.config import EnvConfig
 from spa_jax.envs.client import EnvClient, Wire
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation, Task
+from spa_jax.envs.text import parse_action
 from spa_jax.errors import UserError
 
 OPENENV = "openenv"
+EXTENSION = "x-spa-jax"  # the key of a mapping in the schema of an observation
 
 # Usual names of what an environment says and of what it is told, best first.
 _TEXTS = (
-    "text", "observation", "prompt", "message", "echoed_message", "content", "response", "result",
-    "output", "stdout",
-)  # fmt: skip
+    "text",
+    "observation",
+    "prompt",
+    "message",
+    "echoed_message",
+    "content",
+    "response",
+    "result",
+    "output",
+    "stdout",
+)
 _ACTIONS = ("text", "action", "message", "command", "content", "code")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenEnvMapping:
+    """What the fields of an OpenEnv environment mean.  An empty name is chosen by the schema.
+
+    Attributes:
+      instruction: the text before the first observation.
+      action: the field of an action that gets the policy's; empty: the one text that it needs.
+      text: the field of an observation that the policy reads; empty: by its usual name.
+      reward: R of an episode: "last", the reward that ends it; "sum" of its rewards; or the field
+        of the last observation that this names.
+      reward_scale: R is multiplied by it, and must end in [0, 1].
+      success: a flag of an observation, or its opposite with "!" before it; empty: `success` if
+        there is one, else that the episode ended with R = 1.
+      grounded: the same for whether the action could be executed, such as "!error"; empty:
+        `grounded` if there is one, else always.
+
+    Raises:
+      UserError: if a value has the wrong type, or makes no sense.
+    """
+
+    instruction: str = (
+        "Read what the environment shows and decide what to do. Answer with one line: "
+        '"Action: " and then the action.'
+    )
+    action: str = ""
+    text: str = ""
+    reward: str = "last"
+    reward_scale: float = 1.0
+    success: str = ""
+    grounded: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name != "reward_scale" and not isinstance(value, str):
+                raise UserError(f'"{name}" must be a text, not {value!r:.100}')
+        scale = self.reward_scale
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if not number or not math.isfinite(scale) or scale == 0:
+            raise UserError(f'"reward_scale" must be a number other than 0, not {scale!r:.100}')
+        if not self.reward:
+            raise UserError('"reward" must be "last", "sum" or a field of the observation')
+
+
+_KEYS = tuple(field.name for field in dataclasses.fields(OpenEnvMapping))
+
+
+def _checked(given: Any, source: str) -> dict[str, Any]:
+    """Some of a mapping's keys with their values.
+
+    Args:
+      given: what should be them.
+      source: where it is from, for messages.
+
+    Raises:
+      UserError: if it is no mapping, or a key or a value is wrong.
+    """
+    if not isinstance(given, dict):
+        raise UserError(f"{source}: a mapping is a JSON object with keys of {', '.join(_KEYS)}")
+    for key in given:
+        if key not in _KEYS:
+            (nearest,) = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)
+            raise UserError(
+                f'{source}: there is no key "{key}"; did you mean "{nearest}"? '
+                f"The keys are {', '.join(_KEYS)}"
+            )
+    try:
+        OpenEnvMapping(**given)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return given
+
+
+def _read_mapping(path: str) -> dict[str, Any]:
+    """The keys in the file --openenv_mapping; none if there is no such flag.
+
+    Raises:
+      UserError: if it cannot be read, or a key or a value is wrong.
+    """
+    if not path:
+        return {}
+    source = f"--openenv_mapping={path}"
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} is no whole JSON file: {error}") from error
+    return _checked(given, source)
 
 
 class OpenEnvClient(EnvClient):
@@ -33,32 +137,40 @@ class OpenEnvClient(EnvClient):
       env: the --openenv_* settings.
       wait_s: see `EnvClient`.
       token: see `EnvClient`.
+
+    Raises:
+      UserError: if --openenv_mapping is not a mapping's file, or a setting makes no sense.
     """
 
     def __init__(
         self, address: str, env: EnvConfig, wait_s: float = 120.0, token: str | None = None
     ):
         super().__init__(address, wait_s=wait_s, token=token)
-        self._env = env
-        self._fields: dict[str, str] | None = None
+        self._count = env.openenv_tasks
+        self._given = _read_mapping(env.openenv_mapping)
+        if env.openenv_reward_scale:
+            scale = {"reward_scale": env.openenv_reward_scale}
+            self._given |= _checked(scale, f"--openenv_reward_scale={env.openenv_reward_scale:g}")
+        self._mapping: OpenEnvMapping | None = None
 
     def tasks(self, split: str) -> list[Task]:
         """--openenv_tasks tasks; another split has others."""
-        if self._env.openenv_tasks < 1:
+        if self._count < 1:
             raise UserError("--openenv_tasks must be at least 1")
-        names = [f"{split}-{i}" for i in range(self._env.openenv_tasks)]
+        names = [f"{split}-{i}" for i in range(self._count)]
         return [Task(name, split, "", layout=name, seed=seed_of(name)) for name in names]
 
     def wire(self) -> "TextWire":
         """How a new session talks.
 
         Raises:
-          UserError: if the schema does not say which field is which, or lacks one that a flag
+          UserError: if the schema does not say which field is which, or lacks one that the mapping
             names.
         """
-        if self._fields is None:
-            self._fields = _choose_fields(self._get("/schema", timeout_s=10.0), self._env)
-        return TextWire(self._env, self._fields)
+        if self._mapping is None:
+            schema = self._get("/schema", timeout_s=10.0)
+            self._mapping = complete_mapping(schema, self._given)
+        return TextWire(self._mapping)
 
 
 def seed_of(task: str) -> int:
@@ -66,69 +178,95 @@ def seed_of(task: str) -> int:
     return zlib.crc32(task.encode()) >> 1
 
 
-def _choose_fields(schema: Any, env: EnvConfig) -> dict[str, str]:
-    """Which field is the text, the action, success and grounding; "" where there is none."""
+def complete_mapping(schema: Any, given: Mapping[str, Any]) -> OpenEnvMapping:
+    """The mapping of a server, with the names of all fields; "" where there is no such field.
+
+    Args:
+      schema: the answer of /schema.
+      given: keys that are known without it; they win over those that the schema declares.
+
+    Raises:
+      UserError: if the schema does not say which field is which, or lacks one that is named.
+    """
     try:
         action, observation = schema["action"], schema["observation"]
         told, shown = action.get("properties", {}), observation.get("properties", {})
         texts = [name for name in shown if shown[name].get("type") == "string"]
         tells = [name for name in told if told[name].get("type") == "string"]
         needed = [name for name in tells if name in action.get("required", [])]
+        declared = observation.get(EXTENSION, {})
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError("--env_address: /schema is not that of an OpenEnv server") from error
-    return {
-        "text": _field("openenv_text", env.openenv_text, shown, texts, _TEXTS),
-        "action": _field("openenv_action", env.openenv_action, told, needed or tells, _ACTIONS),
-        "success": _flag("openenv_success", env.openenv_success, shown, "success"),
-        "grounded": _flag("openenv_grounded", env.openenv_grounded, shown, "grounded"),
-    }
+    declared = _checked(declared, f"{EXTENSION} in the schema of the server at --env_address")
+    mapping = OpenEnvMapping(**{**declared, **given})
+    return dataclasses.replace(
+        mapping,
+        text=_field("text", mapping.text, known=shown, texts=texts, usual=_TEXTS),
+        action=_field("action", mapping.action, known=told, texts=needed or tells, usual=_ACTIONS),
+        success=_flag("success", mapping.success, shown, "success"),
+        grounded=_flag("grounded", mapping.grounded, shown, "grounded"),
+    )
 
 
-def _field(flag: str, wanted: str, known: Any, texts: list[str], usual: tuple[str, ...]) -> str:
+def _field(
+    key: str, wanted: str, *, known: Mapping[str, Any], texts: list[str], usual: tuple[str, ...]
+) -> str:
     if wanted:
-        return _flag(flag, wanted, known, "")
+        return _flag(key, wanted, known, "")
     for name in usual:
         if name in texts:
             return name
     if len(texts) == 1:
         return texts[0]
-    raise UserError(f"--{flag}: which field is it? There are: {', '.join(known) or 'none'}")
+    fields = ", ".join(known) or "none"
+    raise UserError(
+        f'--openenv_mapping: which field is the {key}? Say it by the key "{key}" of that file; '
+        f"there are: {fields}"
+    )
 
 
-def _flag(flag: str, wanted: str, known: Any, default: str) -> str:
+def _flag(key: str, wanted: str, known: Mapping[str, Any], default: str) -> str:
     if not wanted:
         return default if default in known else ""
     # A schema without properties belongs to a server that does not say what it sends.
     if known and wanted.removeprefix("!") not in known:
-        raise UserError(f"--{flag}={wanted}: there is no such field, but: {', '.join(known)}")
+        raise UserError(
+            f'--openenv_mapping: "{key}": "{wanted}": there is no such field, but: '
+            f"{', '.join(known)}"
+        )
     return wanted
+
+
+def _user_error(message: str) -> EnvError:
+    """An error that only the user can mend: the run stops with it."""
+    return EnvError(message, USER_ERROR, retryable=False)
 
 
 class TextWire(Wire):
     """One session's requests and answers, translated.
 
     Args:
-      env: the --openenv_* settings.
-      fields: what `_choose_fields` found.
+      mapping: what `complete_mapping` made.
     """
 
-    def __init__(self, env: EnvConfig, fields: dict[str, str]):
-        self._env, self._fields = env, fields
+    def __init__(self, mapping: OpenEnvMapping):
+        self._mapping = mapping
         self._paid = 0.0
         self._task = ""
 
-    def reset(self, task: str, split: str, seed: int, expert: bool, prompt: str) -> dict[str, Any]:
+    def reset(
+        self, task: str, split: str, *, seed: int, expert: bool, prompt: str
+    ) -> dict[str, Any]:
         """The data of a reset; the environment's seed is the task's."""
         if expert:
-            raise EnvError("an OpenEnv environment has no expert: give a --policy", USER_ERROR,
-                           retryable=False)  # fmt: skip
+            raise _user_error("an OpenEnv environment has no expert: give a --policy")
         self._paid, self._task = 0.0, task
         return {"seed": seed_of(task)}
 
-    def step(self, action: str) -> dict[str, Any]:
+    def step(self, text: str, parsed: bool) -> dict[str, Any]:
         """The data of a step."""
         self._task = ""
-        return {self._fields["action"]: action}
+        return {self._mapping.action: text if parsed else parse_action(text)}
 
     def read(self, data: dict[str, Any]) -> Observation:
         """The observation in an answer.
@@ -136,43 +274,48 @@ class TextWire(Wire):
         Raises:
           EnvError: if the answer lacks a field, or R is not in [0, 1].
         """
-        shown, first = data.get("observation"), self._task
-        if not isinstance(shown, dict) or self._fields["text"] not in shown:
-            raise EnvError(
-                f"the environment's observation has no field {self._fields['text']!r}: see "
-                "--openenv_text", USER_ERROR, retryable=False,
-            )  # fmt: skip
-        text, done = shown[self._fields["text"]], bool(data.get("done"))
+        shown, first, field = data.get("observation"), self._task, self._mapping.text
+        if not isinstance(shown, dict) or field not in shown:
+            raise _user_error(
+                f'the environment\'s observation has no field {field!r}: see "text" in '
+                "--openenv_mapping"
+            )
+        text, done = shown[field], bool(data.get("done"))
         reward = self._reward(data.get("reward"), shown, done)
-        success = self._holds("success", shown, done and reward == 1.0)
         return Observation(
-            text=text if isinstance(text, str) else json.dumps(text), reward=reward, done=done,
-            success=success, grounded=self._holds("grounded", shown, True),
-            instruction=self._env.openenv_instruction if first else "", task=first,
-        )  # fmt: skip
-
-    def _holds(self, name: str, shown: dict[str, Any], otherwise: bool) -> bool:
-        field = self._fields[name]
-        if not field:
-            return otherwise
-        value = bool(shown.get(field.removeprefix("!")))
-        return not value if field.startswith("!") else value
+            text=text if isinstance(text, str) else json.dumps(text),
+            reward=reward,
+            done=done,
+            success=_holds(self._mapping.success, shown, done and reward == 1.0),
+            grounded=_holds(self._mapping.grounded, shown, True),
+            instruction=self._mapping.instruction if first else "",
+            task=first,
+        )
 
     def _reward(self, paid: Any, shown: dict[str, Any], done: bool) -> float:
         """What the episode is paid so far, of which the last is R."""
-        choice = self._env.openenv_reward
+        choice = self._mapping.reward
         self._paid += float(paid or 0.0)
         chosen = {"last": paid, "sum": self._paid}.get(choice, shown.get(choice))
         try:
-            reward = float(chosen or 0.0) * self._env.openenv_reward_scale
+            reward = float(chosen or 0.0) * self._mapping.reward_scale
         except (TypeError, ValueError) as error:
-            raise EnvError(f"--openenv_reward={choice}: the environment sent {chosen!r:.100}",
-                           USER_ERROR, retryable=False) from error  # fmt: skip
+            raise _user_error(
+                f'"reward": "{choice}" in --openenv_mapping: the environment sent {chosen!r:.100}'
+            ) from error
         # Sums of rewards are as exact as floats are.
         reward = round(reward, 9)
         if done and not (math.isfinite(reward) and 0.0 <= reward <= 1.0):
-            raise EnvError(
-                f"an episode was paid R = {reward:g}, not in [0, 1]: choose --openenv_reward and "
-                "--openenv_reward_scale", USER_ERROR, retryable=False,
-            )  # fmt: skip
+            raise _user_error(
+                f"an episode was paid R = {reward:g}, not in [0, 1]: choose "
+                '--openenv_reward_scale, and "reward" in --openenv_mapping'
+            )
         return reward
+
+
+def _holds(field: str, shown: dict[str, Any], otherwise: bool) -> bool:
+    """Whether an observation's flag, or its opposite, is true; `otherwise` without a flag."""
+    if not field:
+        return otherwise
+    value = bool(shown.get(field.removeprefix("!")))
+    return not value if field.startswith("!") else value

@@ -3,7 +3,7 @@
 The wire is OpenEnv's WebSocket session protocol: one JSON object a message.
 
     client -> server   {"type": "reset", "data": {"task", "split", "seed", "prompt", "expert"}}
-                       {"type": "step", "data": {"text": ...}}
+                       {"type": "step", "data": {"text": ..., "parsed": false}}
                        {"type": "state"}   {"type": "close"}
     server -> client   {"type": "observation", "data": {"observation": {...}, "reward", "done"}}
                        {"type": "state", "data": {"episode_id", "step_count", ...}}
@@ -11,6 +11,12 @@ The wire is OpenEnv's WebSocket session protocol: one JSON object a message.
 
 One connection is one session, and one session owns one environment process.  The same messages
 go over HTTP, one game a request (POST /reset and /step).
+
+**An action is parsed once**, by `spa_jax.envs.text.parse_action`, where a policy's text first comes
+to us.  For a policy that we play that is `spa_jax.rollout`: it records the action, and sends it
+with "parsed": true.  A client that leaves "parsed" out sends what its model wrote ("Thought: ...
+Action: ...", or an action alone), and the server's session parses that.  An engine is given the
+action and parses nothing.
 """
 
 import dataclasses

@@ -29,10 +29,10 @@ import uvicorn
 
 from spa_jax.config import ServerConfig
 from spa_jax.envs import capacity, protocol
-from spa_jax.envs.benchmarks import BENCHMARKS, Benchmark, load
+from spa_jax.envs.benchmarks import BENCHMARKS, Benchmark, prompt_names
 from spa_jax.envs.guard import Guard, Rate, check_host, is_loopback
 from spa_jax.envs.protocol import Observation
-from spa_jax.envs.session import Games, House, Session, State, StepRequest
+from spa_jax.envs.session import Games, ServerContext, Session, State, StepRequest
 from spa_jax.envs.telemetry import Metrics, log_json, note
 from spa_jax.envs.worker import Worker, WorkerPool, start_fork_server
 from spa_jax.errors import UserError
@@ -52,7 +52,7 @@ _HTTP_STATUS = {
 
 def _check(config: ServerConfig, benchmark: Benchmark) -> None:
     """Raises UserError at settings that make no sense."""
-    prompts = load(benchmark, benchmark.prompts).PROMPTS
+    prompts = prompt_names(benchmark)
     if config.prompt not in prompts:
         raise UserError(f"--prompt={config.prompt}: choose one of {', '.join(prompts)}")
     for name, value in dataclasses.asdict(config).items():
@@ -63,11 +63,11 @@ def _check(config: ServerConfig, benchmark: Benchmark) -> None:
             raise UserError(f"--{name} must be more than 0")
 
 
-class _Room:
-    """The sessions of a server: who comes in, who is sent away, who is at work.
+class _Sessions:
+    """The sessions of a server: opens them up to its capacity, and serves its connections.
 
     Attributes:
-      house: what the sessions share.
+      context: what all sessions share.
       capacity: how many may be open.
       draining: whether the server is about to stop.
       busy: calls that are being answered.
@@ -82,20 +82,27 @@ class _Room:
         self.capacity = config.max_sessions or fitting
         metrics = Metrics(self.capacity)
         pool = WorkerPool(
-            benchmark, config.games_per_worker or benchmark.games_per_worker,
-            config.worker_memory_mb or benchmark.limit_mb, self._on_worker_end,
-        )  # fmt: skip
-        self.house = House(
-            benchmark, games, pool, metrics, config.prompt, config.reset_deadline_s,
-            config.step_deadline_s,
-        )  # fmt: skip
+            benchmark,
+            games_per_worker=config.games_per_worker or benchmark.games_per_worker,
+            memory_mb=config.worker_memory_mb or benchmark.limit_mb,
+            on_end=self._on_worker_end,
+        )
+        self.context = ServerContext(
+            benchmark=benchmark,
+            games=games,
+            pool=pool,
+            metrics=metrics,
+            prompt=config.prompt,
+            reset_deadline_s=config.reset_deadline_s,
+            step_deadline_s=config.step_deadline_s,
+        )
         self.draining, self.busy = False, 0
         self._open: set[Session] = set()
         # Every open session may have a call waiting; the others are for /tasks.
         self._threads = concurrent.futures.ThreadPoolExecutor(self.capacity + 2)
 
     def _on_worker_end(self, worker: Worker) -> None:
-        self.house.metrics.worker_ends.labels(worker.ended_by).inc()
+        self.context.metrics.worker_ends.labels(worker.ended_by).inc()
         note(_LOG, "worker ended", cause=worker.ended_by, pid=worker.pid, games=worker.games)
 
     async def in_thread(self, function: Callable[..., _T], *args: Any) -> _T:
@@ -104,12 +111,12 @@ class _Room:
 
     def close(self) -> None:
         """Ends all environment processes."""
-        self.house.pool.close()
+        self.context.pool.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def refusal(self) -> str:
-        """Why nobody can come in now; empty if somebody can."""
+        """Why no session can be opened now; empty if one can."""
         if self.draining:
             return "the server is shutting down"
         if len(self._open) >= self.capacity:
@@ -117,20 +124,20 @@ class _Room:
         return ""
 
     @contextlib.asynccontextmanager
-    async def enter(self) -> AsyncIterator[Session]:
+    async def opened(self) -> AsyncIterator[Session]:
         """A session that counts as open until its process is free again."""
-        session = Session(self.house)
+        session = Session(self.context)
         self._open.add(session)
-        self.house.metrics.sessions.set(len(self._open))
+        self.context.metrics.sessions.set(len(self._open))
         try:
             yield session
         finally:
-            # First the process, then the place: a newcomer finds both.
+            # First the process, then the place: the next client finds both free.
             await self.in_thread(session.close)
             self._open.discard(session)
-            self.house.metrics.sessions.set(len(self._open))
+            self.context.metrics.sessions.set(len(self._open))
 
-    async def welcome(self, socket: fastapi.WebSocket) -> None:
+    async def serve_socket(self, socket: fastapi.WebSocket) -> None:
         """Serves one connection from its opening to its end."""
         await socket.accept()
         if why := self.refusal:
@@ -139,7 +146,7 @@ class _Room:
         started, state = time.monotonic(), State()
         how = "gone"
         try:
-            async with self.enter() as session:
+            async with self.opened() as session:
                 try:
                     how = await self._converse(socket, session)
                 finally:
@@ -150,7 +157,7 @@ class _Room:
         except fastapi.WebSocketDisconnect:
             pass
         finally:
-            self.house.metrics.session_ends.labels(how).inc()
+            self.context.metrics.session_ends.labels(how).inc()
             note(_LOG, "session ended", how=how, episode=state.episode_id,
                  seconds=round(time.monotonic() - started, 3))  # fmt: skip
 
@@ -182,8 +189,8 @@ class _Room:
 
     async def _turn_away(self, socket: fastapi.WebSocket, why: str) -> None:
         """Answers a client's first message with the reason; closing at once could overtake it."""
-        self.house.metrics.session_ends.labels("turned_away").inc()
-        error = Session(self.house).error(why, protocol.CAPACITY_REACHED, retryable=True)
+        self.context.metrics.session_ends.labels("turned_away").inc()
+        error = Session(self.context).error(why, protocol.CAPACITY_REACHED, retryable=True)
         try:
             async with asyncio.timeout(_TURN_AWAY_S):
                 await socket.receive()
@@ -192,20 +199,20 @@ class _Room:
         except (fastapi.WebSocketDisconnect, RuntimeError, TimeoutError):
             pass
 
-    async def once(self, request: fastapi.Request, step: bool) -> fastapi.Response:
+    async def serve_once(self, request: fastapi.Request, step: bool) -> fastapi.Response:
         """Plays one game's reset, and its first step if asked to, in a session of its own."""
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
             if len(body) > self.config.max_message_kb * 1024:
                 why = f"a message has at most {self.config.max_message_kb} KiB"
-                return _respond(Session(self.house).error(why, protocol.VALIDATION_ERROR), 413)
+                return _respond(Session(self.context).error(why, protocol.VALIDATION_ERROR), 413)
         if why := self.refusal:
-            error = Session(self.house).error(why, protocol.CAPACITY_REACHED, retryable=True)
+            error = Session(self.context).error(why, protocol.CAPACITY_REACHED, retryable=True)
             return _respond(error)
         self.busy += 1
         try:
-            async with self.enter() as session:
+            async with self.opened() as session:
                 return _respond(await self.in_thread(_play_once, session, bytes(body), step))
         finally:
             self.busy -= 1
@@ -228,52 +235,52 @@ def _respond(answer: dict[str, Any], status: int = 0) -> fastapi.Response:
     return fastapi.responses.JSONResponse(answer["data"], status_code=status)
 
 
-def make_app(config: ServerConfig) -> tuple[fastapi.FastAPI, _Room]:
+def make_app(config: ServerConfig) -> tuple[fastapi.FastAPI, _Sessions]:
     """The server's application and its sessions.
 
     Raises:
       UserError: if the data folder is missing or a setting makes no sense.
     """
-    room = _Room(config)
-    benchmark = room.house.benchmark
+    sessions = _Sessions(config)
+    benchmark = sessions.context.benchmark
 
     @contextlib.asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
         start_fork_server(benchmark)
         yield
-        room.close()
+        sessions.close()
 
     app = fastapi.FastAPI(title=f"spa_jax {benchmark.name}", lifespan=lifespan)
-    _add_pages(app, room)
+    _add_pages(app, sessions)
 
     @app.websocket("/ws")
     async def session(socket: fastapi.WebSocket) -> None:
-        await room.welcome(socket)
+        await sessions.serve_socket(socket)
 
     @app.post("/reset")
     async def reset(request: fastapi.Request) -> fastapi.Response:
-        return await room.once(request, step=False)
+        return await sessions.serve_once(request, step=False)
 
     @app.post("/step")
     async def step(request: fastapi.Request) -> fastapi.Response:
-        return await room.once(request, step=True)
+        return await sessions.serve_once(request, step=True)
 
-    return app, room
+    return app, sessions
 
 
-def _add_pages(app: fastapi.FastAPI, room: _Room) -> None:
+def _add_pages(app: fastapi.FastAPI, sessions: _Sessions) -> None:
     """The GET pages."""
-    house = room.house
+    context = sessions.context
 
     @app.get("/health")
     async def health() -> fastapi.Response:
-        well = not room.draining
+        well = not sessions.draining
         content = {"status": "healthy" if well else "unhealthy"}
         return fastapi.responses.JSONResponse(content, status_code=200 if well else 503)
 
     @app.get("/metadata")
     async def metadata() -> dict[str, Any]:
-        return {"name": house.benchmark.name, "description": house.benchmark.description}
+        return {"name": context.benchmark.name, "description": context.benchmark.description}
 
     @app.get("/schema")
     async def schema() -> dict[str, Any]:
@@ -290,25 +297,25 @@ def _add_pages(app: fastapi.FastAPI, room: _Room) -> None:
     @app.get("/tasks")
     async def tasks(split: str) -> Any:
         try:
-            found = await room.in_thread(house.games.tasks, split)
+            found = await sessions.in_thread(context.games.tasks, split)
         except UserError as error:
-            return _respond(Session(house).error(str(error), protocol.USER_ERROR))
+            return _respond(Session(context).error(str(error), protocol.USER_ERROR))
         return [dataclasses.asdict(task) for task in found]
 
     @app.get("/metrics")
     async def metrics() -> fastapi.Response:
-        house.metrics.workers.set(len(house.pool))
+        context.metrics.workers.set(len(context.pool))
         return fastapi.Response(
-            house.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST
+            context.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST
         )
 
 
 class _Uvicorn(uvicorn.Server):
     """Told to stop, it lets the calls in progress finish before it closes anything."""
 
-    def __init__(self, config: uvicorn.Config, room: _Room):
+    def __init__(self, config: uvicorn.Config, sessions: _Sessions):
         super().__init__(config)
-        self._room = room
+        self._sessions = sessions
         self._interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -320,11 +327,11 @@ class _Uvicorn(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._room.draining = True
-        note(_LOG, "stopping", busy=self._room.busy)
+        self._sessions.draining = True
+        note(_LOG, "stopping", busy=self._sessions.busy)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._room.config.drain_s):
-                while self._room.busy:
+            async with asyncio.timeout(self._sessions.config.drain_s):
+                while self._sessions.busy:
                     await asyncio.sleep(0.01)
         await super().shutdown(sockets)
 
@@ -346,21 +353,10 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def serve(
-    config: ServerConfig,
-    host: str = "127.0.0.1",
-    port: int = 8700,
-    exit_with_parent: bool = False,
-    token: str = "",
+def run(
+    config: ServerConfig, *, host: str, port: int, token: str, exit_with_parent: bool
 ) -> None:
-    """Serves until SIGTERM.  `port` 0 takes a free one; the first line printed says it.
-
-    Args:
-      config: the environment.
-      host: the address to listen on; beyond loopback it needs a token.
-      port: the port.
-      exit_with_parent: whether to end when standard input closes.
-      token: what clients must know; empty: nothing.
+    """Serves until it is told to stop: `spa_jax.envs.serve`, with the token itself.
 
     Raises:
       UserError: if the data folder is missing, the port is taken or a token is needed.
@@ -369,7 +365,7 @@ def serve(
     check_host(host, token)
     log_json()
     _raise_file_limit()
-    app, room = make_app(config)
+    app, sessions = make_app(config)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -378,14 +374,14 @@ def serve(
         raise UserError(
             f"--host={host} --port={port}: {error.strerror}; choose another (0: any free one)"
         ) from error
-    server = _Uvicorn(_uvicorn_config(config, Guard(app, token), room.capacity), room)
+    server = _Uvicorn(_uvicorn_config(config, Guard(app, token), sessions.capacity), sessions)
     if exit_with_parent:
         _exit_with_parent(server)
     # Uvicorn raises the signal again when it has stopped: stopped in good order is no failure.
     signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     if not is_loopback(host):
         note(_LOG, "not encrypted: put a proxy that speaks TLS in front", logging.WARNING)
-    note(_LOG, "serving", env=config.env, capacity=room.capacity, pid=os.getpid())
+    note(_LOG, "serving", env=config.env, capacity=sessions.capacity, pid=os.getpid())
     print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
     server.run(sockets=[listener])
 

@@ -14,9 +14,10 @@ from typing import Any
 import pydantic
 
 from spa_jax.envs import protocol
-from spa_jax.envs.benchmarks import Benchmark, load
+from spa_jax.envs.benchmarks import Benchmark, open_index
 from spa_jax.envs.protocol import EnvError, Observation, Task
 from spa_jax.envs.telemetry import Metrics, note
+from spa_jax.envs.text import parse_action
 from spa_jax.envs.worker import Worker, WorkerPool
 from spa_jax.errors import UserError
 
@@ -40,9 +41,10 @@ class ResetRequest(_Request):
 
 
 class StepRequest(_Request):
-    """The data of a step."""
+    """The data of a step; see `protocol` for what both fields mean."""
 
     text: str
+    parsed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Games:
     """The index of the data, with the playable games of each split read once."""
 
     def __init__(self, benchmark: Benchmark, data_dir: str):
-        self.index = load(benchmark, benchmark.index)(data_dir)
+        self.index = open_index(benchmark, data_dir)
         self._tasks: dict[str, list[Task]] = {}
         self._lock = threading.Lock()
 
@@ -91,8 +93,8 @@ class Games:
         return split, task
 
 
-@dataclasses.dataclass(frozen=True)
-class House:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerContext:
     """What all sessions of a server share.
 
     Attributes:
@@ -117,8 +119,8 @@ class House:
 class Session:
     """Answers the messages of one client, one after the other, in a thread."""
 
-    def __init__(self, house: House):
-        self._house = house
+    def __init__(self, context: ServerContext):
+        self._context = context
         self._worker: Worker | None = None
         self._playing = False
         self.state = State()
@@ -160,49 +162,49 @@ class Session:
 
     def error(self, message: str, code: str, retryable: bool = False) -> dict[str, Any]:
         """An error message, counted."""
-        self._house.metrics.errors.labels(code).inc()
+        self._context.metrics.errors.labels(code).inc()
         data = {"message": message, "code": code, "retryable": retryable}
         return {"type": "error", "data": data}
 
     def _reset(self, request: ResetRequest) -> Observation:
         self._playing = False
-        house, started = self._house, time.perf_counter()
-        split, task = house.games.choose(request)
-        folder = house.games.index.folder(split, task)
+        context, started = self._context, time.perf_counter()
+        split, task = context.games.choose(request)
+        place = context.games.index.place(split, task)
         worker, self._worker = self._worker, None
-        self._worker = house.pool.acquire(worker)
+        self._worker = context.pool.acquire(worker)
         options: dict[str, Any] = {
             "task": task,
-            "prompt": request.prompt or house.prompt,
+            "prompt": request.prompt or context.prompt,
             "expert": bool(request.expert),
+            "seed": request.seed or 0,
         }
-        if house.benchmark.seeded:
-            options["seed"] = request.seed or 0
         self.state = State(f"{split}/{task}", 0, task, split, self._worker.pid)
-        observation = self._worker.reset(folder, options, house.reset_deadline_s)
+        observation = self._worker.reset(place, options, context.reset_deadline_s)
         self._playing = True
-        house.metrics.resets.inc()
-        house.metrics.seconds.labels("reset").observe(time.perf_counter() - started)
+        context.metrics.resets.inc()
+        context.metrics.seconds.labels("reset").observe(time.perf_counter() - started)
         return observation
 
     def _step(self, request: StepRequest) -> Observation:
         if not self._playing or self._worker is None:
             raise EnvError("no game is running in this session: reset it first")
-        house, started = self._house, time.perf_counter()
+        action = request.text if request.parsed else parse_action(request.text)
+        context, started = self._context, time.perf_counter()
         try:
-            observation = self._worker.step(request.text, house.step_deadline_s)
+            observation = self._worker.step(action, context.step_deadline_s)
         except EnvError:
             self._playing = False
             raise
         self.state = dataclasses.replace(self.state, step_count=self.state.step_count + 1)
-        house.metrics.steps.inc()
-        house.metrics.seconds.labels("step").observe(time.perf_counter() - started)
+        context.metrics.steps.inc()
+        context.metrics.seconds.labels("step").observe(time.perf_counter() - started)
         return observation
 
     def close(self) -> None:
         """Gives the worker back."""
         if self._worker is not None:
-            self._house.pool.release(self._worker)
+            self._context.pool.release(self._worker)
             self._worker = None
 
 

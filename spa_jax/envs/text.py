@@ -1,4 +1,7 @@
-"""How an action is read out of what a policy wrote; the same in every environment."""
+"""How an action is read out of what a policy wrote; the same in every environment.
+
+`spa_jax.envs.protocol` says who does it.
+"""
 
 import re
 

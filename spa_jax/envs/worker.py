@@ -2,7 +2,7 @@
 
 Server and worker talk through a pipe, one answer a request:
 
-    ("reset", folder, {"task", "prompt", "expert", ...}) or ("step", text)
+    ("reset", place, {"task", "prompt", "expert", "seed"}) or ("step", action)
     -> ("ok", Observation) | ("user_error", message) | ("env_error", message)
 """
 
@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from spa_jax.envs.benchmarks import Benchmark, load
+from spa_jax.envs.benchmarks import Benchmark, make_engine
+from spa_jax.envs.contract import Engine
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
 from spa_jax.errors import UserError
 from spa_jax.runtime import interrupt
@@ -52,7 +52,7 @@ def resident_mb(process: psutil.Process) -> float:
     return (memory.rss - memory.shared) / _MB
 
 
-def _answer(engine: Any, request: tuple[Any, ...]) -> tuple[str, Any]:
+def _answer(engine: Engine, request: tuple[Any, ...]) -> tuple[str, Any]:
     try:
         if request[0] == "reset":
             return "ok", engine.reset(request[1], **request[2])
@@ -67,7 +67,7 @@ def _main(connection: Connection, benchmark: Benchmark) -> None:
     """Runs in the worker until the server goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    engine = load(benchmark, benchmark.engine)()
+    engine = make_engine(benchmark)
     while True:
         try:
             request = connection.recv()
@@ -120,14 +120,14 @@ class Worker:
         """Whether it has played that many games, or is near its memory limit."""
         return self.games >= games or 0 < _WORN * self._memory_mb < self.memory_mb()
 
-    def reset(self, folder: Path, options: dict[str, Any], deadline_s: float) -> Observation:
-        """Starts a game; see `call` for errors."""
+    def reset(self, place: Any, options: dict[str, Any], deadline_s: float) -> Observation:
+        """Starts a game, by `Engine.reset`; errors as `_call`."""
         self.games += 1
-        return self._call(("reset", folder, options), deadline_s)
+        return self._call(("reset", place, options), deadline_s)
 
-    def step(self, text: str, deadline_s: float) -> Observation:
-        """Plays one step; see `call` for errors."""
-        return self._call(("step", text), deadline_s)
+    def step(self, action: str, deadline_s: float) -> Observation:
+        """Plays one action; errors as `_call`."""
+        return self._call(("step", action), deadline_s)
 
     def _call(self, request: tuple[Any, ...], deadline_s: float) -> Observation:
         """Asks and waits.
@@ -190,6 +190,7 @@ class WorkerPool:
     def __init__(
         self,
         benchmark: Benchmark,
+        *,
         games_per_worker: int,
         memory_mb: int,
         on_end: Callable[[Worker], None],

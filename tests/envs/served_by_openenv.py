@@ -7,6 +7,7 @@ import uvicorn
 from openenv.core.env_server.http_server import HTTPEnvServer
 from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.types import Action, ConcurrencyConfig, Observation, State
+from pydantic import ConfigDict
 
 
 class SayAction(Action):
@@ -21,6 +22,21 @@ class SayObservation(Observation):
     echoed_message: str
     solved: bool = False
     error: str = ""
+
+
+class DeclaredObservation(SayObservation):
+    """The same; its author says what its fields mean."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-spa-jax": {
+                "instruction": "Say the digit.",
+                "success": "solved",
+                "grounded": "!error",
+                "reward_scale": 0.1,
+            }
+        }
+    )
 
 
 class EchoEnvironment(Environment):
@@ -47,10 +63,12 @@ class EchoEnvironment(Environment):
             raise RuntimeError("told to")
         solved = action.message == self._digit
         return SayObservation(
-            echoed_message=action.message, solved=solved, reward=10.0 if solved else -1.0,
+            echoed_message=action.message,
+            solved=solved,
+            reward=10.0 if solved else -1.0,
             done=solved or self._state.step_count >= 30,
             error="" if action.message.isdecimal() else "not a digit",
-        )  # fmt: skip
+        )
 
     @property
     def state(self) -> State:
@@ -63,10 +81,11 @@ def main() -> None:
 
     app = fastapi.FastAPI()
     limits = ConcurrencyConfig(max_concurrent_envs=2)
-    server = HTTPEnvServer(
-        EchoEnvironment, SayAction, SayObservation, concurrency_config=limits
-    )
-    server.register_routes(app)
+    for observation, into in ((SayObservation, app), (DeclaredObservation, fastapi.FastAPI())):
+        server = HTTPEnvServer(EchoEnvironment, SayAction, observation, concurrency_config=limits)
+        server.register_routes(into)
+        if into is not app:
+            app.mount("/declared", into)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()  # who reads the port finds it open

@@ -8,6 +8,7 @@ import pytest
 from spa_jax.envs.alfworld import prompt
 from spa_jax.envs.alfworld.engine import AlfworldEngine, patch_grammar
 from spa_jax.envs.alfworld.games import GameIndex, read_game
+from spa_jax.envs.text import parse_action
 
 # TextWorld as it comes, in a process of its own: nothing of ours is imported.
 _STOCK = """
@@ -33,7 +34,7 @@ def engine() -> AlfworldEngine:
 def _folder(games: Path, task_type: str) -> Path:
     index = GameIndex(games)
     task = next(t for t in index.tasks("train")[0] if t.task_type == task_type)
-    return index.folder("train", task.task)
+    return index.place("train", task.task)
 
 
 def _walkthrough(folder: Path) -> list[str]:
@@ -109,7 +110,7 @@ def test_put_is_accepted_as_published(games: Path, engine: AlfworldEngine, wordi
     *before, move = _walkthrough(folder)
     engine.reset(folder)
     for command in before:
-        engine.step(f"Thought: on we go.\nAction: {command}")
+        engine.step(parse_action(f"Thought: on we go.\nAction: {command}"))
     held, target = move.removeprefix("move ").split(" to ")
     assert engine.step(wording.format(held, target)).success
 

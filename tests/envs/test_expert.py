@@ -96,7 +96,7 @@ def test_it_wins_generated_games_by_searching(games: Path) -> None:
     index, engine = GameIndex(games), AlfworldEngine()
     opened = 0
     for task in index.tasks("train")[0]:
-        observation = engine.reset(index.folder("train", task.task), expert=True)
+        observation = engine.reset(index.place("train", task.task), expert=True)
         shown, looked_into, done = observation.text, [], False
         for _ in range(40):
             command = observation.expert_action
@@ -119,7 +119,7 @@ def test_it_wins_generated_games_by_searching(games: Path) -> None:
 def test_searching_never_returns(games: Path) -> None:
     index, engine = GameIndex(games), AlfworldEngine()
     for task in index.tasks("train")[0]:
-        observation = engine.reset(index.folder("train", task.task), expert=True)
+        observation = engine.reset(index.place("train", task.task), expert=True)
         visited: list[str] = []
         while not observation.expert_action.startswith("take "):
             if observation.expert_action.startswith("go to "):
@@ -135,7 +135,7 @@ def test_it_wins_real_games() -> None:
     tasks = index.tasks("valid_seen")[0]
     won = 0
     for task in tasks:
-        observation = engine.reset(index.folder("valid_seen", task.task), expert=True)
+        observation = engine.reset(index.place("valid_seen", task.task), expert=True)
         for _ in range(50):
             observation = engine.step(observation.expert_action)
             if observation.done:

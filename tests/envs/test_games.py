@@ -25,7 +25,7 @@ def test_tasks_are_sorted_and_complete(games: Path) -> None:
     assert [task.task for task in tasks] == sorted(task.task for task in tasks)
     assert len({task.layout for task in tasks}) == 12
     assert {task.seed for task in tasks} == {7}
-    assert GameIndex(games).folder("train", tasks[3].task) == games / "train" / tasks[3].task
+    assert GameIndex(games).place("train", tasks[3].task) == games / "train" / tasks[3].task
 
 
 def test_the_parent_of_json_2_1_1_will_do(copy: Path, tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_names_from_the_wire_reach_nothing_else(games: Path) -> None:
     trial = _trial(games).relative_to(games / "train")
     for name in ("../train/" + str(trial), "/etc/passwd", "", ".", str(trial) + "/", "a\0b"):
         with pytest.raises(UserError, match="no game"):
-            index.folder("train", name)
+            index.place("train", name)
     for split in ("..", "train/" + trial.parts[0], "", "valid"):
         with pytest.raises(UserError, match="no split"):
-            index.folder(split, str(trial))
+            index.place(split, str(trial))
 
 
 def test_missing_folders_are_named(tmp_path: Path) -> None:

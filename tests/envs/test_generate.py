@@ -35,7 +35,7 @@ def test_every_type_is_won_by_its_walkthrough(games: Path) -> None:
     tasks = index.tasks("train")[0]
     assert collections.Counter(task.task_type for task in tasks) == dict.fromkeys(TASK_TYPES, 2)
     for task in tasks:
-        folder = index.folder("train", task.task)
+        folder = index.place("train", task.task)
         observation = engine.reset(folder)
         for command in read_game(folder).data["walkthrough"]:
             assert not observation.done

@@ -24,13 +24,18 @@ def test_server_and_client_load_neither_the_trainer_nor_textworld() -> None:
         "spa_jax.envs.protocol", "spa_jax.envs.client", "spa_jax.envs.server",
         "spa_jax.envs.worker", "spa_jax.envs.alfworld.prompt", "spa_jax.envs.alfworld.games",
         "spa_jax.envs.alfworld.expert", "experiments.serve_env",
-    )  # fmt: skip
+    )
     assert "fastapi" in loaded
     assert not loaded & (_TRAINER | _GAMES)
 
 
 def test_a_client_needs_no_server_framework() -> None:
     assert not _loaded("spa_jax.envs.client") & {"fastapi", "uvicorn"}
+
+
+def test_what_each_environment_process_imports_of_its_server_is_light() -> None:
+    loaded = _loaded("spa_jax.envs.serve")
+    assert not loaded & (_TRAINER | _GAMES | {"fastapi", "uvicorn", "absl", "experiments"})
 
 
 def test_a_stage_needs_no_server_framework() -> None:

@@ -15,7 +15,14 @@ from spa_jax.config import EnvConfig, ServerConfig
 from spa_jax.envs import protocol
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
-from spa_jax.envs.openenv import OpenEnvClient, TextWire, _choose_fields, seed_of
+from spa_jax.envs.openenv import (
+    EXTENSION,
+    OpenEnvClient,
+    OpenEnvMapping,
+    TextWire,
+    complete_mapping,
+    seed_of,
+)
 from spa_jax.envs.protocol import EnvError
 from spa_jax.errors import UserError
 from tests.experiments import stages
@@ -115,14 +122,23 @@ def echo() -> Iterator[str]:
     process.wait()
 
 
-def _env(**changes) -> EnvConfig:
-    settings = {"env": "openenv", "openenv_success": "solved", "openenv_grounded": "!error",
-                "openenv_reward_scale": 0.1}  # fmt: skip
-    return EnvConfig(**(settings | changes))
+_MAPPING = {"success": "solved", "grounded": "!error", "reward_scale": 0.1}
 
 
-def test_our_client_plays_an_environment_that_the_package_serves(echo):
-    client = OpenEnvClient(echo, _env())
+@pytest.fixture
+def write(tmp_path):
+    """Writes a mapping's file, and gives the settings with it."""
+
+    def written(mapping: dict, **settings) -> EnvConfig:
+        path = tmp_path / "mapping.json"
+        path.write_text(json.dumps(mapping))
+        return EnvConfig(env="openenv", openenv_mapping=str(path), **settings)
+
+    return written
+
+
+def test_our_client_plays_an_environment_that_the_package_serves(echo, write):
+    client = OpenEnvClient(echo, write(_MAPPING))
     client.health()
     task = client.tasks("train")[3]
     with client.session() as session:
@@ -130,7 +146,7 @@ def test_our_client_plays_an_environment_that_the_package_serves(echo):
         digit = str(seed_of(task.task) % 10)
         assert first.text == f"say {digit}" and first.instruction.startswith("Read what")
         assert session.state()["episode_id"] == f"seed {seed_of(task.task)}"
-        now = session.step("hello")
+        now = session.step("Thought: hm.\nAction: hello")
         assert (now.text, now.done, now.grounded, now.instruction) == ("hello", False, False, "")
         with pytest.raises(EnvError, match="told to") as caught:
             session.step("crash")
@@ -140,22 +156,39 @@ def test_our_client_plays_an_environment_that_the_package_serves(echo):
         assert session.state()["step_count"] == 3
 
 
-def test_a_full_server_of_the_package_is_waited_for(echo):
-    client = OpenEnvClient(echo, _env())
+def test_the_environments_author_can_say_what_its_fields_mean(echo, write):
+    """The observation's schema of `served_by_openenv` declares a mapping; a file wins over it."""
+    client = OpenEnvClient(f"{echo}/declared", EnvConfig(env="openenv"))
+    with client.session() as session:
+        assert session.reset("train-0", "train").instruction == "Say the digit."
+        assert not session.step("hello").grounded
+        now = session.step(str(seed_of("train-0") % 10))
+        assert (now.done, now.success, now.reward) == (True, True, 1.0)
+    ours = write({"instruction": "Say it.", "grounded": ""}, openenv_reward_scale=0.05)
+    with OpenEnvClient(f"{echo}/declared", ours).session() as session:
+        assert session.reset("train-0", "train").instruction == "Say it."
+        assert session.step("hello").grounded
+        now = session.step(str(seed_of("train-0") % 10))
+        assert (now.done, now.success, now.reward) == (True, True, 0.5)
+
+
+def test_a_full_server_of_the_package_is_waited_for(echo, write):
+    env = write(_MAPPING)
+    client = OpenEnvClient(echo, env)
     with client.session() as one, client.session() as two:
         one.reset("train-0", "train"), two.reset("train-1", "train")
-        with pytest.raises(EnvError) as caught, OpenEnvClient(echo, _env(), wait_s=0.5).session(
-        ) as three:  # fmt: skip
+        impatient = OpenEnvClient(echo, env, wait_s=0.5)
+        with pytest.raises(EnvError) as caught, impatient.session() as three:
             three.reset("train-2", "train")
         assert (caught.value.code, caught.value.retryable) == (protocol.CAPACITY_REACHED, True)
     with client.session() as three:
         assert three.reset("train-2", "train").text.startswith("say ")
 
 
-def test_what_cannot_be_is_told(echo):
-    with pytest.raises(UserError, match="--openenv_success=won.*solved"):
-        OpenEnvClient(echo, _env(openenv_success="won")).session()
-    client = OpenEnvClient(echo, _env(openenv_reward_scale=1.0))
+def test_what_cannot_be_is_told(echo, write):
+    with pytest.raises(UserError, match='--openenv_mapping: "success": "won".*solved'):
+        OpenEnvClient(echo, write({"success": "won"})).session()
+    client = OpenEnvClient(echo, write(_MAPPING, openenv_reward_scale=1.0))
     with client.session() as session:
         session.reset("train-0", "train")
         with pytest.raises(EnvError, match="R = 10.*--openenv_reward_scale") as caught:
@@ -169,10 +202,11 @@ def test_exploring_an_environment_that_the_package_serves(echo, tmp_path):
     from tests import tiny  # it loads JAX
 
     policy = tiny.tiny_policy(tmp_path / "tiny")
+    mapping = tmp_path / "mapping.json"
+    mapping.write_text(json.dumps({"success": "solved", "grounded": "!error"}))
     flags = (
         "--env=openenv", f"--env_address={echo}", f"--policy={policy}", "--openenv_tasks=3",
-        "--openenv_reward_scale=0.1", "--openenv_success=solved", "--openenv_grounded=!error",
-        "--split=explore",
+        "--openenv_reward_scale=0.1", f"--openenv_mapping={mapping}", "--split=explore",
         "--rollouts=2", "--slots=2", "--max_steps=3", "--max_new_tokens=8",
         "--context_length=256", f"--workdir={tmp_path}",
     )  # fmt: skip
@@ -214,18 +248,54 @@ def test_fields_are_chosen_by_what_is_needed_and_usual():
         {"reward": "number", "board": "string", "message": "string", "grounded": "boolean"},
         ["guess"],
     )
-    fields = _choose_fields(schema, EnvConfig())
-    assert fields == {"text": "message", "action": "guess", "success": "", "grounded": "grounded"}
-    named = EnvConfig(openenv_text="board", openenv_action="note", openenv_success="!grounded")
-    fields = _choose_fields(schema, named)
-    assert fields == {"text": "board", "action": "note", "success": "!grounded",
-                      "grounded": "grounded"}  # fmt: skip
-    with pytest.raises(UserError, match="--openenv_text.*left, right"):
-        _choose_fields(_schema({"x": "string"}, {"left": "string", "right": "string"}), EnvConfig())
-    with pytest.raises(UserError, match="--openenv_action"):
-        _choose_fields(_schema({"x": "integer"}, {"left": "string"}), EnvConfig())
+    fields = complete_mapping(schema, {})
+    assert fields == OpenEnvMapping(text="message", action="guess", grounded="grounded")
+    named = {"text": "board", "action": "note", "success": "!grounded"}
+    assert complete_mapping(schema, named) == OpenEnvMapping(
+        text="board", action="note", success="!grounded", grounded="grounded"
+    )
+    with pytest.raises(UserError, match="which field is the text.*left, right"):
+        complete_mapping(_schema({"x": "string"}, {"left": "string", "right": "string"}), {})
+    with pytest.raises(UserError, match="which field is the action"):
+        complete_mapping(_schema({"x": "integer"}, {"left": "string"}), {})
     with pytest.raises(UserError, match="/schema"):
-        _choose_fields([], EnvConfig())
+        complete_mapping([], {})
+
+
+def test_a_schema_can_declare_a_mapping_and_given_keys_win():
+    schema = _schema({"guess": "string"}, {"board": "string", "left": "string", "won": "boolean"})
+    schema["observation"][EXTENSION] = {"text": "left", "success": "won", "reward_scale": 0.5}
+    found = complete_mapping(schema, {"text": "board"})
+    assert found == OpenEnvMapping(text="board", action="guess", success="won", reward_scale=0.5)
+    schema["observation"][EXTENSION] = {"succes": "won"}
+    with pytest.raises(UserError, match='x-spa-jax in the schema.*"succes".*mean "success"'):
+        complete_mapping(schema, {})
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"sucess": "won"}, 'no key "sucess"; did you mean "success"'),
+        ({"openenv_text": "board"}, 'did you mean "text"'),
+        ({"text": 3}, '"text" must be a text, not 3'),
+        ({"reward_scale": "0.1"}, '"reward_scale" must be a number other than 0'),
+        ({"reward_scale": 0}, '"reward_scale" must be a number other than 0'),
+        ({"reward_scale": True}, '"reward_scale" must be a number other than 0'),
+        ({"reward": ""}, '"reward" must be'),
+        ([1], "a mapping is a JSON object with keys of instruction, action"),
+    ],
+)
+def test_a_wrong_mapping_is_refused_before_anything_is_asked(write, mapping, message):
+    with pytest.raises(UserError, match=f"--openenv_mapping=.*mapping.json: .*{message}"):
+        OpenEnvClient("http://127.0.0.1:1", write(mapping))
+
+
+def test_a_mapping_that_is_no_file(tmp_path):
+    (tmp_path / "half.json").write_text('{"text": ')
+    for name in ("half.json", "none.json"):
+        env = EnvConfig(env="openenv", openenv_mapping=str(tmp_path / name))
+        with pytest.raises(UserError, match=f"{name} is no whole JSON file"):
+            OpenEnvClient("http://127.0.0.1:1", env)
 
 
 @pytest.mark.parametrize(
@@ -239,10 +309,9 @@ def test_fields_are_chosen_by_what_is_needed_and_usual():
     ],
 )
 def test_which_reward_is_r(choice, rewards, expected):
-    wire = TextWire(EnvConfig(openenv_reward=choice), {"text": "text", "action": "text",
-                                                       "success": "", "grounded": ""})  # fmt: skip
+    wire = TextWire(OpenEnvMapping(text="text", action="text", reward=choice))
     for _ in range(2):  # a reset begins anew
-        wire.reset("a", "train", 0, False, "")
+        wire.reset("a", "train", seed=0, expert=False, prompt="")
         wire.read({"observation": {"text": ""}, "reward": None, "done": False})
         for i, reward in enumerate(rewards):
             shown = {"text": "", "score": 0.75}

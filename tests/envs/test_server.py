@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import pytest
 from websockets.sync.client import connect
 
 from spa_jax.config import ServerConfig
-from spa_jax.envs import protocol
+from spa_jax.envs import protocol, serve
 from spa_jax.envs.client import EnvClient, Session
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import EnvError, Observation
@@ -111,6 +112,16 @@ def test_both_wordings_and_nonsense_over_the_wire(client: EnvClient) -> None:
         move = put.replace("put ", "move ").replace(" in/on ", " to ")
         assert session.step(move).success
         assert held.startswith("put ")
+
+
+def test_an_action_is_parsed_once(client: EnvClient) -> None:
+    """Of a text the server reads the action; what is said to be one is taken as it is."""
+    task = client.tasks("train")[0].task
+    with client.session() as session:
+        session.reset(task, "train")
+        assert session.step("Thought: hm\nAction: look").grounded
+        assert session.step("look", parsed=True).grounded
+        assert not session.step("Action: look", parsed=True).grounded
 
 
 def test_sessions_run_side_by_side_up_to_the_limit(client: EnvClient) -> None:
@@ -312,3 +323,27 @@ def test_a_local_server_that_cannot_start_says_why() -> None:
     with pytest.raises(UserError, match="/nowhere is no folder"):
         with LocalServer(ServerConfig("/nowhere")):
             pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"env": "alfworld"}', "data_dir"),
+        ('{"data_dir": ".", "prompts": "short"}', "'prompts'.*there are: data_dir, env, prompt"),
+        ("[]", "not the settings"),
+        ("{", "not the settings"),
+        ('{"data_dir": "/nowhere"}', "/nowhere is no folder"),
+    ],
+)
+def test_serving_without_flags_says_what_is_wrong(settings: str, message: str, capsys) -> None:
+    assert serve.main([settings, "--port=0"]) == 2
+    said = capsys.readouterr().err
+    assert re.match(f"error: .*{message}", said) and len(said.splitlines()) == 1
+
+
+def test_a_local_server_starts_from_any_folder(games: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(_REPOSITORY))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "games").symlink_to(games)
+    with LocalServer(ServerConfig("games")) as server:  # a path is of the caller's folder
+        assert EnvClient(server.address).tasks("train")

@@ -30,8 +30,8 @@ from textworld.envs.pddl import logic as pddl_logic
 from spa_jax.envs.alfworld import prompt as prompts
 from spa_jax.envs.alfworld.expert import Expert
 from spa_jax.envs.alfworld.games import read_game
+from spa_jax.envs.contract import Engine
 from spa_jax.envs.protocol import Observation
-from spa_jax.envs.text import parse_action
 
 _TASK = re.compile(r"Your task is to: ([^\"\n]*?)\.?(?=\")")
 _TASK_PLACEHOLDER = "Your task is to: UNKNOWN GOAL."
@@ -103,7 +103,7 @@ def patch_grammar(grammar: str) -> tuple[str, str]:
     ), task
 
 
-class AlfworldEngine:
+class AlfworldEngine(Engine[Path]):
     """Plays games one after the other; `reset`, then `step` until done.
 
     Args:
@@ -122,21 +122,28 @@ class AlfworldEngine:
         self._expert: Expert | None = None
 
     def reset(
-        self, folder: Path, *, task: str = "", prompt: str = "paper", expert: bool = False
+        self,
+        place: Path,
+        *,
+        task: str = "",
+        prompt: str = "paper",
+        expert: bool = False,
+        seed: int = 0,
     ) -> Observation:
-        """Starts the game that `folder` holds.
+        """Starts the game that `place` holds.
 
         Args:
-          folder: holds game.tw-pddl and traj_data.json.
+          place: the folder that holds game.tw-pddl and traj_data.json.
           task: the name that observations carry.
           prompt: which instruction the policy is given, one of `prompt.PROMPTS`.
           expert: whether each observation carries the expert's next action.
+          seed: not looked at: these games have nothing random.
 
         Raises:
           UserError: if the game's files are missing or broken, or the prompt is unknown.
         """
         instruction = prompts.instruction(prompt)
-        game = read_game(folder)
+        game = read_game(place)
         grammar, sentence = patch_grammar(game.data["grammar"])
         self._env.load(game.data | {"grammar": grammar})
         if self._memoised:
@@ -150,9 +157,9 @@ class AlfworldEngine:
         self._expert = Expert(text) if expert else None
         return self._observation(text, 0.0, True, instruction=instruction)
 
-    def step(self, action_text: str) -> Observation:
-        """Plays what the policy wrote.  Text that is no command does nothing and never raises."""
-        command = prompts.to_command(parse_action(action_text))
+    def step(self, action: str) -> Observation:
+        """Plays an action.  Text that is no command does nothing and never raises."""
+        command = prompts.to_command(action)
         grounded = command in self._state["admissible_commands"]
         if not grounded:
             return self._observation("Nothing happens.", 0.0, False)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spa_jax.envs.contract import Index
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 
@@ -102,7 +103,7 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-class GameIndex:
+class GameIndex(Index[Path]):
     """The games of a data folder, by split and name.
 
     Args:
@@ -138,7 +139,7 @@ class GameIndex:
             for trial in _subfolders(self.root / split / game):
                 yield f"{game}/{trial}"
 
-    def folder(self, split: str, task: str) -> Path:
+    def place(self, split: str, task: str) -> Path:
         """The folder of a game.  Names are compared with what is on disk, never joined unseen.
 
         Raises:

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# The reading of "Action: ..." is common to all environments.
+from spa_jax.envs.contract import Engine
 from spa_jax.envs.protocol import Observation
-from spa_jax.envs.text import parse_action
 from spa_jax.envs.virtualhome import observe
 from spa_jax.envs.virtualhome import prompt as prompts
 from spa_jax.envs.virtualhome.actions import Objects, parse
@@ -25,28 +24,35 @@ def reached(goal: Goal, world: World) -> bool:
     return all(map(world.has_edge, goal.present)) and not any(map(world.has_edge, goal.absent))
 
 
-class VirtualhomeEngine:
+class VirtualhomeEngine(Engine[Path]):
     """Plays tasks one after the other; `reset`, then `step` until done."""
 
     def reset(
-        self, folder: Path, *, task: str = "", prompt: str = "paper", expert: bool = False
+        self,
+        place: Path,
+        *,
+        task: str = "",
+        prompt: str = "paper",
+        expert: bool = False,
+        seed: int = 0,
     ) -> Observation:
-        """Starts the task that `folder` holds.
+        """Starts the task at `place`.
 
         Args:
-          folder: a place of `tasks.TaskIndex`.
+          place: what `tasks.TaskIndex.place` gave.
           task: the name that observations carry.
           prompt: which instruction the policy is given, one of `prompt.PROMPTS`.
           expert: whether each observation carries the expert's next action.
+          seed: not looked at: these tasks have nothing random.
 
         Raises:
           UserError: if the task's files are missing or broken, it has no program and the expert
             is wanted, the prompt is unknown, or the simulator is not installed.
         """
         instruction = prompts.instruction(prompt)
-        home_task, graph = read_task(folder)
+        home_task, graph = read_task(place)
         if expert and not home_task.program:
-            raise UserError(f"{folder} has no program: there is no expert for it")
+            raise UserError(f"{place} has no program: there is no expert for it")
         return self.begin(home_task, graph, task=task, instruction=instruction, expert=expert)
 
     def begin(
@@ -67,12 +73,11 @@ class VirtualhomeEngine:
         text = observe.introduce(home_task.title, home_task.description)
         return self._observation(text, 0.0, True, instruction)
 
-    def step(self, action_text: str) -> Observation:
-        """Plays what the policy wrote.  Text that is no command does nothing and never raises."""
-        command = parse_action(action_text)
-        grounded = self._execute(command)
+    def step(self, action: str) -> Observation:
+        """Plays an action.  Text that is no command does nothing and never raises."""
+        grounded = self._execute(action)
         if self._expert is not None:
-            self._expert.observe(command)
+            self._expert.observe(action)
         # A solved task goes on and can be undone: what was won stays won.
         first = not self._won and reached(self._home_task.goal, self._world)
         self._won = self._won or first

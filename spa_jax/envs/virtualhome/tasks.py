@@ -24,6 +24,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from spa_jax.envs.contract import Index
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 
@@ -150,7 +151,7 @@ def read_task(place: Path) -> tuple[HomeTask, dict[str, Any]]:
     """A task and its initial graph, {"nodes": [...], "edges": [(from, relation, to), ...]}.
 
     Args:
-      place: what `TaskIndex.folder` gave: a task's folder, or DIR/<split>.json/<task>.
+      place: what `TaskIndex.place` gave: a task's folder, or DIR/<split>.json/<task>.
 
     Raises:
       UserError: naming the file, if one is missing or is no task.
@@ -204,7 +205,7 @@ def _entries_of(file: Path, _: int) -> dict[str, dict[str, Any]]:
     return named
 
 
-class TaskIndex:
+class TaskIndex(Index[Path]):
     """The tasks of a data folder, by split and name.
 
     Args:
@@ -239,7 +240,7 @@ class TaskIndex:
             f"{self.root} has no split {split!r}; it has: {', '.join(self.splits()) or 'none'}"
         )
 
-    def folder(self, split: str, task: str) -> Path:
+    def place(self, split: str, task: str) -> Path:
         """The place of a task, for `read_task`: a folder, or a name below the authors' file.
 
         Raises:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from spa_jax.envs.contract import Engine
 from spa_jax.envs.protocol import Observation
-from spa_jax.envs.text import parse_action
 from spa_jax.envs.webshop import pages
 from spa_jax.envs.webshop import prompt as prompts
 from spa_jax.envs.webshop.catalogue import Product
@@ -109,7 +109,7 @@ class Shop:
         self.page = pages.item_page(self.goal.instruction_text, self._item)
 
 
-class WebshopEngine:
+class WebshopEngine(Engine[Path]):
     """Plays goals one after the other; `reset`, then `step` until done."""
 
     def __init__(self) -> None:
@@ -118,32 +118,39 @@ class WebshopEngine:
         self._expert: Expert | None = None
 
     def reset(
-        self, folder: Path, *, task: str, prompt: str = "paper", expert: bool = False
+        self,
+        place: Path,
+        *,
+        task: str,
+        prompt: str = "paper",
+        expert: bool = False,
+        seed: int = 0,
     ) -> Observation:
         """Starts the visit for a goal.
 
         Args:
-          folder: a prepared store, or a folder with the files of a small catalogue.  It is
+          place: a prepared store, or a folder with the files of a small catalogue.  It is
             opened at the first reset and kept.
           task: the goal's name, such as "goal_12".
           prompt: which instruction the policy is given, one of `prompt.PROMPTS`.
           expert: whether each observation carries the expert's next action.
+          seed: not looked at: a shop has nothing random.
 
         Raises:
           UserError: if the catalogue or the goal is missing, or the prompt is unknown.
         """
         instruction = prompts.instruction(prompt)
-        if self._catalogue is None or self._folder != folder:
-            self._catalogue, self._folder = open_catalogue(folder), folder
+        if self._catalogue is None or self._folder != place:
+            self._catalogue, self._folder = open_catalogue(place), place
         goal = self._catalogue.goal(goal_number(task))
         self._shop = Shop(self._catalogue, goal)
         self._task = task
         self._expert = Expert(self._catalogue, goal) if expert else None
         return self._observation(0.0, True, instruction)
 
-    def step(self, action_text: str) -> Observation:
-        """Plays what the policy wrote.  What is no action shows the same page again."""
-        grounded = self._shop.act(parse_action(action_text))
+    def step(self, action: str) -> Observation:
+        """Plays an action.  What is none shows the same page again."""
+        grounded = self._shop.act(action)
         bought = self._shop.score if grounded else None
         return self._observation(bought.reward if bought else 0.0, grounded)
 

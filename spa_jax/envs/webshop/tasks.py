@@ -13,6 +13,7 @@ import re
 import zlib
 from pathlib import Path
 
+from spa_jax.envs.contract import Index
 from spa_jax.envs.protocol import Task
 from spa_jax.envs.webshop.goals import Goal
 from spa_jax.envs.webshop.store import Catalogue, open_catalogue, store_folder
@@ -41,7 +42,7 @@ def goal_number(task: str) -> int:
     return int(match[1])
 
 
-class GoalIndex:
+class GoalIndex(Index[Path]):
     """The goals of a data folder, by split.
 
     Args:
@@ -68,7 +69,7 @@ class GoalIndex:
         """The names of the splits: those of the index files, or train and test; and all."""
         return sorted(self._files or ("test", "train")) + [ALL]
 
-    def folder(self, split: str, task: str) -> Path:
+    def place(self, split: str, task: str) -> Path:
         """What `WebshopEngine.reset` opens to play this task.
 
         Raises:

@@ -101,7 +101,7 @@ def test_prepared_tasks_are_solved_by_their_programs(corpus: Corpus, tmp_path: P
     found = 0
     for split in index.splits():
         for task in index.tasks(split)[0]:
-            observation = engine.reset(index.folder(split, task.task), expert=True)
+            observation = engine.reset(index.place(split, task.task), expert=True)
             while not observation.done:
                 observation = engine.step(observation.expert_action)
             assert observation.success
@@ -157,7 +157,7 @@ for file in sorted(out.glob("*/*/*")):
 engine, index = VirtualhomeEngine(), TaskIndex(out)
 for split in index.splits():
     for task in index.tasks(split)[0]:
-        place = index.folder(split, task.task)
+        place = index.place(split, task.task)
         home, graph = read_task(place)
         names = sorted({n["class_name"].replace("_", " ") for n in graph["nodes"]})
         rng = random.Random(task.task)

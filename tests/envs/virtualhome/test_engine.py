@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from spa_jax.envs.protocol import Observation
+from spa_jax.envs.text import parse_action
 from spa_jax.envs.virtualhome import prompt
 from spa_jax.envs.virtualhome.engine import VirtualhomeEngine
 from spa_jax.envs.virtualhome.simulator import World
@@ -68,7 +69,8 @@ def test_wording(engine: VirtualhomeEngine) -> None:
     assert first == Observation(
         "The task is Tidy up(Put the mug away).", 0.0, False, False, True, "Do it.", "t", "Tidy up"
     )
-    texts = [engine.step(f"Thought: so.\nAction: {command}").text for command in _PROGRAM]
+    written = [f"Thought: so.\nAction: {command}" for command in _PROGRAM]
+    texts = [engine.step(parse_action(text)).text for text in written]
     assert texts == [
         "",
         "table is CLEAN. ",
@@ -147,7 +149,7 @@ def test_what_a_name_means(engine: VirtualhomeEngine) -> None:
 def test_a_reset_starts_afresh(homes: Path, engine: VirtualhomeEngine) -> None:
     index = TaskIndex(homes)
     names = [task.task for task in index.tasks("train")[0]]
-    folder, other = (index.folder("train", name) for name in names[:2])
+    folder, other = (index.place("train", name) for name in names[:2])
     program = read_task(folder)[0].program
 
     def episode() -> list[Observation]:
@@ -174,7 +176,7 @@ def test_a_task_in_memory_is_not_changed(engine: VirtualhomeEngine) -> None:
 def test_the_expert_solves_every_task(homes: Path, engine: VirtualhomeEngine) -> None:
     index = TaskIndex(homes)
     for task in index.tasks("train")[0]:
-        observation = engine.reset(index.folder("train", task.task), task=task.task, expert=True)
+        observation = engine.reset(index.place("train", task.task), task=task.task, expert=True)
         assert observation.instruction == prompt.instruction("paper")
         steps = 0
         while not observation.done:
@@ -188,7 +190,7 @@ def test_the_expert_solves_every_task(homes: Path, engine: VirtualhomeEngine) ->
 
 def test_the_expert_waits_for_its_command(homes: Path, engine: VirtualhomeEngine) -> None:
     index = TaskIndex(homes)
-    folder = index.folder("train", index.tasks("train")[0][0].task)
+    folder = index.place("train", index.tasks("train")[0][0].task)
     first = engine.reset(folder, expert=True).expert_action
     assert engine.step("stand up").expert_action == first
     assert engine.step(first).expert_action not in ("", first)
@@ -198,7 +200,7 @@ def test_the_expert_waits_for_its_command(homes: Path, engine: VirtualhomeEngine
 
 def test_a_task_without_program_has_no_expert(homes: Path, tmp_path: Path) -> None:
     index = TaskIndex(homes)
-    folder = index.folder("train", index.tasks("train")[0][0].task)
+    folder = index.place("train", index.tasks("train")[0][0].task)
     data = json.loads((folder / "task.json").read_text())
     copy = tmp_path / "task"
     copy.mkdir()

@@ -94,7 +94,7 @@ def test_the_authors_files_are_played(tmp_path: Path, suffix: str) -> None:
     ]
     assert len(problems) == 1 and "elsewhere-file9_9" in problems[0]
     engine = VirtualhomeEngine()
-    place = index.folder("test", tasks[0].task)
+    place = index.place("test", tasks[0].task)
     assert engine.reset(place, task="t").text == "The task is Light(Light the room.)."
     assert not engine.step("switch on lamp").grounded
     assert engine.step("walk to lamp").text == "lamp is CLEAN and OFF. "
@@ -102,7 +102,7 @@ def test_the_authors_files_are_played(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(UserError, match="no program"):
         engine.reset(place, expert=True)
     with pytest.raises(UserError, match="no initial graph"):
-        engine.reset(index.folder("test", "elsewhere-file9_9"))
+        engine.reset(index.place("test", "elsewhere-file9_9"))
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     task = HomeTask("Light", "Light it.", _GOAL, {"lamp": 3})
     write_task(tmp_path / "train" / "one", task, _GRAPH)
     with pytest.raises(UserError, match=r"no task '\.\./one'"):
-        index.folder("train", "../one")
+        index.place("train", "../one")
     graph = tmp_path / "train" / "one" / "graph.json.gz"
     graph.write_bytes(graph.read_bytes()[:40])
     with pytest.raises(UserError, match=r"graph\.json\.gz cannot be read"):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from spa_jax.envs.protocol import observation_from_wire, observation_to_wire
+from spa_jax.envs.text import parse_action
 from spa_jax.envs.webshop import pages
 from spa_jax.envs.webshop.engine import Shop, WebshopEngine
 from spa_jax.envs.webshop.store import Catalogue
@@ -68,7 +69,7 @@ def test_a_purchase_ends_the_episode(shop_data: Path, catalogue: Catalogue) -> N
     assert observation.instruction and observation.task == f"goal_{place}"
     assert observation.task_type == goal.category and observation.grounded
     engine.step(f"search[{goal.name}]")
-    engine.step(f"Thought: mine\nAction: click[{goal.asin}]")
+    engine.step(parse_action(f"Thought: mine\nAction: click[{goal.asin}]"))
     observation = engine.step("click[no such thing]")
     assert not observation.grounded and not observation.done and observation.reward == 0.0
     observation = engine.step("click[Buy Now]")

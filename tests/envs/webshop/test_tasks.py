@@ -17,7 +17,7 @@ def test_index_files_make_the_splits(shop_data: Path, catalogue: Catalogue) -> N
     assert [goal_number(task.task) for task in tasks] == numbers and not problems
     assert {task.split for task in tasks} == {"test"}
     assert tasks[0].task_type == catalogue.goal(numbers[0]).category
-    assert index.folder("test", tasks[0].task) == shop_data
+    assert index.place("test", tasks[0].task) == shop_data
     assert len(index.tasks("all")[0]) == catalogue.goals
     layouts = [task.layout for task in index.tasks("all")[0]]
     assert len(set(layouts)) > 0.9 * len(layouts)
@@ -70,4 +70,4 @@ def test_unknown_splits_and_goals_are_refused(shop_data: Path) -> None:
     with pytest.raises(UserError, match="it has: test, train, valid, all"):
         index.tasks("dev")
     with pytest.raises(UserError, match="no goal 'goal_150'"):
-        index.folder("test", "goal_150")
+        index.place("test", "goal_150")
