@@ -33,7 +33,8 @@ from spa_jax import config as config_lib
 from spa_jax import episodes, evaluation, store
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
-from spa_jax.report.page import BASE, SPA, shown, write_report
+from spa_jax.evaluation import BASE, SPA
+from spa_jax.report.page import write_report
 from spa_jax.training import distributed
 from spa_jax.trajectory import Trajectory
 
@@ -215,7 +216,10 @@ def evaluate_policy(r: Run, name: str, policy: pathlib.Path) -> evaluation.Summa
     summary = play_heldout(r, name, policy)
     last = r.workdir / f"iteration_{r.run.iterations - 1}" / "progress"
     path = r.workdir / "eval" / name / "trajectories.jsonl"
-    keys = None if name == BASE else {t.key for t in shown(store.read(path))}
+    keys = None
+    if name != BASE:
+        won, lost = evaluation.examples(store.read(path))
+        keys = {t.key for t in (*won, *lost)}
     annotate.run(path, str(r.base), path, last, r.credit, r.rows, r.seed, keys, r.compute)
     return summary
 
