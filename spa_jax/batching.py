@@ -45,8 +45,13 @@ SHARED = -1  # the segment of a row's shared prefix
 # Fields of `PackedRows` whose last axis is that of the columns, or of the policy-token slots.
 _BY_COLUMN = ("tokens", "positions", "segment_ids")
 _BY_TOKEN_SLOT = (
-    "token_index", "targets", "token_mask", "token_step", "log_probs", "ref_log_probs",
-)  # fmt: skip
+    "token_index",
+    "targets",
+    "token_mask",
+    "token_step",
+    "log_probs",
+    "ref_log_probs",
+)
 
 
 @struct.dataclass
@@ -127,7 +132,6 @@ def pack(
     row_length: int,
     policy_slots: int,
     step_slots: int,
-    rows_multiple: int = 1,
     share_prefix: bool = False,
 ) -> PackedRows:
     """Packs trajectories into rows: first-fit decreasing by length, deterministic.
@@ -141,12 +145,10 @@ def pack(
       row_length: L, tokens a row.
       policy_slots: P, policy tokens a row.
       step_slots: S, steps a row.
-      rows_multiple: padding rows are added until R is a multiple of this; R is
-        at least `rows_multiple`, even if nothing is packed.
       share_prefix: put the context that all trajectories open with once into each row.
 
     Returns:
-      The rows, in the order in which they were opened.
+      The rows, in the order in which they were opened; one of padding if nothing is packed.
 
     Raises:
       UserError: if a trajectory fits no empty row, was never encoded, or begins
@@ -157,15 +159,14 @@ def pack(
     shared = _common_prefix(items) if share_prefix else 0
     prefix = items[0].tokens[:shared] if items else np.zeros(0, np.int32)
     bins = _first_fit_decreasing([item.after(shared) for item in items], limits - [shared, 0, 0])
-    num_rows = max(1, -(-len(bins) // rows_multiple)) * rows_multiple
-    rows = _empty(num_rows, row_length, policy_slots, step_slots)
+    rows = _empty(max(1, len(bins)), row_length, policy_slots, step_slots)
     for r, members in enumerate(bins):
         rows.tokens[r, :shared] = prefix
         rows.positions[r, :shared] = np.arange(shared)
         rows.segment_ids[r, :shared] = SHARED
         start = np.array([shared, 0, 0])
         for segment, item in enumerate(members, 1):
-            _place(rows, r, segment, start, item, shared)
+            _place(item, rows, r, segment=segment, start=start, shared=shared)
             start += item.size
     return rows
 
@@ -211,9 +212,16 @@ def _item(index: int, trajectory: Trajectory) -> _Item:
     given = trajectory.ref_log_probs
     ref = np.zeros_like(log_probs) if given is None else np.asarray(given, np.float32)
     return _Item(
-        index, tokens, policy, token_step, log_probs[policy], ref[policy],
-        numbers, policy[first], last,
-    )  # fmt: skip
+        index=index,
+        tokens=tokens,
+        policy=policy,
+        token_step=token_step,
+        log_probs=log_probs[policy],
+        ref_log_probs=ref[policy],
+        numbers=numbers,
+        first=policy[first],
+        last=last,
+    )
 
 
 def _common_prefix(items: list[_Item]) -> int:
@@ -275,9 +283,9 @@ def _used(values: np.ndarray) -> int:
 
 
 def _place(
-    rows: PackedRows, r: int, segment: int, start: np.ndarray, item: _Item, shared: int
+    item: _Item, rows: PackedRows, r: int, *, segment: int, start: np.ndarray, shared: int
 ) -> None:
-    """Writes `item` into row `r`, from (token, policy slot, step slot) `start` on."""
+    """Writes `item` into row `r`, from (token, policy slot, step slot) `start` [3] on."""
     at, slot, step = (slice(a, a + n) for a, n in zip(start, item.size, strict=True))
     rows.tokens[r, at] = item.tokens
     rows.positions[r, at] = shared + np.arange(len(item.tokens))
@@ -408,13 +416,6 @@ def gather_tokens(values: np.ndarray, rows: PackedRows, lengths: Sequence[int]) 
         out[trajectory][:shared] = flat[row, :shared]
         out[trajectory][shared:] = flat[row, columns]
     return out
-
-
-def take_rows(rows: PackedRows, order: Sequence[int] | np.ndarray) -> PackedRows:
-    """The rows named by `order`, in that order; they may be fewer, or repeat."""
-    order = np.asarray(order, np.int64)
-    fields = (f.name for f in dataclasses.fields(PackedRows))
-    return PackedRows(**{name: np.asarray(getattr(rows, name))[order] for name in fields})
 
 
 def microbatches(

@@ -6,16 +6,23 @@ out of every figure and counted on its own.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from spa_jax.trajectory import Status, Trajectory
 
+# The evaluations of a whole run: the base policy's, and that of the policy that SPA made.
+BASE, SPA = "sft", "spa"
+EXAMPLES = 4  # won episodes, and as many lost ones, that are annotated and shown
 # A final reward this close to 1 is the full reward (rewards travel as JSON floats).
 _FULL_REWARD = 1.0 - 1e-6
+# The confidence of z = 1.96, which every table says 95% of.
+_CONFIDENCE = math.erf(1.96 / math.sqrt(2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,19 +133,14 @@ class Paired:
         """Exact two-sided McNemar test: the games that both or neither won say nothing.
 
         p = min(1, 2 * P[Binomial(n, 1/2) <= min(only_first, only_second)]),
-        n = only_first + only_second (McNemar 1947, in its exact form).
+        n = only_first + only_second (McNemar 1947, in its exact form).  1 if n is 0.
         """
         count = self.only_first + self.only_second
-        fewer = min(self.only_first, self.only_second)
-        tail = sum(math.comb(count, k) for k in range(fewer + 1))
-        return min(1.0, 2 * tail / 2**count)
+        return float(_stats().binomtest(self.only_first, count).pvalue) if count else 1.0
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson 1927, JASA 22:209).
-
-        centre = (p + z^2 / 2n) / (1 + z^2 / n)
-        half   = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 / 4n^2)
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion (Wilson 1927, JASA 22:209).
 
     Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1] and keeps its
     coverage close to 0 and 1, where a good or a hopeless agent lives.
@@ -146,7 +148,6 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
     Args:
       successes: how many succeeded, 0 <= successes <= n.
       n: how many there were.  0 gives (0, 1): nothing is known.
-      z: standard normal quantile; 1.96 for 95%.
 
     Returns:
       (low, high), both in [0, 1].
@@ -158,14 +159,8 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
         raise ValueError(f"{successes} successes of {n}")
     if n == 0:
         return 0.0, 1.0
-    rate = successes / n
-    scale = 1 + z * z / n
-    centre = (rate + z * z / (2 * n)) / scale
-    half = z / scale * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    # At 0 and n the formula gives 0 and 1 but for rounding.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
-    return low, high
+    interval = _stats().binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def summarize(trajectories: Iterable[Trajectory]) -> Summary:
@@ -207,6 +202,29 @@ def paired(first: Iterable[Trajectory], second: Iterable[Trajectory]) -> Paired 
         only_second=wins.count((False, True)),
         neither=wins.count((False, False)),
     )
+
+
+def examples(
+    trajectories: Iterable[Trajectory], number: int = EXAMPLES
+) -> tuple[list[Trajectory], list[Trajectory]]:
+    """The episodes of an evaluation to read: `number` won and `number` lost ones.
+
+    They are chosen by a hash of their keys, which knows nothing of the text or the outcome: nobody
+    picked the pretty ones, and the same games give the same choice.
+
+    Args:
+      trajectories: all episodes of the evaluation; those without a step or that the environment
+        broke are not chosen.
+      number: of each outcome, at most.
+
+    Returns:
+      (won, lost).
+    """
+    played = [t for t in trajectories if t.status is not Status.ENV_ERROR and t.steps]
+    played.sort(key=lambda t: hashlib.sha256(repr(t.key).encode("utf-8", "replace")).digest())
+    won = [t for t in played if t.success]
+    lost = [t for t in played if not t.success]
+    return won[:number], lost[:number]
 
 
 def table(rows: Mapping[str, Summary]) -> str:
@@ -253,10 +271,7 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives or np.isnan(scores).any():
         return math.nan
-    _, which, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    # Scores tied on ranks a..b all get (a + b) / 2.
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[which.reshape(-1)]
-    rank_sum = ranks[positive].sum()
+    rank_sum = _stats().rankdata(scores)[positive].sum()
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
@@ -316,8 +331,14 @@ def estimator_validity(
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum()))
+    return float(_stats().pearsonr(x, y).statistic)
+
+
+def _stats() -> ModuleType:
+    """scipy.stats, which takes two seconds to load: not before something is evaluated."""
+    from scipy import stats
+
+    return stats
 
 
 def _won(played: Sequence[Trajectory]) -> Proportion:

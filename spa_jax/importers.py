@@ -111,7 +111,8 @@ def read_sharegpt(
         where = f"{path}: record {number}"
         texts = _texts(where, record)
         task = str(record.get("game_file") or record.get("id", number))
-        trajectories.append(_trajectory(where, record, texts, env, split, task, attempts[task]))
+        about = {"env": env, "split": split, "task": task}
+        trajectories.append(_trajectory(where, record, texts, attempt=attempts[task], **about))
         attempts[task] += 1
     return trajectories
 
@@ -139,8 +140,16 @@ def _texts(where: str, record: Any) -> list[str]:
 
 
 def _trajectory(
-    where: str, record: Any, texts: list[str], env: str, split: str, task: str, attempt: int
+    where: str,
+    record: Any,
+    texts: list[str],
+    *,
+    env: str,
+    split: str,
+    task: str,
+    attempt: int,
 ) -> Trajectory:
+    """The trajectory of a record's texts."""
     instruction = ""
     if len(texts) > 2 and _ACKNOWLEDGEMENT.fullmatch(texts[1].strip()):
         instruction, texts = texts[0], texts[2:]

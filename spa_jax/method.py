@@ -11,7 +11,7 @@ import numpy as np
 from spa_jax import episodes, evaluation, files, policy, store
 from spa_jax import run as run_lib
 from spa_jax.evaluation import Summary
-from spa_jax.report.page import shown, write_report
+from spa_jax.report.page import write_report
 from spa_jax.run import BASE, SPA, Run
 from spa_jax.runtime import distributed
 from spa_jax.stages import (
@@ -58,7 +58,7 @@ def run(run: Run) -> Result:
     annotate.run_evaluation(run, BASE)  # all: the estimator is judged on them
     spa = evaluate.run(run, SPA, policy=str(run.newest_policy(iterations)))
     played = store.read(run.evaluation(SPA) / run_lib.EPISODES)
-    annotate.run_evaluation(run, SPA, {t.key for t in shown(played)})  # what the report shows
+    annotate.run_evaluation(run, SPA, {t.key for t in evaluation.examples(played)})  # what the report shows
     validity = judge_estimator(run)
     files.write_json(run.estimator, validity)
     distributed.first_alone("report", lambda: write_report(run.workdir, run.report))

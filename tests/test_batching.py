@@ -36,6 +36,18 @@ def example():
     ]
 
 
+def _packed(made, multiple, **limits):
+    """The rows, and padding rows up to a multiple, as the last of several batches gets them."""
+    rows = batching.pack(made, **limits)
+    (filled,) = batching.microbatches(rows, -(-len(rows.tokens) // multiple) * multiple)
+    return filled
+
+
+def _take(rows, order):
+    """The rows named by `order`, in that order."""
+    return jax.tree.map(lambda x: x[np.asarray(order, np.int64)], rows)
+
+
 def test_the_drawn_example():
     rows = batching.pack(example(), row_length=12, policy_slots=5, step_slots=4)
     expected = {
@@ -93,11 +105,11 @@ def test_first_fit_decreasing():
 
 
 def test_rows_are_padded_to_a_multiple_and_padding_is_silent():
-    rows = batching.pack(example(), row_length=12, policy_slots=5, step_slots=4, rows_multiple=4)
+    rows = _packed(example(), 4, row_length=12, policy_slots=5, step_slots=4)
     assert rows.tokens.shape == (4, 12)
     for name in ("segment_ids", "token_mask", "step_mask"):
         assert not getattr(rows, name)[1:].any()
-    nothing = batching.pack([], row_length=12, policy_slots=5, step_slots=4, rows_multiple=2)
+    nothing = _packed([], 2, row_length=12, policy_slots=5, step_slots=4)
     assert nothing.tokens.shape == (2, 12) and not nothing.step_mask.any()
     assert batching.padding_share(nothing) == 1.0
 
@@ -165,7 +177,7 @@ LIMITS = {"row_length": 26, "policy_slots": 14, "step_slots": 5}
 @few
 @hypothesis.given(episodes(), st.integers(1, 3))
 def test_packing_loses_nothing(made, multiple):
-    rows = batching.pack(made, rows_multiple=multiple, **LIMITS)
+    rows = _packed(made, multiple, **LIMITS)
     assert len(rows.tokens) % multiple == 0
     taught = [t for t in made if max(t.step_id, default=-1) >= 0]
     seen = []
@@ -242,10 +254,10 @@ def test_a_shared_prefix_stands_once_a_row(made, length):
 @few
 @hypothesis.given(episodes(), st.randoms(use_true_random=False))
 def test_scatter_and_gather_are_inverse_in_any_order_of_rows(made, random):
-    rows = batching.pack(made, rows_multiple=2, **LIMITS)
+    rows = _packed(made, 2, **LIMITS)
     order = list(range(len(rows.tokens)))
     random.shuffle(order)
-    rows = batching.take_rows(rows, order)
+    rows = _take(rows, order)
     table = np.arange(1, 1 + len(made) * 4, dtype=np.float32).reshape(len(made), 4)
     in_rows = batching.scatter_steps(table, rows)
     assert in_rows.shape == rows.step_mask.shape
@@ -272,9 +284,7 @@ def test_tokens_are_scattered_and_gathered_wherever_they_lie(share):
     lengths = [len(t.token_ids) for t in made]
     vectors = [np.array([[100.0 * i + p, token] for p, token in enumerate(t.token_ids)])
                for i, t in enumerate(made)]  # fmt: skip
-    rows = batching.pack(
-        made, row_length=30, policy_slots=12, step_slots=8, rows_multiple=2, share_prefix=share
-    )
+    rows = batching.pack(made, row_length=30, policy_slots=12, step_slots=8, share_prefix=share)
     dealt = next(batching.microbatches(rows, 1, 2))
     scattered = batching.scatter_tokens(vectors, dealt)
     assert scattered.shape == (2, 1, 30, 2)
@@ -363,10 +373,10 @@ def test_buckets_cut_slots_by_the_same_share_unless_they_are_needed():
     assert (narrow.tokens.shape[1], narrow.targets.shape[1]) == (4, 2)
 
 
-def _loss_terms(made, new_log_prob, values, order=None, **limits):
+def _loss_terms(made, new_log_prob, values, *, order=None, multiple=1, **limits):
     """Every loss term of PPO, through the rows, from tables by token id and by step."""
-    rows = batching.pack(made, **limits)
-    rows = rows if order is None else batching.take_rows(rows, np.argsort(order(len(rows.tokens))))
+    rows = _packed(made, multiple, **limits)
+    rows = rows if order is None else _take(rows, np.argsort(order(len(rows.tokens))))
     old_values = batching.scatter_steps(values, rows)
     v, mask = batching.gather_steps(old_values, rows, len(made), 4)
     contributions = np.where(np.arange(4) == 1, 0.0, v / 2)  # step 1 earns nothing
@@ -403,8 +413,6 @@ def test_no_loss_term_depends_on_packing_context_or_order(made, where, seed):
     values = rng.random((len(made), 4), dtype=np.float32)
     plain = _loss_terms(made, log_prob, values, row_length=48, policy_slots=24, step_slots=8)
     longer = [_with_more_context(t, where) for t in made]
-    alone = _loss_terms(
-        longer, log_prob, values, order=rng.random,
-        row_length=32, policy_slots=12, step_slots=4, rows_multiple=3,
-    )  # fmt: skip
+    limits = {"row_length": 32, "policy_slots": 12, "step_slots": 4}
+    alone = _loss_terms(longer, log_prob, values, order=rng.random, multiple=3, **limits)
     np.testing.assert_allclose(alone, plain, rtol=1e-4, atol=1e-5)

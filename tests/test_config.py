@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from spa_jax.config import ComputeConfig, DistributedConfig, RowsConfig, check
+from spa_jax.config import (ComputeConfig, DistributedConfig, RowsConfig, check)
 from spa_jax.errors import UserError
 from spa_jax.rl.objectives import OBJECTIVES
 from spa_jax.stage_config import CreditConfig, ExploreConfig, PpoConfig, SftConfig, check_together

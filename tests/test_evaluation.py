@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -191,3 +192,45 @@ def test_estimator_validity_of_nothing_is_nan_and_of_unequal_lengths_an_error():
     assert all(math.isnan(value) for value in result.values())
     with pytest.raises(ValueError, match="2 predictions, 1 rewards and 2"):
         evaluation.estimator_validity([1, 2], [1], [[1], [2]])
+
+
+def test_the_choice_depends_on_keys_alone():
+    played = [
+        episode(f"t{i}", WON if i % 2 else LOST) for i in range(20)
+    ]
+    played += [episode("broken", BROKEN), episode("empty", LOST, grounded=())]
+    wins, failures = evaluation.examples(played, 4)
+    assert all(t.success for t in wins) and not any(t.success for t in failures)
+    assert (len(wins), len(failures)) == (4, 4)
+    assert not {"broken", "empty"} & {t.task for t in failures}
+    again = evaluation.examples(
+        [dataclasses.replace(t, final_observation="other") for t in played[::-1]], 4
+    )
+    assert [[t.task for t in group] for group in again] == [
+        [t.task for t in group] for group in (wins, failures)
+    ]
+    # Not simply the first ones by name.
+    assert [t.task for t in wins] != sorted(t.task for t in played if t.success)[:4]
+
+
+def test_scipy_s_statistics_are_those_of_earlier_reports():
+    """To twelve digits; the numbers were written down before scipy computed them."""
+    exact = {"rel": 1e-12, "abs": 1e-12}
+    for (won, games), interval in {
+        (66, 100): (0.5627754565831095, 0.74538620502457),
+        (75, 100): (0.6569535362992417, 0.8245490599627573),
+        (1, 1): (0.2065432914738929, 1.0),
+        (0, 32): (0.0, 0.1071827150573635),
+        (200, 200): (0.9811539940816791, 1.0),
+        (3, 7): (0.15821692226262685, 0.7495457695909742),
+    }.items():
+        assert evaluation.wilson_interval(won, games) == pytest.approx(interval, **exact)
+    for (first, second), p in {
+        (42, 38): 0.7375543089843226, (13, 5): 0.09625244140625, (0, 9): 0.00390625, (7, 7): 1.0,
+    }.items():
+        assert evaluation.Paired(0, first, second, 0).p_value == pytest.approx(p, **exact)
+    rng = np.random.default_rng(11)
+    scores, positive, reward = rng.integers(0, 9, 40) / 8, rng.random(40) < 0.6, rng.random(40)
+    assert evaluation.auc(scores, positive) == pytest.approx(0.622257053291536, **exact)
+    correlation = evaluation.estimator_validity(scores, reward, [[]] * 40)["correlation"]
+    assert correlation == pytest.approx(0.03696789592807842, **exact)

@@ -12,11 +12,11 @@ import jinja2
 import numpy as np
 
 from spa_jax import evaluation
+from spa_jax.evaluation import BASE, SPA
 from spa_jax.report import figures, transcripts
-from spa_jax.report.workdir import Run, Workdir, read_workdir
+from spa_jax.report.workdir import StageMetrics, Workdir, read_workdir
 from spa_jax.trajectory import Status, Trajectory
 
-BASE, SPA = "sft", "spa"
 _NAMES = {BASE: "Base (SFT)", SPA: "SPA"}
 _STATUS = {
     "success": "won",
@@ -26,7 +26,6 @@ _STATUS = {
     "context_full": "context full",
     "deadline": "out of time",
 }
-_TRANSCRIPTS = 4  # of each outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,32 +191,32 @@ def _stages(run: Workdir) -> list[dict[str, Any]]:
     """The stages that have run, each with its figures; what has no figure of its own is "more"."""
     stages = []
     for name, (title, text, panels) in _STAGES.items():
-        runs = run.stages[name]
-        if not runs:
+        rounds = run.stages[name]
+        if not rounds:
             continue
         known = {metric for panel in panels for metric in panel.metrics} | {"update", "time"}
-        others = sorted({key for r in runs for record in r.records for key in record} - known)
+        others = sorted({key for r in rounds for record in r.records for key in record} - known)
         more = [_Panel(other.replace("_", " "), (other,)) for other in others]
         stages.append(
             {
                 "title": title,
                 "text": text,
-                "updates": sum(max(record["update"] for record in r.records) for r in runs),
-                "rounds": len(runs),
-                "minutes": sum(_seconds(r) for r in runs) / 60,
-                "figures": [drawn for panel in panels if (drawn := _figure(panel, runs))],
-                "more": [drawn for panel in more if (drawn := _figure(panel, runs))],
+                "updates": sum(max(record["update"] for record in r.records) for r in rounds),
+                "rounds": len(rounds),
+                "minutes": sum(_seconds(r) for r in rounds) / 60,
+                "figures": [drawn for panel in panels if (drawn := _figure(panel, rounds))],
+                "more": [drawn for panel in more if (drawn := _figure(panel, rounds))],
             }
         )
     return stages
 
 
-def _figure(panel: _Panel, runs: Sequence[Run]) -> dict[str, Any] | None:
+def _figure(panel: _Panel, rounds: Sequence[StageMetrics]) -> dict[str, Any] | None:
     lines: list[figures.Curve] = []
     legend: list[tuple[str, float]] = []
     borders: list[float] = []
     for metric, label in zip(panel.metrics, panel.labels, strict=True):
-        line, borders = _line(metric, runs)
+        line, borders = _line(metric, rounds)
         if line:
             lines.append(line)
             legend.append((label, line[-1][1][-1]))
@@ -231,22 +230,22 @@ def _figure(panel: _Panel, runs: Sequence[Run]) -> dict[str, Any] | None:
     }
 
 
-def _line(metric: str, runs: Sequence[Run]) -> tuple[figures.Curve, list[float]]:
+def _line(metric: str, rounds: Sequence[StageMetrics]) -> tuple[figures.Curve, list[float]]:
     """The finite values of a metric, a part a round, one round after the other."""
     parts: list[tuple[list[float], list[float]]] = []
     borders: list[float] = []
     start = 0
-    for run in runs:
-        if run is not runs[0]:
+    for one in rounds:
+        if one is not rounds[0]:
             borders.append(start)
         points = [
             (start + record["update"], record[metric])
-            for record in run.records
+            for record in one.records
             if math.isfinite(record.get(metric, math.nan))
         ]
         if points:
             parts.append(([x for x, _ in points], [y for _, y in points]))
-        start += max(record["update"] for record in run.records)
+        start += max(record["update"] for record in one.records)
     return parts, borders
 
 
@@ -279,18 +278,12 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
     return judged
 
 
-def shown(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """The episodes of an evaluation whose transcripts the page holds."""
-    wins, failures = transcripts.choose(trajectories, _TRANSCRIPTS)
-    return [*wins, *failures]
-
-
 def _transcript_groups(evaluations: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any] | None:
     """Transcripts of SPA's evaluation; of the last one where SPA has not been evaluated."""
     if not evaluations:
         return None
     name = SPA if SPA in evaluations else list(evaluations)[-1]
-    wins, failures = transcripts.choose(evaluations[name], _TRANSCRIPTS)
+    wins, failures = evaluation.examples(evaluations[name])
     scale = transcripts.bar_scale([*wins, *failures])
     return {
         "name": evaluation_name(name),
@@ -303,13 +296,13 @@ def _transcript_groups(evaluations: Mapping[str, Sequence[Trajectory]]) -> dict[
     }
 
 
-def _seconds(run: Run) -> float:
+def _seconds(stage: StageMetrics) -> float:
     """Wall-clock seconds of a stage, without the pauses in which nothing ran.
 
     A run that was stopped overnight and resumed has one long gap between two
     lines; no gap counts for more than ten typical ones.
     """
-    times = _times(run)
+    times = _times(stage)
     gaps = np.diff(np.asarray(times, np.float64))
     if not len(gaps):
         return 0.0
@@ -318,15 +311,15 @@ def _seconds(run: Run) -> float:
 
 def _last_date(run: Workdir) -> str | None:
     """The day (UTC) of the last line of metrics."""
-    times = [time for runs in run.stages.values() for stage in runs for time in _times(stage)]
+    times = [time for rounds in run.stages.values() for stage in rounds for time in _times(stage)]
     if not times:
         return None
     day = datetime.datetime.fromtimestamp(max(times), datetime.UTC)
     return f"{day.day} {day:%B %Y}"
 
 
-def _times(run: Run) -> list[float]:
-    times = [record.get("time", math.nan) for record in run.records]
+def _times(stage: StageMetrics) -> list[float]:
+    times = [record.get("time", math.nan) for record in stage.records]
     return [time for time in times if math.isfinite(time)]
 
 

@@ -1,12 +1,11 @@
 """Episodes as the report shows them: each step's text, and what the step got beside it."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from spa_jax.trajectory import Status, Step, Trajectory
+from spa_jax.trajectory import Step, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,21 +88,6 @@ def running_sum(trajectory: Trajectory) -> np.ndarray:
     """[steps + 1] float64: 0, c_1, c_1 + c_2, ... of an annotated trajectory."""
     contributions = [step.contribution for step in trajectory.steps]
     return np.concatenate([[0.0], np.cumsum(np.asarray(contributions, np.float64))])
-
-
-def choose(
-    trajectories: Sequence[Trajectory], number: int
-) -> tuple[list[Trajectory], list[Trajectory]]:
-    """`number` won and `number` lost episodes, by a hash of their keys.
-
-    The hash knows nothing of the text or the outcome, so nobody picked the
-    pretty ones, and the same games give the same choice.
-    """
-    played = [t for t in trajectories if t.status is not Status.ENV_ERROR and t.steps]
-    played.sort(key=lambda t: hashlib.sha256(repr(t.key).encode("utf-8", "replace")).digest())
-    wins = [t for t in played if t.success]
-    failures = [t for t in played if not t.success]
-    return wins[:number], failures[:number]
 
 
 def bar_scale(trajectories: Sequence[Trajectory]) -> float:

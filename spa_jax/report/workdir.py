@@ -18,11 +18,11 @@ from spa_jax.training import metrics
 from spa_jax.trajectory import Trajectory
 
 # The order of the rows: the base, what it became, then the others by name.
-_FIRST_EVALUATIONS = ("sft", "spa")
+_FIRST_EVALUATIONS = (evaluation.BASE, evaluation.SPA)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class StageMetrics:
     """One training stage of one round: the lines of its metrics, `round` from 0."""
 
     round: int
@@ -36,13 +36,13 @@ class Workdir:
     Attributes:
       name: the folder's own name.
       played: what the training stages saw, name -> figures, in order.
-      stages: "sft", "progress" and "ppo" -> its runs, one a round, those that have a line.
+      stages: "sft", "progress" and "ppo" -> its metrics, one a round, those that have a line.
       evaluations: name -> episodes, the base ("sft") first and "spa" after it.
     """
 
     name: str
     played: Mapping[str, evaluation.Summary]
-    stages: Mapping[str, list[Run]]
+    stages: Mapping[str, list[StageMetrics]]
     evaluations: Mapping[str, list[Trajectory]]
 
 
@@ -64,9 +64,9 @@ def read_workdir(folder: Path) -> Workdir:
         name=folder.resolve().name,
         played=_played(folder, rounds),
         stages={
-            "sft": _runs([(0, folder / "sft")]),
-            "progress": _runs([(i, path / "progress") for i, path in rounds]),
-            "ppo": _runs([(i, path / "ppo") for i, path in rounds]),
+            "sft": _metrics([(0, folder / "sft")]),
+            "progress": _metrics([(i, path / "progress") for i, path in rounds]),
+            "ppo": _metrics([(i, path / "ppo") for i, path in rounds]),
         },
         evaluations=_evaluations(folder / "eval"),
     )
@@ -93,14 +93,14 @@ def _played(folder: Path, rounds: list[tuple[int, Path]]) -> dict[str, evaluatio
     }
 
 
-def _runs(folders: list[tuple[int, Path]]) -> list[Run]:
-    runs = []
+def _metrics(folders: list[tuple[int, Path]]) -> list[StageMetrics]:
+    found = []
     for number, folder in folders:
         path = folder / metrics.METRICS_FILE
         records = metrics.read_metrics(path) if path.exists() else []
         if records:
-            runs.append(Run(number, records))
-    return runs
+            found.append(StageMetrics(number, records))
+    return found
 
 
 def _evaluations(folder: Path) -> dict[str, list[Trajectory]]:

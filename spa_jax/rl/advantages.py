@@ -82,20 +82,17 @@ def whiten(
     x: chex.Array,
     mask: chex.Array,
     *,
-    axis_name: str | None = None,
     epsilon: float = 1e-8,
 ) -> chex.Array:
     """Shifts and scales to mean 0 and variance 1 over the mask.
 
         y = (x - mean) / sqrt(var + epsilon)
 
-    mean and var (divided by the count) are those of all devices of `axis_name`
-    together.
+    mean and var (divided by the count) are taken over all axes.
 
     Args:
       x: [...] numbers, such as advantages.
       mask: [...] 1 (or True) where a number counts.
-      axis_name: the mapped axis whose devices share one mean and variance.
       epsilon: keeps equal numbers finite: they become 0.
 
     Returns:
@@ -105,8 +102,7 @@ def whiten(
     mask = mask.astype(bool)
 
     def total(y: chex.Array) -> chex.Array:
-        y = jnp.sum(jnp.where(mask, y, 0.0))
-        return y if axis_name is None else jax.lax.psum(y, axis_name)
+        return jnp.sum(jnp.where(mask, y, 0.0))
 
     count = jnp.maximum(total(jnp.ones_like(x)), 1.0)
     centred = jnp.where(mask, x, 0.0) - total(x) / count

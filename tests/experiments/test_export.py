@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from experiments import annotate, common, export
 from spa_jax import store
-from spa_jax.config import LORA_TARGETS, LoraConfig, RowsConfig
+from spa_jax.config import (LORA_TARGETS, LoraConfig, RowsConfig)
 from spa_jax.errors import UserError
 from spa_jax.models import heads, lora, transformer
 from spa_jax.models.io import huggingface, tensors

@@ -11,7 +11,7 @@ import pytest
 from experiments import common, train_ppo, train_progress
 from spa_jax import store
 from spa_jax.attribution import credit
-from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig
+from spa_jax.config import (ComputeConfig, LoraConfig, RowsConfig)
 from spa_jax.models import tree
 from spa_jax.models.io import huggingface, tensors
 from spa_jax.rl.objectives import OBJECTIVES

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments import plan, run_spa
-from spa_jax.config import LoraConfig, RowsConfig, RunConfig
+from spa_jax.config import (LoraConfig, RowsConfig, RunConfig)
 from spa_jax.errors import UserError
 from spa_jax.models import shapes
 from spa_jax.models.io import huggingface

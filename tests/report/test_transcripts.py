@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -57,26 +55,6 @@ def test_all_bars_have_one_scale():
 def test_the_action_inside_the_response(response, action, expected):
     view = transcripts.view(episode(step(response=response, action=action)), 1.0).steps[0]
     assert (view.thought, view.action, view.remainder) == expected
-
-
-def test_the_choice_depends_on_keys_alone():
-    played = [
-        episode(step(), task=f"t{i}", status=Status.SUCCESS if i % 2 else Status.FAILURE)
-        for i in range(20)
-    ]
-    played.append(episode(step(), task="broken", status=Status.ENV_ERROR))
-    wins, failures = transcripts.choose(played, 4)
-    assert all(t.success for t in wins) and not any(t.success for t in failures)
-    assert (len(wins), len(failures)) == (4, 4)
-    assert "broken" not in {t.task for t in failures}
-    again = transcripts.choose(
-        [dataclasses.replace(t, final_observation="other") for t in played[::-1]], 4
-    )
-    assert [[t.task for t in group] for group in again] == [
-        [t.task for t in group] for group in (wins, failures)
-    ]
-    # Not simply the first ones by name.
-    assert [t.task for t in wins] != sorted(t.task for t in played if t.success)[:4]
 
 
 def test_the_line_holds_zero_the_outcome_and_every_sum():

@@ -400,11 +400,13 @@ def test_a_batch_that_is_not_finite_leaves_the_state_untouched(poison, deal):
 
 
 def test_nor_does_a_ppo_batch():
+    optimizer = state_lib.adamw(RATE, clip_norm=1.0, weight_decay=0.0)
     loss_fn, params, batches, counts = _ppo(2, ROWS)
-    trainer = partition.Pmap(loss_fn, SGD, 2)
+    trainer = partition.Pmap(loss_fn, optimizer, 2)
     bad = jax.tree.map(np.array, batches)
     bad[0].rows.log_probs[1, 0, 0] = np.nan
-    state, metrics = trainer.update(trainer.replicate(state_lib.create(params, SGD)), bad, counts)
+    state = trainer.replicate(state_lib.create(params, optimizer))
+    state, metrics = trainer.update(state, bad, counts)
     after = jax.device_get(trainer.unreplicate(state))
     assert (after.update, after.skipped) == (1, 1) and not np.isfinite(metrics["grad_norm"])
     jax.tree.map(np.testing.assert_array_equal, after.params, params)
