@@ -16,7 +16,7 @@ from absl import flags
 from experiments import flags as flags_lib
 from experiments import stage
 from spa_jax import evaluation
-from spa_jax.config import (ChatConfig, ComputeConfig, EnvConfig, SamplingConfig)
+from spa_jax.config import ChatConfig, ComputeConfig, EnvConfig, SamplingConfig
 from spa_jax.run import Run
 from spa_jax.stage_config import ExploreConfig
 from spa_jax.stages import evaluate

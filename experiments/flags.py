@@ -223,9 +223,7 @@ def run_program(
             from_flags()  # a mistake is told before anything is started
         main(argv)
 
-    _start(
-        lambda argv: _guarded(checked, argv, 0), lambda argv: _parse(argv, own, stage_policy)
-    )
+    _start(lambda argv: _guarded(checked, argv, 0), lambda argv: _parse(argv, own, stage_policy))
 
 
 def _start(main: Main, parse: Callable[[Sequence[str]], list[str]]) -> None:

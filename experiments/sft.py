@@ -8,7 +8,7 @@ metrics.jsonl and checkpoints.  Run again, it continues.
 """
 
 from experiments import stage
-from spa_jax.config import (ChatConfig, ComputeConfig, LoraConfig, RowsConfig)
+from spa_jax.config import ChatConfig, ComputeConfig, LoraConfig, RowsConfig
 from spa_jax.stage_config import SftConfig
 from spa_jax.stages import sft
 

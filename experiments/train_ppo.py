@@ -12,7 +12,7 @@ from absl import flags
 
 from experiments import flags as flags_lib
 from experiments import stage
-from spa_jax.config import (ComputeConfig, LoraConfig, RowsConfig)
+from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig
 from spa_jax.run import Run
 from spa_jax.stage_config import PpoConfig
 from spa_jax.stages import train_ppo

@@ -58,7 +58,8 @@ def run(run: Run) -> Result:
     annotate.run_evaluation(run, BASE)  # all: the estimator is judged on them
     spa = evaluate.run(run, SPA, policy=str(run.newest_policy(iterations)))
     played = store.read(run.evaluation(SPA) / run_lib.EPISODES)
-    annotate.run_evaluation(run, SPA, {t.key for t in evaluation.examples(played)})  # what the report shows
+    won, lost = evaluation.examples(played)  # which the report shows
+    annotate.run_evaluation(run, SPA, {t.key for t in (*won, *lost)})
     validity = judge_estimator(run)
     files.write_json(run.estimator, validity)
     distributed.first_alone("report", lambda: write_report(run.workdir, run.report))

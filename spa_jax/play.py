@@ -17,7 +17,7 @@ import tqdm
 from spa_jax import files, provenance, rollout, store
 from spa_jax import policy as policy_lib
 from spa_jax import run as run_lib
-from spa_jax.config import (EnvConfig, SamplingConfig, ServerConfig)
+from spa_jax.config import EnvConfig, SamplingConfig, ServerConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.guard import read_token
 from spa_jax.envs.local import LocalServer

@@ -353,9 +353,7 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def run(
-    config: ServerConfig, *, host: str, port: int, token: str, exit_with_parent: bool
-) -> None:
+def run(config: ServerConfig, *, host: str, port: int, token: str, exit_with_parent: bool) -> None:
     """Serves until it is told to stop: `spa_jax.envs.serve`, with the token itself.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spa_jax.config import (LoraConfig, RowsConfig, SamplingConfig)
+from spa_jax.config import LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.models import lora as lora_lib
 from spa_jax.models import transformer, tree
 from spa_jax.models.config import ModelConfig, Params

@@ -128,8 +128,8 @@ class Pmap:
             if sums is None:
                 sums = self._zero_sums(state.params, batch, totals)
             batch = jax.device_put(batch, self._split)
-            totals = (grads, sums)
-            grads, sums = self._accumulate(state.params, self.frozen, totals, batch, shared)
+            so_far = (grads, sums)
+            grads, sums = self._accumulate(state.params, self.frozen, so_far, batch, shared)
         state, norm = self._apply(state, grads)
         added, norm = jax.device_get((self._add_up(sums), norm))
         metrics = {name: float(value[0]) for name, value in added.items()}

@@ -26,13 +26,15 @@ def resolve(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> Mo
     compute = compute.resolved(platform)
     kind = (compute.compute_dtype, config.head_dim, platform)
     if compute.attention == "auto":
-        attention = "native" if native.runs(*kind) else "xla"
-        compute = dataclasses.replace(compute, attention=attention)
+        compute = dataclasses.replace(
+            compute, attention="native" if native.runs(*kind) else "xla"
+        )
     elif compute.attention == "native":
         native.check(*kind)
     else:
         fused.check(compute.attention, *kind)
     if compute.matmul_dtype == "auto":
-        matmul_dtype = "bfloat16" if native.multiplies_bfloat16() else "compute"
-        compute = dataclasses.replace(compute, matmul_dtype=matmul_dtype)
+        compute = dataclasses.replace(
+            compute, matmul_dtype="bfloat16" if native.multiplies_bfloat16() else "compute"
+        )
     return dataclasses.replace(config, compute=compute)
