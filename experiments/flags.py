@@ -74,7 +74,8 @@ def define(*configs: type) -> None:
 
 
 def _define(field: dataclasses.Field) -> None:
-    name, default, text = settings_lib.flag_of(field), field.default, field.metadata["help"]
+    name, text = settings_lib.flag_of(field), field.metadata["help"]
+    default: Any = field.default
     choices = settings_lib.choices(field)
     help_pages.SETTINGS[name] = field
     if isinstance(default, tuple):

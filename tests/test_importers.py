@@ -81,3 +81,10 @@ def test_bad_logs_are_named(tmp_path, records, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="none.json: cannot be read"):
         importers.read_sharegpt(tmp_path / "none.json", env="alfworld")
+
+
+def test_a_log_of_one_task_cannot_stop_sft(tmp_path):
+    turns = [{"from": "human", "value": "A room."}, {"from": "gpt", "value": "Action: look"}]
+    (tmp_path / "log.json").write_text(json.dumps([{"id": "a", "conversations": turns}] * 2))
+    with pytest.raises(UserError, match="log.json: holds 1 tasks"):
+        importers.demonstrations(tmp_path / "log.json", env="alfworld", seed=0)

@@ -36,12 +36,13 @@ from absl import flags
 from experiments import common
 from experiments.bench import floor, peers, ppo_peer, updates
 from spa_jax import store
-from spa_jax.config import LoraConfig, PpoConfig, RowsConfig
+from spa_jax.config import LoraConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, transformer
 from spa_jax.models import lora as lora_lib
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.parity import files
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import partition, ppo_data, ppo_update, scoring
 from spa_jax.training import parts as parts_lib
 from spa_jax.training import state as state_lib

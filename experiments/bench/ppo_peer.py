@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from experiments.bench import peers
-from spa_jax.config import LoraConfig, PpoConfig
+from spa_jax.config import LoraConfig
 from spa_jax.models import lora as lora_lib
 from spa_jax.models.transformer import ModelConfig, Params
+from spa_jax.stage_config import PpoConfig
 from spa_jax.trajectory import Trajectory
 
 

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spa_jax.config import LoraConfig
+from spa_jax.config import LoraConfig, Target
 
 Params = Any  # a pytree of arrays
 
 # Ours -> Hugging Face's name in a layer.
-MODULES = {
+MODULES: dict[Target, str] = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
     "o": "self_attn.o_proj",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
@@ -143,7 +143,7 @@ def to_peft(adapter: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def targets_of(modules: Sequence[str]) -> tuple[str, ...]:
+def targets_of(modules: Sequence[str]) -> tuple[Target, ...]:
     """Our names of PEFT's `target_modules`, such as "q_proj".
 
     Raises:

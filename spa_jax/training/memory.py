@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spa_jax.config import LoraConfig, RowsConfig, SamplingConfig
+from spa_jax.config import LoraConfig, Remat, RowsConfig, SamplingConfig
 from spa_jax.models import lora as lora_lib
 from spa_jax.models import transformer
 from spa_jax.models.transformer import ModelConfig, Params
@@ -160,7 +160,7 @@ def kept_bytes(
     return float(two - one) * rows.rows_per_device
 
 
-def layer_bytes(config: ModelConfig, rows: RowsConfig, remat: str = "none") -> float:
+def layer_bytes(config: ModelConfig, rows: RowsConfig, remat: Remat = "none") -> float:
     """What one layer keeps; with --remat=none, about what it has in memory at once."""
     compute = dataclasses.replace(config.compute, remat=remat)
     one = dataclasses.replace(config, num_layers=1, compute=compute)

@@ -19,9 +19,10 @@ import numpy as np
 
 from spa_jax import batching
 from spa_jax.batching import PackedRows
-from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.rl import advantages, critic, losses, objectives
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import scoring
 from spa_jax.training.ppo_update import PpoBatch
 from spa_jax.training.sft_update import SftBatch

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from spa_jax.batching import PackedRows
-from spa_jax.config import PpoConfig
 from spa_jax.models import heads
 from spa_jax.models.transformer import ModelConfig, Params
 from spa_jax.rl import losses, objectives
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
 

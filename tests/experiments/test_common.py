@@ -8,9 +8,10 @@ import pytest
 
 from experiments import common, sft
 from spa_jax import chat, tokenizer
-from spa_jax.config import EnvConfig, LoraConfig, RowsConfig, SamplingConfig, SftConfig
+from spa_jax.config import EnvConfig, LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.errors import UserError
 from spa_jax.models import weights
+from spa_jax.stage_config import SftConfig
 from spa_jax.trajectory import Status, Step, Trajectory
 from tests import test_chat, tiny
 

@@ -15,9 +15,10 @@ import safetensors.numpy
 
 from experiments import annotate, common, export
 from spa_jax import store
-from spa_jax.config import LORA_TARGETS, CreditConfig, LoraConfig, RowsConfig
+from spa_jax.config import LORA_TARGETS, LoraConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, lora, transformer, weights
+from spa_jax.stage_config import CreditConfig
 from tests import tiny
 from tests.experiments import stages
 

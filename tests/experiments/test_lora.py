@@ -8,19 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import annotate, common, run_spa, sft, train_ppo, train_progress
-from spa_jax import config as config_lib
+from experiments import annotate, common, sft, train_ppo, train_progress
 from spa_jax import store
-from spa_jax.config import (
-    CreditConfig,
-    LoraConfig,
-    PpoConfig,
-    ProgressConfig,
-    RowsConfig,
-    SftConfig,
-)
+from spa_jax.config import LoraConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, lora, transformer, weights
+from spa_jax.stage_config import CreditConfig, PpoConfig, ProgressConfig, SftConfig
 from tests import tiny
 from tests.experiments.test_resume import _demos
 
@@ -156,18 +149,3 @@ def test_flags_that_contradict_each_other(tmp_path):
     with pytest.raises(UserError, match="--lora_rank=2 .*--ppo_train_layers=1"):
         settings = dataclasses.replace(PPO, train_layers=1)
         train_ppo.run(tmp_path, "nowhere", tmp_path, settings, ROWS, 0, LORA, tmp_path)
-    for wrong in (("q", "w"), (), ("q", "q")):
-        with pytest.raises(UserError, match="--lora_targets=.* of q,k,v,o,gate,up,down"):
-            config_lib.check(dataclasses.replace(LORA, targets=wrong))
-    with pytest.raises(UserError, match="--lora_alpha=0"):
-        config_lib.check(dataclasses.replace(LORA, alpha=0.0))
-    with pytest.raises(UserError, match="--lora_rank=-1"):
-        config_lib.check(dataclasses.replace(LORA, rank=-1))
-    with pytest.raises(UserError, match="--lora_stages=explore: 'explore' is none of sft,prog"):
-        config_lib.check(config_lib.RunConfig(lora_stages=("explore",)))
-
-
-def test_a_run_trains_adapters_in_the_stages_named():
-    others = dict.fromkeys(field.name for field in dataclasses.fields(run_spa.Run))
-    run = run_spa.Run(**others | {"run": config_lib.RunConfig(lora_stages=("ppo",)), "lora": LORA})
-    assert run.lora_of("ppo") == LORA and run.lora_of("sft").rank == 0

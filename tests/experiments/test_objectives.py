@@ -11,9 +11,10 @@ import pytest
 from experiments import common, train_ppo, train_progress
 from spa_jax import store
 from spa_jax.attribution import credit
-from spa_jax.config import ComputeConfig, LoraConfig, PpoConfig, RowsConfig
+from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig
 from spa_jax.models import transformer, weights
 from spa_jax.rl.objectives import OBJECTIVES
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import partition, ppo_data, scoring
 from tests import tiny

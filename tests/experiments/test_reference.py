@@ -9,9 +9,10 @@ import pytest
 
 from experiments import annotate, train_ppo
 from spa_jax import store
-from spa_jax.config import CreditConfig, LoraConfig, PpoConfig, RowsConfig
+from spa_jax.config import LoraConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, weights
+from spa_jax.stage_config import CreditConfig, PpoConfig
 from spa_jax.training import scoring
 from tests import tiny
 

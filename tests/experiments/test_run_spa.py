@@ -5,17 +5,16 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 
 import pytest
 
-from experiments import common, compare, generated, import_demos
+from experiments import common, compare
 from spa_jax import store
-from spa_jax.config import CreditConfig, RowsConfig, RunConfig
+from spa_jax.config import RowsConfig
 from spa_jax.envs.protocol import Task
-from spa_jax.envs.webshop import tasks
 from spa_jax.errors import UserError
 from spa_jax.models import weights
+from spa_jax.stage_config import CreditConfig
 from spa_jax.training.metrics import read_metrics
 from tests import tiny
 from tests.experiments import stages
@@ -70,66 +69,6 @@ def test_the_whole_method_on_the_other_environments(env, tmp_path):
     assert re.search(r"RESULT base_success=\d\.\d{4} spa_success=\d\.\d{4} .* games=3 ", out)
     played = store.read(tmp_path / "run" / "eval" / "spa" / "trajectories.jsonl")
     assert [t.env for t in played] == [env] * 3
-
-
-def test_demonstrations_come_from_a_log(tmp_path):
-    log = [
-        {"id": name, "conversations": [
-            {"from": "human", "value": f"Find the {name}."}, {"from": "gpt", "value": "OK"},
-            {"from": "human", "value": "A room."}, {"from": "gpt", "value": "Action: look"},
-            {"from": "human", "value": "You won."},
-        ], "reward": reward}
-        for name, reward in (("mug", 1), ("pan", 1), ("cup", 1), ("pot", 0.5))
-    ]  # fmt: skip
-    (tmp_path / "log.json").write_text(json.dumps(log))
-    out = tmp_path / "run"
-    said = stages.succeed(
-        "import_demos", f"--file={tmp_path / 'log.json'}", "--env=virtualhome", f"--workdir={out}"
-    )
-    assert said.endswith(f"RESULT train=2 valid=1 out={out / 'demos'}\n")
-    demos = [store.read(out / "demos" / s / "trajectories.jsonl") for s in ("train", "valid")]
-    assert [len(d) for d in demos] == [2, 1]
-    assert {t.task for d in demos for t in d} == {"mug", "pan", "cup"}
-    assert {(t.env, t.split) for t in demos[1]} == {("virtualhome", "valid")}
-    again = stages.run("import_demos", f"--file={tmp_path / 'log.json'}", f"--workdir={out}")
-    assert again.returncode == 2 and "is there already" in again.stderr
-
-
-def test_a_log_of_one_task_cannot_stop_sft(tmp_path):
-    turns = [{"from": "human", "value": "A room."}, {"from": "gpt", "value": "Action: look"}]
-    (tmp_path / "log.json").write_text(json.dumps([{"id": "a", "conversations": turns}] * 2))
-    with pytest.raises(UserError, match="log.json: holds 1 tasks"):
-        import_demos.run(tmp_path / "demos", str(tmp_path / "log.json"), "alfworld", 0.1, 0)
-
-
-def test_what_an_environment_cannot_generate_is_refused(tmp_path):
-    run = RunConfig(
-        generate_train=2, generate_valid=1, generate_explore=3, generate_heldout=4,
-    )  # fmt: skip
-    (shop,) = generated.commands("webshop", run, tmp_path)
-    assert shop[shop.index("--products") + 1] == "40"
-    for bad, flag in (
-        ({"task_types": "look"}, "--task_types=look"),
-        ({"generate_products": 9}, "--generate_products=9"),
-        ({"generate_valid": 0}, "--generate_valid=0"),
-    ):
-        with pytest.raises(UserError, match=flag):
-            generated.commands("webshop", dataclasses.replace(run, **bad), tmp_path)
-    for env, flag in (("openenv", "--env_address"), ("custom", "--custom_data")):
-        with pytest.raises(UserError, match=f"--env={env} has no generator.*{flag}"):
-            generated.commands(env, run, tmp_path)
-    log = dataclasses.replace(run, demonstrations="log.json", generate_train=0, generate_valid=0)
-    assert len(generated.commands("virtualhome", log, tmp_path)) == 2
-
-
-def test_a_webshop_run_has_the_tasks_that_were_asked_for(tmp_path):
-    run = RunConfig(
-        generate_train=3, generate_valid=2, generate_explore=7, generate_heldout=5,
-    )  # fmt: skip
-    (command,) = generated.commands("webshop", run, tmp_path / "shop")
-    assert not subprocess.run(command, capture_output=True).returncode
-    index = tasks.GoalIndex(tmp_path / "shop")
-    assert [len(index.tasks(split)[0]) for split in generated.SPLITS] == [3, 2, 7, 5]
 
 
 def test_every_stage_left_its_files(finished):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from spa_jax import batching
-from spa_jax.config import ComputeConfig, PpoConfig, RowsConfig
+from spa_jax.config import ComputeConfig, RowsConfig
 from spa_jax.models import heads
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import forward, ppo_data, ppo_update, sft_update
 from tests import tiny
 

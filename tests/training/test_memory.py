@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from spa_jax import batching
-from spa_jax.config import ComputeConfig, LoraConfig, PpoConfig, RowsConfig, SamplingConfig
+from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.models import heads, transformer
 from spa_jax.sampling import decode
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import memory, partition, parts, ppo_data, ppo_update, sft_update
 from spa_jax.training import state as state_lib
 from tests import tiny

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from spa_jax import batching
-from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
 from spa_jax.rl import advantages
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import forward, ppo_data, ppo_update
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 from tests import tiny

@@ -15,9 +15,10 @@ import pytest
 
 from experiments import train_progress
 from spa_jax import batching
-from spa_jax.config import PpoConfig, RowsConfig
+from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, transformer
+from spa_jax.stage_config import PpoConfig
 from spa_jax.training import (
     estimator_update,
     partition,
