@@ -16,8 +16,12 @@ def talk(*texts, **fields):
     return {"conversations": turns} | fields
 
 
-STEPS = ("A room.", "Thought: a mug\nAction: go to desk 1", "Observation: A desk.",
-         "Thought: Action: is next\nAction: take mug 1 \n")  # fmt: skip
+STEPS = (
+    "A room.",
+    "Thought: a mug\nAction: go to desk 1",
+    "Observation: A desk.",
+    "Thought: Action: is next\nAction: take mug 1 \n",
+)
 
 
 def write(folder, records):
@@ -47,8 +51,8 @@ def test_without_one_the_first_turn_is_an_observation(tmp_path):
 
 
 def test_a_task_that_comes_twice_gives_two_keys_that_the_store_takes(tmp_path):
-    records = [talk(*STEPS, game_file="g"), talk(*STEPS, game_file="g", reward=0.5),
-               talk(*STEPS, id=0)]  # fmt: skip
+    twice = [talk(*STEPS, game_file="g"), talk(*STEPS, game_file="g", reward=0.5)]
+    records = [*twice, talk(*STEPS, id=0)]
     imported = importers.read_sharegpt(write(tmp_path, records), env="alfworld")
     assert [t.key for t in imported] == [("g", 0, 0), ("g", 0, 1), ("0", 0, 0)]
     assert (imported[1].status, imported[1].final_reward) == (Status.FAILURE, 0.5)

@@ -108,9 +108,8 @@ def test_the_files_are_named_as_transformers_and_peft_name_them(run, tmp_path):
     settings_file = json.loads((tmp_path / "True" / "adapter_config.json").read_text())
     assert settings_file["base_model_name_or_path"] == str(root / "sft" / "policy")
     assert (settings_file["r"], settings_file["lora_alpha"]) == (3, 6)
-    assert settings_file["target_modules"] == [
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    ]  # fmt: skip
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    assert settings_file["target_modules"] == [f"{name}_proj" for name in names]
     tensors = safetensors.numpy.load_file(tmp_path / "True" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 2
     for letter, shape in (("A", (3, 64)), ("B", (32, 3))):

@@ -8,13 +8,19 @@ from tests.experiments import stages
 
 def test_demonstrations_come_from_a_log(tmp_path):
     log = [
-        {"id": name, "conversations": [
-            {"from": "human", "value": f"Find the {name}."}, {"from": "gpt", "value": "OK"},
-            {"from": "human", "value": "A room."}, {"from": "gpt", "value": "Action: look"},
-            {"from": "human", "value": "You won."},
-        ], "reward": reward}
+        {
+            "id": name,
+            "conversations": [
+                {"from": "human", "value": f"Find the {name}."},
+                {"from": "gpt", "value": "OK"},
+                {"from": "human", "value": "A room."},
+                {"from": "gpt", "value": "Action: look"},
+                {"from": "human", "value": "You won."},
+            ],
+            "reward": reward,
+        }
         for name, reward in (("mug", 1), ("pan", 1), ("cup", 1), ("pot", 0.5))
-    ]  # fmt: skip
+    ]
     (tmp_path / "log.json").write_text(json.dumps(log))
     out = tmp_path / "run"
     said = stages.succeed(
