@@ -118,9 +118,11 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string(
-        "checkpoint", None, "Folder of a stage (W/sft, W/iteration_0/ppo) or of a policy.",
+        "checkpoint",
+        None,
+        "Folder of a stage (W/sft, W/iteration_0/ppo) or of a policy.",
         required=True,
-    )  # fmt: skip
+    )
     _OUT = flags.DEFINE_string("out", None, "The folder to write.", required=True)
     _ADAPTER = flags.DEFINE_bool("adapter", False, "Write the LoRA adapter alone, for PEFT.")
     _PROGRESS = flags.DEFINE_string(

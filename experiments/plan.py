@@ -18,12 +18,12 @@ import jax
 from absl import flags
 
 from experiments import flags as flags_lib
-from experiments import run_spa
-from spa_jax.config import RowsConfig
+from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.errors import UserError
 from spa_jax.models import limits, shapes
 from spa_jax.models.config import ModelConfig
 from spa_jax.models.io import huggingface
+from spa_jax.stage_config import AdaptedStage, Settings
 from spa_jax.training import memory, partition
 from spa_jax.training.memory import Need
 
@@ -50,22 +50,24 @@ def model_config(model: str) -> ModelConfig:
     return huggingface.read_config(path)
 
 
-def stages(r: run_spa.Run, config: ModelConfig, fsdp: int) -> dict[str, Need]:
+def stages(settings: Settings, config: ModelConfig, fsdp: int) -> dict[str, Need]:
     """What each stage needs of a device, at its most demanding moment."""
-    rows, lora = r.rows, r.lora_of
+    rows, lora = settings.rows, settings.adapters
     scoring = memory.forward(config, rows)
 
-    def update(stage: str, fsdp: int = fsdp, **trained: Any) -> Need:
+    def update(stage: AdaptedStage, fsdp: int = fsdp, **trained: Any) -> Need:
         return memory.update(config, rows, lora(stage), fsdp=fsdp, **trained)
 
     progress = [scoring]
     if lora("progress").rank:
         progress.append(update("progress", fsdp=1))  # an estimator's trunk is never cut
     by_stage = {
-        "sft": [update("sft", train_layers=r.sft.train_layers, averaged=r.sft.ema > 0)],
-        "explore": [memory.exploration(config, r.sampling)],
+        "sft": [
+            update("sft", train_layers=settings.sft.train_layers, averaged=settings.sft.ema > 0)
+        ],
+        "explore": [memory.exploration(config, settings.sampling)],
         "train_progress": progress,
-        "train_ppo": [scoring, update("ppo", train_layers=r.ppo.train_layers)],
+        "train_ppo": [scoring, update("ppo", train_layers=settings.ppo.train_layers)],
     }
     return {name: max(needs, key=lambda n: n.total) for name, needs in by_stage.items()}
 
@@ -95,27 +97,33 @@ def main(argv: Sequence[str]) -> None:
     devices, hbm = _DEVICES.value, _HBM.value
     if devices < 1 or hbm <= 0:
         raise UserError(f"--devices={devices} --hbm_gib={hbm:g}: give both, above 0")
-    r = run_spa.from_flags()
-    config = model_config(_MODEL.value or r.policy)
-    limits.check_length(config, r.rows.row_length, "--row_length")
-    compute = r.compute.resolved("tpu" if r.compute.attention == "splash" else "gpu")
+    settings = flags_lib.settings()
+    model, rows = _MODEL.value or flags.FLAGS.policy, settings.rows
+    config = model_config(model)
+    limits.check_length(config, rows.row_length, "--row_length")
+    compute = settings.compute
+    compute = compute.resolved("tpu" if compute.attention == "splash" else "gpu")
     config = dataclasses.replace(config, compute=compute)
     count = sum(x.size for x in jax.tree.leaves(memory.shapes(config)))
-    print(f"{_MODEL.value or r.policy}: {count / 1e6:.0f}e6 parameters; weights "
-          f"{compute.param_dtype}, products {compute.compute_dtype}, --remat={compute.remat}, "
-          f"--attention={compute.attention}; {r.rows.rows_per_device} x {r.rows.row_length} tokens "
-          f"a device and microbatch, {r.sampling.slots} episodes at once")  # fmt: skip
-    data, fsdp = mesh_of(r.rows, devices)
+    print(
+        f"{model}: {count / 1e6:.0f}e6 parameters; weights {compute.param_dtype}, products "
+        f"{compute.compute_dtype}, --remat={compute.remat}, --attention={compute.attention}; "
+        f"{rows.rows_per_device} x {rows.row_length} tokens a device and microbatch, "
+        f"{settings.sampling.slots} episodes at once"
+    )
+    data, fsdp = mesh_of(rows, devices)
     result = []
     for kind, parts in (("pmap", 1), ("mesh", fsdp)):
         where = f"data:{data},fsdp:{fsdp}" if kind == "mesh" else "parameters whole"
-        needs = stages(r, config, parts)
+        needs = stages(settings, config, parts)
         print(f"\n--partition={kind}, {devices} devices, {where}\n{table(needs, hbm)}")
         result += [f"{name}_{kind}_gib={need.total / _GIB:.2f}" for name, need in needs.items()]
         result.append(f"fits_{kind}={all(fits(need, hbm) for need in needs.values())}")
-    print(f"\nA stage fits if it leaves {1 - _ROOM:.0%} of {hbm:g} GiB free. Less is needed with "
-          "--remat=layer, fewer --rows_per_device or a shorter --row_length, --lora_rank, a mesh "
-          "of more devices, fewer --slots.")  # fmt: skip
+    print(
+        f"\nA stage fits if it leaves {1 - _ROOM:.0%} of {hbm:g} GiB free. Less is needed with "
+        "--remat=layer, fewer --rows_per_device or a shorter --row_length, --lora_rank, a mesh "
+        "of more devices, fewer --slots."
+    )
     print("RESULT " + " ".join(result))
 
 
@@ -125,5 +133,6 @@ if __name__ == "__main__":
     )
     _DEVICES = flags.DEFINE_integer("devices", 0, "How many devices share the run.")
     _HBM = flags.DEFINE_float("hbm_gib", 0.0, "Memory of a device, in GiB.")
-    run_spa.define_flags()
-    flags_lib.run(main)
+    shown = ("lora_stages", "sft_train_layers", "sft_ema", "ppo_train_layers")
+    configs = (SamplingConfig, RowsConfig, LoraConfig, ComputeConfig)
+    flags_lib.run_program(main, reads=(*configs, *shown), needs_workdir=False)

@@ -19,12 +19,12 @@ from spa_jax.report.page import write_report
 def main(argv: Sequence[str]) -> None:
     """Writes the page and prints where it is."""
     del argv
-    workdir = Path(flags_lib.WORKDIR.value)
-    out = Path(_OUT.value or workdir / "report.html")
-    write_report(workdir, out)
+    run = flags_lib.from_flags()
+    out = Path(_OUT.value) if _OUT.value else run.report
+    write_report(run.workdir, out)
     print(f"RESULT report={out}")
 
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", "", "The page to write; empty: WORKDIR/report.html.")
-    flags_lib.run(main, flags_lib.WORKDIR)
+    flags_lib.run_program(main)

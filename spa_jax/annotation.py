@@ -125,12 +125,6 @@ def progress_head(base: Policy, progress: pathlib.Path) -> Params:
     return base.heads["progress"]
 
 
-def estimator_digest(progress: pathlib.Path) -> str:
-    """Names an estimator by the weights in its folder; "" if there are none."""
-    files = [progress / tensors.HEADS, *pretrained.weight_files(progress / ADAPTER)]
-    return " ".join(provenance.file_digest(file) for file in files if file.exists())
-
-
 def _adapted_hidden(
     base: Policy, adapter_folder: pathlib.Path, trajectories: Sequence[Trajectory], rows: RowsConfig
 ) -> np.ndarray:

@@ -14,6 +14,7 @@ from spa_jax.settings import MAY, MUST, Checked, setting
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 LORA_TARGETS: tuple[Target, ...] = typing.get_args(Target)  # of a layer's matrices
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "attention", "layer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +377,7 @@ class ComputeConfig(Checked):
     accum_dtype: Dtype = setting(
         "float32", "Numbers in which the gradients of an update's microbatches are added up."
     )
-    remat: Literal["none", "dots", "attention", "layer"] = setting(
+    remat: Remat = setting(
         "dots",
         "What a layer keeps for the backward pass; the rest is computed again. none: all is kept; "
         "dots: products with weights, and attention (half of the memory, in no more time); "

@@ -19,61 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from spa_jax import store
 from spa_jax.errors import UserError
 from spa_jax.trajectory import Status, Step, Trajectory
 
-VALID_SHARE = 0.1  # of a log's tasks, for the held-out loss
-
+VALID_SHARE = 0.1  # of the tasks of a log, held out
 _ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
 _ACKNOWLEDGEMENT = re.compile(r"ok(ay)?\W*", re.IGNORECASE)
 _ACTION = re.compile(r"^\s*Action:\s*(.*?)\s*$", re.MULTILINE)
-
-
-def import_demonstrations(
-    log: str | os.PathLike[str],
-    *,
-    env: str,
-    out: pathlib.Path,
-    seed: int,
-    valid_share: float = VALID_SHARE,
-) -> dict[str, list[Trajectory]]:
-    """Writes a log's solved episodes to out/{train,valid}/trajectories.jsonl.
-
-    Only episodes whose reward is 1 are demonstrations; those of a task go to one of the two parts.
-
-    Args:
-      log: as `read_sharegpt` takes it.
-      env: the environment's name.
-      out: the folder of both parts.
-      seed: of the choice of tasks that are held out.
-      valid_share: of the tasks, held out.
-
-    Returns:
-      The episodes by part.
-
-    Raises:
-      UserError: the file is not such a log, or does not hold two tasks that were solved.
-    """
-    solved = [t for t in read_sharegpt(log, env=env) if t.success]
-    tasks = sorted({t.task for t in solved})
-    if len(tasks) < 2:
-        raise UserError(
-            f"{log}: holds {len(tasks)} tasks that were solved; some are held out to stop SFT by "
-            "their loss, so at least 2 are needed"
-        )
-    if not 0 < valid_share < 1:
-        raise UserError(f"--valid_share={valid_share}: give a share between 0 and 1")
-    held_out = min(max(1, round(valid_share * len(tasks))), len(tasks) - 1)
-    shuffled = np.random.default_rng(seed).permutation(len(tasks))
-    valid = {tasks[i] for i in shuffled[:held_out]}
-    demos: dict[str, list[Trajectory]] = {"train": [], "valid": []}
-    for t in solved:
-        part = "valid" if t.task in valid else "train"
-        demos[part].append(dataclasses.replace(t, split=part))
-    for part, episodes in demos.items():
-        store.write(out / part / "trajectories.jsonl", episodes)
-    return demos
 
 
 def read_sharegpt(
@@ -175,3 +127,40 @@ def _trajectory(
         steps=tuple(steps),
         final_observation=texts[-1] if len(texts) % 2 else "",
     )
+
+
+def demonstrations(
+    path: str | os.PathLike[str], *, env: str, seed: int, valid_share: float = VALID_SHARE
+) -> dict[str, list[Trajectory]]:
+    """The demonstrations of a log, as `read_sharegpt` reads it: its episodes whose reward is 1.
+
+    Args:
+      path: the JSON file.
+      env: the environment's name.
+      seed: of the choice of the tasks that are held out.
+      valid_share: the share of those tasks.
+
+    Returns:
+      "train": the episodes to learn from; "valid": those held out.  The episodes of a task are
+      in one of the two.
+
+    Raises:
+      UserError: the file is not such a log, or does not hold two tasks that were solved.
+    """
+    solved = [t for t in read_sharegpt(path, env=env) if t.success]
+    tasks = sorted({t.task for t in solved})
+    if len(tasks) < 2:
+        raise UserError(
+            f"{path}: holds {len(tasks)} tasks that were solved; some are held out to stop SFT by "
+            "their loss, so at least 2 are needed"
+        )
+    if not 0 < valid_share < 1:
+        raise UserError(f"--valid_share={valid_share}: give a share between 0 and 1")
+    held_out = min(max(1, round(valid_share * len(tasks))), len(tasks) - 1)
+    shuffled = np.random.default_rng(seed).permutation(len(tasks))
+    valid = {tasks[i] for i in shuffled[:held_out]}
+    demos: dict[str, list[Trajectory]] = {"train": [], "valid": []}
+    for t in solved:
+        split = "valid" if t.task in valid else "train"
+        demos[split].append(dataclasses.replace(t, split=split))
+    return demos

@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spa_jax import machine
@@ -26,7 +26,7 @@ from spa_jax.run import Run
 
 VERSION = 1  # of the fingerprints
 SERVED = "served"  # the identity of an environment that runs elsewhere: not compared
-ENVIRONMENT = "the environment's data"  # the name of that input
+ENVIRONMENT = "environment"  # the name of that input
 STAGES = ("games", "demos", "sft", "explore", "progress", "annotate", "ppo", "evaluate")
 
 # What a stage depends on: sections of `Settings`, or SECTION.FIELD; never operational settings.
@@ -42,7 +42,6 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     "ppo": ("ppo", "lora", "compute"),
     "evaluate": (*_PLAYING, "explore.split", "explore.games", "explore.first_game"),
 }
-_ADAPTED = ("sft", "progress", "ppo")  # stages that --lora_stages names
 _EARLIER = 50  # entries of run.json that are kept
 _SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # a name and password in an address
 
@@ -135,18 +134,32 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     return _digests[key]
 
 
-def policy_digest(folder: str | os.PathLike[str]) -> str:
+def policy_digest(policy: str | os.PathLike[str]) -> str:
     """Names a policy by its weights, wherever they lie; heads beside them do not count.
 
     Args:
-      folder: a Hugging Face folder, or an adapter's, whose base counts too.
+      policy: a Hugging Face folder, an adapter's (whose base counts too), a GGUF file or a model
+        of the hub.
     """
     from spa_jax.models.io import pretrained, tensors
 
+    files = pretrained.weight_files(pretrained.resolve(policy))
+    return _digest_of(file for file in files if file.name != tensors.HEADS)
+
+
+def estimator_digest(folder: str | os.PathLike[str]) -> str:
+    """Names a progress estimator by its head, and its adapter if it has one.
+
+    Args:
+      folder: of the stage that trained it.
+    """
+    return _digest_of(sorted(pathlib.Path(folder).rglob("*.safetensors")))
+
+
+def _digest_of(files: Iterable[pathlib.Path]) -> str:
     digest = hashlib.sha256()
-    for file in pretrained.weight_files(folder):
-        if file.name != tensors.HEADS:
-            digest.update(bytes.fromhex(file_digest(file)))
+    for file in files:
+        digest.update(bytes.fromhex(file_digest(file)))
     return digest.hexdigest()[:16]
 
 
@@ -227,8 +240,9 @@ def check_stage(
       run: the run.
       stage: one of `STAGES`.
       folder: the stage's, or its one file.
-      inputs: digests of what it reads, by a name in the plural: "the policy's weights".  What
-        the environment plays is added for the stages that play.
+      inputs: digests of what it reads, by name: one that ends in "policy" or "estimator" stands
+        for weights, the others are in the plural ("episodes").  What the environment plays is
+        added for the stages that play.
       settings: values by flag name, `seed` among them, where they are not the run's.
 
     Returns:
@@ -301,9 +315,8 @@ def fingerprint(
 def stage_settings(run: Run, stage: str) -> dict[str, Any]:
     """The settings that a stage depends on, by flag name; operational ones are left out."""
     configs = dict(settings_lib.sections(run.settings))
-    if stage in _ADAPTED:
-        adapters = run.lora(stage)
-        configs["lora"] = adapters if adapters.rank else LoraConfig()
+    adapters = run.settings.lora if stage in run.settings.method.lora_stages else LoraConfig()
+    configs["lora"] = adapters if adapters.rank else LoraConfig()
     found = {}
     for entry in _DEPENDS[stage]:
         section, _, prefix = entry.partition(".")
@@ -335,8 +348,15 @@ def _differences(
     for name in sorted(was["inputs"].keys() | now["inputs"].keys()):
         pair = was["inputs"].get(name), now["inputs"].get(name)
         if pair[0] != pair[1] and SERVED not in pair:
-            found.append(f"{name} are others")
+            found.append(f"{_words(name)} are others")
     return found
+
+
+def _words(name: str) -> str:
+    """An input in words: "base policy" is the base policy's weights."""
+    if name == ENVIRONMENT:
+        return "the environment's data"
+    return f"the {name}'s weights" if name.endswith(("policy", "estimator")) else f"the {name}"
 
 
 def _shown(value: Any) -> str:
@@ -365,7 +385,7 @@ def _has_results(folder: pathlib.Path) -> bool:
 
 def _remedy(run: Run, stage: str, folder: pathlib.Path) -> str:
     """How to make a stage anew in the same folder."""
-    here = {run.games: "games", run.sft: "sft"}
+    here = {run.games: "games", run.demos: "demos", run.sft: "sft"}
     here |= {run.demonstrations(part).parent: "demos" for part in ("train", "valid")}
     for r in run.rounds():
         here |= {r.explore: f"explore:{r.number}", r.progress: f"progress:{r.number}"}
@@ -402,6 +422,8 @@ def redo(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
         raise UserError(f"--redo={stage}: no such stage; {_redo_help()}")
     if in_a_round and which and not which.isdecimal():
         raise UserError(f"--redo={stage}: {which!r} is no round; {_redo_help()}")
+    if which == ".." or pathlib.Path(which).name != which:  # it would leave the folder of the evaluations
+        raise UserError(f"--redo={stage}: {which!r} is no evaluation; {_redo_help()}")
     doomed = _followers(run, name, int(which) if in_a_round and which else number, which)
 
     def remove() -> list[str]:

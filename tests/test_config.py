@@ -1,14 +1,35 @@
-"""Settings that contradict each other are refused, and the message says why."""
+"""Settings that contradict each other, or cannot be, are refused, and the message says why."""
 
+import contextlib
 import dataclasses
 import itertools
+import math
 
 import pytest
 
-from spa_jax.config import (ComputeConfig, DistributedConfig, RowsConfig, check)
+from spa_jax import settings as settings_lib
+from spa_jax import stage_config
+from spa_jax.config import (
+    ComputeConfig,
+    DistributedConfig,
+    EnvConfig,
+    LoraConfig,
+    RowsConfig,
+    SamplingConfig,
+    ServerConfig,
+)
 from spa_jax.errors import UserError
 from spa_jax.rl.objectives import OBJECTIVES
-from spa_jax.stage_config import CreditConfig, ExploreConfig, PpoConfig, SftConfig, check_together
+from spa_jax.stage_config import (
+    CreditConfig,
+    DataConfig,
+    ExploreConfig,
+    MethodConfig,
+    PpoConfig,
+    Settings,
+    SftConfig,
+    check_together,
+)
 
 CREDITS = ("spa", "terminal", "uniform", "shuffled", "random")
 
@@ -33,20 +54,17 @@ CREDITS = ("spa", "terminal", "uniform", "shuffled", "random")
 )
 def test_what_an_objective_would_not_heed_is_refused(settings, words):
     with pytest.raises(UserError, match=words):
-        check(PpoConfig(**settings))
+        PpoConfig(**settings)
 
 
 @pytest.mark.parametrize(
     ("objective", "kl", "gae"), itertools.product(OBJECTIVES, ("loss", "reward"), ("step", "token"))
 )
 def test_the_rest_is_not(objective, kl, gae):
-    ppo = PpoConfig(objective=objective, kl=kl, gae=gae, kl_coef=0.1, truncate_ratio=2.0)
     refused = (gae == "token" and objective != "ppo") or (kl == "reward" and objective == "grpo")
-    if refused:
-        with pytest.raises(UserError):
-            check(ppo)
-    else:
-        check(ppo)
+    expected = pytest.raises(UserError) if refused else contextlib.nullcontext()
+    with expected:
+        PpoConfig(objective=objective, kl=kl, gae=gae, kl_coef=0.1, truncate_ratio=2.0)
 
 
 def test_groups_need_rollouts_and_cloning_no_credit():
@@ -63,9 +81,9 @@ def test_groups_need_rollouts_and_cloning_no_credit():
 
 
 def test_a_mesh_needs_its_partition():
-    check(RowsConfig(partition="mesh", mesh="data:2"))
+    RowsConfig(partition="mesh", mesh="data:2")
     with pytest.raises(UserError, match="--mesh=data:2 needs --partition=mesh"):
-        check(dataclasses.replace(RowsConfig(), mesh="data:2"))
+        dataclasses.replace(RowsConfig(), mesh="data:2")
 
 
 @pytest.mark.parametrize(
@@ -78,27 +96,142 @@ def test_a_mesh_needs_its_partition():
         ({"coordinator_address": "a:99999", "num_processes": 2, "process_id": 0}, "HOST:PORT"),
         ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "numbered from 0"),
         ({"coordinator_address": "a:1", "num_processes": -2, "process_id": -3}, "numbered from 0"),
-        ({"meet_timeout_s": 0}, "--meet_timeout_s must be at least 1"),
+        ({"meet_timeout_s": 0}, "--meet_timeout_s=0 must be >= 1"),
     ],
 )
 def test_processes_that_could_not_find_each_other_are_refused(settings, words):
     with pytest.raises(UserError, match=words):
-        check(DistributedConfig(**settings))
-    check(DistributedConfig(coordinator_address="[::1]:1", num_processes=2, process_id=1))
-    check(DistributedConfig(distributed=True))
+        DistributedConfig(**settings)
+    DistributedConfig(coordinator_address="[::1]:1", num_processes=2, process_id=1)
+    DistributedConfig(distributed=True)
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("make", "words"),
     [
-        (RowsConfig(row_buckets=0), "--row_buckets=0 must be in 1"),
-        (ComputeConfig(logits_chunk=-1), "--logits_chunk=-1 must be >= 0"),
-        (SftConfig(checkpoint_every=-1), "--sft_checkpoint_every=-1 must be >= 0"),
-        (SftConfig(row_buckets=-1), "--sft_row_buckets=-1 must be >= 0"),
-        (SftConfig(ema=1.0), "--sft_ema=1 must be at least 0 and below 1"),
-        (PpoConfig(checkpoint_every=-1), "--ppo_checkpoint_every=-1 must be >= 0"),
+        (lambda: RowsConfig(row_buckets=0), "--row_buckets=0 must be >= 1"),
+        (lambda: RowsConfig(row_buckets=2000), "--row_buckets=2000 must be in 1 to --row_length"),
+        (lambda: RowsConfig(policy_slots=2000), "--policy_slots=2000 exceeds --row_length=1024"),
+        (lambda: ComputeConfig(logits_chunk=-1), "--logits_chunk=-1 must be >= 0"),
+        (lambda: SftConfig(checkpoint_every=-1), "--sft_checkpoint_every=-1 must be >= 0"),
+        (lambda: SftConfig(row_buckets=-1), "--sft_row_buckets=-1 must be >= 0"),
+        (lambda: SftConfig(ema=1.0), "--sft_ema=1 must be at least 0 and below 1"),
+        (lambda: PpoConfig(checkpoint_every=-1), "--ppo_checkpoint_every=-1 must be >= 0"),
+        (lambda: PpoConfig(learning_rate=-1e-5), "--ppo_learning_rate=-1e-05 must be above 0"),
+        (lambda: PpoConfig(clip=-0.2), "--ppo_clip=-0.2 must be above 0"),
+        (lambda: PpoConfig(gamma=1.1), "--gamma=1.1 must be at least 0 and at most 1"),
+        (lambda: SamplingConfig(top_p=0.0), "--top_p=0 must be above 0 and at most 1"),
+        (lambda: SamplingConfig(temperature=0.0, top_k=5), "--temperature=0 is greedy.*--top_k"),
+        (lambda: SamplingConfig(stop=("a", "")), "--stop: one of the texts is empty"),
+        (lambda: SamplingConfig(max_new_tokens=1024), "--max_new_tokens=1024 leaves no room"),
+        (lambda: LoraConfig(alpha=0.0), "--lora_alpha=0"),
+        (lambda: LoraConfig(rank=-1), "--lora_rank=-1"),
+        (lambda: CreditConfig(alpha=math.nan), "--alpha=nan must be a finite number"),
+        (lambda: CreditConfig(beta=math.inf), "--beta=inf must be a finite number"),
+        (lambda: DataConfig(min_receptacles=9), "--min_receptacles=9 exceeds --max_receptacles=8"),
+        (lambda: EnvConfig(max_steps=0), "--max_steps=0 must be >= 1"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(settings, words):
+def test_numbers_that_cannot_be_are_refused(make, words):
     with pytest.raises(UserError, match=words):
-        check(settings)
+        make()
+
+
+SECTIONS = [type(config) for _, config in settings_lib.sections(Settings())]
+CONFIGS = [*SECTIONS, DistributedConfig, ServerConfig]
+FIELDS = [(config, field) for config in CONFIGS for field in settings_lib.fields(config)]
+
+
+def _made(config: type, **values):
+    return config(**({"data_dir": "x"} if config is ServerConfig else {}) | values)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"), FIELDS, ids=[settings_lib.flag_of(field) for _, field in FIELDS]
+)
+def test_every_setting_refuses_what_it_cannot_be(config, field):
+    """Of every number the value beyond each end of its range, and what is no number at all."""
+    flag, limits = settings_lib.flag_of(field), field.metadata
+    wrong: list = []
+    if isinstance(field.default, float):
+        wrong += [math.nan, math.inf, -math.inf]
+    wrong += [limits[name] for name in ("above", "below") if limits[name] is not None]
+    wrong += [limits["minimum"] - 1] if limits["minimum"] is not None else []
+    wrong += [limits["maximum"] + 1] if limits["maximum"] is not None else []
+    if settings_lib.choices(field):
+        wrong.append(("nothing",) if isinstance(field.default, tuple) else "nothing")
+    made = _made(config)
+    for value in wrong:
+        with pytest.raises(UserError, match=f"--{flag}="):
+            _made(config, **{field.name: value})
+        with pytest.raises(UserError, match=f"--{flag}="):
+            dataclasses.replace(made, **{field.name: value})
+
+
+def test_every_number_has_a_range():
+    """But weights of a sum, seeds of names, and what the processes check together."""
+    free = {"alpha", "beta", "num_processes", "process_id", "openenv_reward_scale"}
+    free.add("openenv_tasks")
+    for _, field in FIELDS:
+        is_number = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+        if is_number and settings_lib.flag_of(field) not in free:
+            assert settings_lib.limits(field), settings_lib.flag_of(field)
+
+
+def test_a_literal_names_the_choices():
+    (field,) = (f for f in settings_lib.fields(PpoConfig) if f.name == "kl")
+    assert settings_lib.choices(field) == ("loss", "reward")
+    with pytest.raises(UserError, match="--kl=both: .both. is none of loss, reward"):
+        PpoConfig(kl="both")
+
+
+def test_lists_name_what_there_is():
+    for wrong in (("q", "w"), (), ("q", "q")):
+        with pytest.raises(UserError, match="--lora_targets=.* of q,k,v,o,gate,up,down"):
+            LoraConfig(targets=wrong)
+    with pytest.raises(UserError, match="--lora_stages=explore: 'explore' is none of sft,prog"):
+        MethodConfig(lora_stages=("explore",))
+
+
+def test_a_run_trains_adapters_in_the_stages_named():
+    lora = LoraConfig(rank=4)
+    settings = Settings(method=MethodConfig(lora_stages=("ppo",)), lora=lora)
+    assert settings.adapters("ppo") == lora and settings.adapters("sft").rank == 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"ppo": PpoConfig(objective="grpo"), "explore": ExploreConfig(rollouts=1)},
+            "--objective=grpo.*--rollouts",
+        ),
+        (
+            {"ppo": PpoConfig(objective="rft"), "credit": CreditConfig(credit="uniform")},
+            "--credit=uniform with --objective=rft",
+        ),
+        (
+            {"compute": ComputeConfig(attention="splash"), "rows": RowsConfig()},
+            "--share_prefix with --attention=splash",
+        ),
+        (
+            {"lora": LoraConfig(rank=4), "ppo": PpoConfig(train_layers=1)},
+            "--lora_rank=4.*--ppo_train_layers=1",
+        ),
+        (
+            {"lora": LoraConfig(rank=4), "sft": SftConfig(train_layers=1)},
+            "--lora_rank=4.*--sft_train_layers=1",
+        ),
+    ],
+)
+def test_sections_that_do_not_fit_each_other_are_refused(sections, words):
+    with pytest.raises(UserError, match=words):
+        Settings(**sections)
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(Settings(), **sections)
+
+
+def test_flags_of_a_run_have_one_name_each():
+    names = [settings_lib.flag_of(field) for c in SECTIONS for field in settings_lib.fields(c)]
+    assert len(set(names)) == len(names) == len(settings_lib.by_flag(Settings()))
+    assert stage_config.RFT in settings_lib.choices(dataclasses.fields(PpoConfig)[0])

@@ -16,8 +16,12 @@ def talk(*texts, **fields):
     return {"conversations": turns} | fields
 
 
-STEPS = ("A room.", "Thought: a mug\nAction: go to desk 1", "Observation: A desk.",
-         "Thought: Action: is next\nAction: take mug 1 \n")  # fmt: skip
+STEPS = (
+    "A room.",
+    "Thought: a mug\nAction: go to desk 1",
+    "Observation: A desk.",
+    "Thought: Action: is next\nAction: take mug 1 \n",
+)
 
 
 def write(folder, records):
@@ -47,8 +51,8 @@ def test_without_one_the_first_turn_is_an_observation(tmp_path):
 
 
 def test_a_task_that_comes_twice_gives_two_keys_that_the_store_takes(tmp_path):
-    records = [talk(*STEPS, game_file="g"), talk(*STEPS, game_file="g", reward=0.5),
-               talk(*STEPS, id=0)]  # fmt: skip
+    twice = [talk(*STEPS, game_file="g"), talk(*STEPS, game_file="g", reward=0.5)]
+    records = [*twice, talk(*STEPS, id=0)]
     imported = importers.read_sharegpt(write(tmp_path, records), env="alfworld")
     assert [t.key for t in imported] == [("g", 0, 0), ("g", 0, 1), ("0", 0, 0)]
     assert (imported[1].status, imported[1].final_reward) == (Status.FAILURE, 0.5)
@@ -81,3 +85,10 @@ def test_bad_logs_are_named(tmp_path, records, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="none.json: cannot be read"):
         importers.read_sharegpt(tmp_path / "none.json", env="alfworld")
+
+
+def test_a_log_of_one_task_cannot_stop_sft(tmp_path):
+    turns = [{"from": "human", "value": "A room."}, {"from": "gpt", "value": "Action: look"}]
+    (tmp_path / "log.json").write_text(json.dumps([{"id": "a", "conversations": turns}] * 2))
+    with pytest.raises(UserError, match="log.json: holds 1 tasks"):
+        importers.demonstrations(tmp_path / "log.json", env="alfworld", seed=0)

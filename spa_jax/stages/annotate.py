@@ -40,7 +40,7 @@ def run(
         files.annotated,
         inputs={
             "the base policy's weights": provenance.policy_digest(base),
-            "the estimator's weights": annotation.estimator_digest(files.progress),
+            "the estimator's weights": provenance.estimator_digest(files.progress),
             "the episodes": provenance.file_digest(data),
         },
     )

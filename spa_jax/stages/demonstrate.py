@@ -3,7 +3,7 @@
 Writes W/demos/{train,valid}/trajectories.jsonl.
 """
 
-from spa_jax import importers, play, provenance
+from spa_jax import importers, play, provenance, store
 from spa_jax.play import Recording
 from spa_jax.policy import EXPERT
 from spa_jax.run import Run
@@ -43,7 +43,9 @@ def _import(run: Run) -> None:
     provenance.check_stage(
         run, "demos", run.demos, inputs={"the log's records": provenance.file_digest(log)}
     )
-    distributed.first_alone(
-        "demonstrations",
-        lambda: importers.import_demonstrations(log, env=env, out=run.demos, seed=run.seed),
-    )
+
+    def write() -> None:
+        for part, episodes in importers.demonstrations(log, env=env, seed=run.seed).items():
+            store.write(run.demonstrations(part), episodes)
+
+    distributed.first_alone("demonstrations", write)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spa_jax.config import LoraConfig, RowsConfig, SamplingConfig
+from spa_jax.config import LoraConfig, Remat, RowsConfig, SamplingConfig
 from spa_jax.models import lora as lora_lib
 from spa_jax.models import transformer, tree
 from spa_jax.models.config import ModelConfig, Params
@@ -159,7 +159,7 @@ def residual_bytes(
     return float(two - one) * rows.rows_per_device
 
 
-def layer_bytes(config: ModelConfig, rows: RowsConfig, remat: str = "none") -> float:
+def layer_bytes(config: ModelConfig, rows: RowsConfig, remat: Remat = "none") -> float:
     """What one layer saves; with --remat=none, about what it has in memory at once."""
     compute = dataclasses.replace(config.compute, remat=remat)
     one = dataclasses.replace(config, num_layers=1, compute=compute)

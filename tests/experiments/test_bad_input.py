@@ -211,10 +211,10 @@ def test_there_are_presets():
 _PARSE = """
 import sys
 from absl import flags
-from experiments import run_spa
-run_spa.define_flags()
+from experiments import flags as flags_lib
+flags_lib.define_run()
 flags.FLAGS(["run_spa", "--flagfile=" + sys.argv[1]])
-run = run_spa.from_flags()  # checks that the settings agree with each other
+run = flags_lib.from_flags().settings  # checks that the settings agree with each other
 assert run.rows.row_length >= run.sampling.context_length, "a full episode fits no row"
 """
 

@@ -14,9 +14,8 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "released"
 def test_the_authors_numbers_are_reproduced():
     said = stages.succeed("check_parity", f"--golden={GOLDEN}").splitlines()
     cases = [re.fullmatch(r"(\w+): \d+ arrays, largest error .* at .*: ok", line) for line in said]
-    assert [m.group(1) for m in cases if m] == [
-        "gae", "rewards", "progress", "ppo_lora", "ppo_right"
-    ]  # fmt: skip
+    names = ["gae", "rewards", "progress", "ppo_lora", "ppo_right"]
+    assert [m.group(1) for m in cases if m] == names
     assert re.fullmatch(
         r"RESULT cases=5 misses=0 max_error=\S+ of_tolerance=0\.\d+ unchecked=0", said[-1]
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spa_jax import batching
-from spa_jax.config import (ComputeConfig, LoraConfig, RowsConfig, SamplingConfig)
+from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.models import heads, tree
 from spa_jax.sampling import decode
 from spa_jax.stage_config import PpoConfig

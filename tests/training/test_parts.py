@@ -9,7 +9,7 @@ import pytest
 
 from experiments import train_progress
 from spa_jax import batching
-from spa_jax.config import (LORA_TARGETS, LoraConfig, RowsConfig)
+from spa_jax.config import LORA_TARGETS, LoraConfig, RowsConfig
 from spa_jax.models import heads, lora, tree
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import (
