@@ -138,10 +138,13 @@ def write_sentencepiece_bpe(
     unknown = vocabulary.roles.get("unk_token")
     backend = tokenizers.Tokenizer(
         models.BPE(
-            vocab=ids, merges=[pair for _, pair in rules], unk_token=unknown, fuse_unk=True,
+            vocab=ids,
+            merges=[pair for _, pair in rules],
+            unk_token=unknown,
+            fuse_unk=True,
             byte_fallback=True,
         )
-    )  # fmt: skip
+    )
     # As in the tokenizer.json of Llama 2: the text is not cut at all.
     spelling = [normalizers.Prepend("\u2581")] if prefix else []
     backend.normalizer = normalizers.Sequence([*spelling, normalizers.Replace(" ", "\u2581")])

@@ -17,7 +17,7 @@ def talk(*texts, **fields):
 
 
 STEPS = ("A room.", "Thought: a mug\nAction: go to desk 1", "Observation: A desk.",
-         "Thought: Action: is next\nAction: take mug 1 \n")  # fmt: skip
+         "Thought: Action: is next\nAction: take mug 1 \n")
 
 
 def write(folder, records):
@@ -48,7 +48,7 @@ def test_without_one_the_first_turn_is_an_observation(tmp_path):
 
 def test_a_task_that_comes_twice_gives_two_keys_that_the_store_takes(tmp_path):
     records = [talk(*STEPS, game_file="g"), talk(*STEPS, game_file="g", reward=0.5),
-               talk(*STEPS, id=0)]  # fmt: skip
+               talk(*STEPS, id=0)]
     imported = importers.read_sharegpt(write(tmp_path, records), env="alfworld")
     assert [t.key for t in imported] == [("g", 0, 0), ("g", 0, 1), ("0", 0, 0)]
     assert (imported[1].status, imported[1].final_reward) == (Status.FAILURE, 0.5)
