@@ -248,7 +248,7 @@ class Engine:
             ready = {slot: ids for slot, ids in self._unread.items() if slot not in later}
             chunks = sum(-(-len(ids) // _CHUNKS[-1]) for ids in ready.values())
             if not later and chunks < min(self._rows, len(self._writing)):
-                break  # they wait for company: a call costs the same for fewer chunks
+                break  # wait for more chunks: a call with fewer costs the same
             order = sorted(ready, key=lambda slot: -len(ready[slot]))
             self._prefill_call(order[: self._rows])
             for slot in [slot for slot, rest in self._unread.items() if not rest]:
@@ -360,7 +360,7 @@ class Engine:
             response = self._over(turn, int(count), going_on, ended)
             if response is not None:
                 del self._turns[slot]
-                self._feed(slot, response.ids[:-1])  # the last one was not, or is fed again
+                self._feed(slot, response.ids[:-1])  # the last id, fed or not, opens the next turn
                 self._unfed[slot] = response.ids[-1:]
                 responses[slot] = response
         return responses
