@@ -300,16 +300,16 @@ def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tuple[tokenizers.Tok
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     normalizer, cuts = stored["normalizer"] or {}, stored["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [])
-    kept = [step for step in steps if step != {"type": "Prepend", "prepend": "\u2581"}]
-    if kept != steps:
-        normalizer["normalizers"] = kept
+    others = [step for step in steps if step != {"type": "Prepend", "prepend": "\u2581"}]
+    if others != steps:
+        normalizer["normalizers"] = others
     if cuts.get("prepend_scheme") == "first":  # the first run of a conversation only
         cuts["prepend_scheme"] = "never"
     encoder = tokenizers.Tokenizer.from_str(json.dumps(stored))
     encoder.encode_special_tokens = True
     encoder.no_truncation()
     encoder.no_padding()
-    return encoder, kept != steps
+    return encoder, others != steps
 
 
 def _check(
@@ -324,12 +324,12 @@ def _check(
         for k, (observation, response) in enumerate(probe):
             ids += fmt.next_turn(observation) if k else fmt.first_turn("", observation)
             text = _render(tokenizer, template, probe[:k], observation)
-            whole = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-            if ids != whole:
+            at_once = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            if ids != at_once:
                 raise _not_append_only(
                     tokenizer,
                     f"with the turn {observation!r} added it gives other tokens for the "
-                    f"conversation than turn by turn: {_difference(fmt, ids, whole)}",
+                    f"conversation than turn by turn: {_difference(fmt, ids, at_once)}",
                 )
             ids += fmt.response(response)
     forged = fmt.special.intersection(fmt._encode([" ".join(names) + "".join(names)]))

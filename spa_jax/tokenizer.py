@@ -44,7 +44,7 @@ def load(folder: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
                 f"{folder / name}: no such file; the folder must hold a Hugging Face tokenizer "
                 "(python -m experiments.fetch_policy makes one for the quickstart)"
             )
-    # Only tokenizers are used of transformers; without this it advises to install PyTorch.
+    # transformers serves for its tokenizers only; without this it advises to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
@@ -125,7 +125,8 @@ def write_sentencepiece_bpe(
       prefix: whether a text begins as if a blank stood before it.
     """
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
-    # Control tokens and "<0x0A>" for a line break do not come out of text of that spelling.
+    # Text that spells the name of a control token, or "<0x0A>", must not become that token: no
+    # merge rule makes one.
     unwritten = {*vocabulary.special, *vocabulary.added, *(f"<0x{i:02X}>" for i in range(256))}
     rules = []
     for token, score in zip(vocabulary.tokens, scores, strict=True):
@@ -138,10 +139,13 @@ def write_sentencepiece_bpe(
     unknown = vocabulary.roles.get("unk_token")
     backend = tokenizers.Tokenizer(
         models.BPE(
-            vocab=ids, merges=[pair for _, pair in rules], unk_token=unknown, fuse_unk=True,
+            vocab=ids,
+            merges=[pair for _, pair in rules],
+            unk_token=unknown,
+            fuse_unk=True,
             byte_fallback=True,
         )
-    )  # fmt: skip
+    )
     # As in the tokenizer.json of Llama 2: the text is not cut at all.
     spelling = [normalizers.Prepend("\u2581")] if prefix else []
     backend.normalizer = normalizers.Sequence([*spelling, normalizers.Replace(" ", "\u2581")])

@@ -25,7 +25,7 @@ def trajectory(token_ids, step_id, steps=None, task="t", ref=None):
         final_reward=1.0, instruction="", steps=(_STEP,) * steps, token_ids=tuple(token_ids),
         step_id=tuple(step_id), log_probs=tuple(-0.01 * i if k >= 0 else 0.0
         for i, k in zip(token_ids, step_id, strict=True)), ref_log_probs=ref,
-    )  # fmt: skip
+    )
 
 
 def example():
@@ -145,7 +145,7 @@ def test_what_fits_no_row_is_the_users_to_solve(limits, flag):
         batching.check_fit(
             [trajectory([0], [-1]), long],
             row_length=length, policy_slots=policy_slots, step_slots=step_slots,
-        )  # fmt: skip
+        )
 
 
 def test_trajectories_that_cannot_be_trained_on():
@@ -196,7 +196,7 @@ def test_packing_loses_nothing(made, multiple):
         rows.targets[used], rows.log_probs[used],
         rows.step_trajectory[r, step], rows.step_number[r, step],
         rows.tokens[r, rows.token_index[used] + 1], strict=True,
-    )  # fmt: skip
+    )
     wanted = [
         (token, np.float32(lp), i, k, token)
         for i, t in enumerate(made)
@@ -280,10 +280,10 @@ def test_tokens_are_scattered_and_gathered_wherever_they_lie(share):
             log_probs=(0.0,) * 3 + tuple(t.log_probs), ref_log_probs=None,
         )
         for t in example()
-    ]  # fmt: skip
+    ]
     lengths = [len(t.token_ids) for t in made]
     vectors = [np.array([[100.0 * i + p, token] for p, token in enumerate(t.token_ids)])
-               for i, t in enumerate(made)]  # fmt: skip
+               for i, t in enumerate(made)]
     rows = batching.pack(made, row_length=30, policy_slots=12, step_slots=8, share_prefix=share)
     dealt = next(batching.microbatches(rows, 1, 2))
     scattered = batching.scatter_tokens(vectors, dealt)

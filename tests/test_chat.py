@@ -165,7 +165,7 @@ def _tagged(generation_prompt="<|im_start|>assistant\n", end="<|im_end|>\n", bod
     ],
     ids=["thoughts", "prompt", "no-end", "numbered", "forgets", "doubles", "upper", "rewrites",
          "date", "raises", "broken"],
-)  # fmt: skip
+)
 def test_other_templates_are_refused_with_a_remedy(tmp_path, template, message):
     loaded = load(tmp_path, template)
     with pytest.raises(UserError, match=message) as caught:
@@ -210,7 +210,7 @@ TEXTS = ["Put a mug 12.", "<think>\nGo.\n</think>\n\nlook", "Nothing 3.", "take 
          "assistant.<|im_end|>\n<|im_start|>user\n"),
         ("qwen3_instruct_2507", "<|im_start|>user\n"),
     ],
-)  # fmt: skip
+)
 def test_published_templates_are_append_only(tmp_path, name, opening):
     loaded = family(tmp_path, name)
     fmt = chat.ChatFormat.from_tokenizer(loaded)
@@ -221,7 +221,7 @@ def test_published_templates_are_append_only(tmp_path, name, opening):
         rendered = loaded.apply_chat_template(
             chat._messages([*zip(TEXTS[:i:2], TEXTS[1:i:2], strict=True)], TEXTS[i]),
             tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024",
-        )  # fmt: skip
+        )
         assert rendered.startswith(opening + TEXTS[0])
         assert ids == loaded.encode(rendered, add_special_tokens=False)
         assert ids[: len(seen)] == seen
@@ -327,7 +327,7 @@ def episode(**changes):
         "instruction": "Find a mug.", "final_observation": "You won.",
         "steps": (Step("A room.", "go to desk 1", "go to desk 1", True),
                   Step("A desk.", "take mug 1", "take mug 1", True)),
-    }  # fmt: skip
+    }
     return Trajectory(**(fields | changes))
 
 
@@ -337,7 +337,7 @@ def test_encode_trajectory_says_who_wrote_each_token(chatml):
     expected = [
         (fmt.first_turn("Find a mug.", "A room."), -1), (fmt.response("go to desk 1"), 0),
         (fmt.next_turn("A desk."), -1), (fmt.response("take mug 1"), 1),
-    ]  # fmt: skip
+    ]
     assert encoded.token_ids == tuple(i for ids, _ in expected for i in ids)
     assert encoded.step_id == tuple(k for ids, k in expected for _ in ids)
     assert encoded.log_probs == (0.0,) * len(encoded.token_ids)

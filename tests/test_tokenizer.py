@@ -108,7 +108,7 @@ def test_a_family_s_added_tokens_and_beginning(tmp_path):
 
 def test_sentencepiece_merges_the_best_score_first(tmp_path):
     pieces = ["\u2581", "h", "e", "l", "o", "w", "r", "d", "he", "ll", "hell", "lo", "\u2581w",
-              "\u2581hell", "or", "\u2581wor", "ld", "\u2581world", "ello"]  # fmt: skip
+              "\u2581hell", "or", "\u2581wor", "ld", "\u2581world", "ello"]
     control = ["<unk>", "<s>", "</s>"]
     tokens = [*control, *(f"<0x{i:02X}>" for i in range(256)), *pieces]
     scores = {piece: -float(i) for i, piece in enumerate(pieces)}

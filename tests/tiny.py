@@ -76,11 +76,11 @@ LLAMA3 = Family(
      "<|eot_id|>"),
     {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
     add_bos=True,
-)  # fmt: skip
+)
 QWEN = Family(
     "qwen2", SPECIAL, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     added=("<think>", "</think>"),
-)  # fmt: skip
+)
 
 
 def family_tokenizer(
@@ -127,7 +127,7 @@ CONFIG = ModelConfig(
     vocab_size=384, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
     intermediate_size=96, rope_theta=100_000.0, rms_norm_eps=1e-5, tie_embeddings=True,
     max_position=256,
-)  # fmt: skip
+)
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False, head_dim=8, num_kv_heads=1)
 
 
@@ -148,7 +148,7 @@ def tiny_config(tied: bool = True) -> ModelConfig:
     return ModelConfig(
         vocab_size=384, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
         intermediate_size=64, tie_embeddings=tied, max_position=2048,
-    )  # fmt: skip
+    )
 
 
 def tiny_params(config: ModelConfig, seed: int = 0, end_of_turn: int = 2, ends: float = 2.0):
@@ -209,9 +209,9 @@ def random_trajectory(
         status=Status.SUCCESS if reward == 1 else Status.MAX_STEPS, final_reward=reward,
         instruction="", sampling=Sampling(max_new_tokens=response),
         steps=tuple(
-            Step("You see it.", "look", "look", bool(rng.integers(0, 2)), 0, c, r)
+            Step("You see it.", "look", "look", bool(rng.integers(0, 2)), contribution=c, reward=r)
             for c, r in rng.normal(size=(steps, 2)).tolist()
         ),
         token_ids=tuple(ids), step_id=tuple(step_id), log_probs=tuple(log_probs),
         ref_log_probs=tuple(ref),
-    )  # fmt: skip
+    )

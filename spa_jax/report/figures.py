@@ -162,7 +162,7 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
 
 
 def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    # Figure itself and not pyplot: nothing global, and no window system.
+    # Figure and not pyplot, which keeps global state and may open a window system.
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.02))
     return figure, figure.add_subplot()
 

@@ -93,7 +93,7 @@ def write_report(workdir: Path, out: Path) -> None:
     Raises:
       UserError: if the workdir is missing, empty, or has a broken file.
     """
-    # A lone surrogate, which JSON can carry and UTF-8 cannot, becomes a question mark.
+    # A lone surrogate is valid in JSON but not in UTF-8: it is written as a question mark.
     page = render(read_workdir(Path(workdir))).encode("utf-8", errors="replace")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,8 @@ key/value cache that holds one conversation; the cache place of a token is its p
 B slots, C cache places, D hidden, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,29 @@ class SlotState:
     cache: list[attention.LayerCache]
     hidden: jax.Array
     length: jax.Array
+
+
+class PrefillRows(NamedTuple):
+    """Chunks of tokens to append: A rows of at most T tokens, of a host's or a device's arrays.
+
+        T = 4      slots  starts  tokens     newest
+        row 0        5      10    a b c d    no
+        row 1        5      14    e f - -    yes      slot 5 reads a b c d e f
+        row 2        7       0    g h i -    yes
+
+    Attributes:
+      slots: [A] int32, the slot to append each row to; an entry >= B is padding.
+      tokens: [A, T] int32, the chunks, padded on the right.
+      starts: [A] int32, the slot's length before the chunk (0 empties the slot).
+      counts: [A] int32, how many of the T tokens are real.
+      newest: [A] bool, whether the chunk is the last one of its slot; true once a slot.
+    """
+
+    slots: chex.Array
+    tokens: chex.Array
+    starts: chex.Array
+    counts: chex.Array
+    newest: chex.Array
 
 
 @struct.dataclass
@@ -68,45 +93,28 @@ def empty_state(
     )
 
 
-def prefill(
-    config: ModelConfig,
-    params: Params,
-    state: SlotState,
-    slots: jax.Array,
-    tokens: jax.Array,
-    starts: jax.Array,
-    counts: jax.Array,
-    newest: jax.Array,
-) -> SlotState:
+def prefill(config: ModelConfig, params: Params, state: SlotState, rows: PrefillRows) -> SlotState:
     """Appends chunks of tokens to some slots.
 
     A slot may have several rows, with chunks that follow each other: in every layer the keys of
     all rows are in the cache before any row looks at it.
 
-        T = 4      slots  starts  tokens     newest
-        row 0        5      10    a b c d    no
-        row 1        5      14    e f - -    yes      slot 5 reads a b c d e f
-        row 2        7       0    g h i -    yes
-
     Args:
       config: the model's shape.
       params: the tree of `tree.unstack`.
       state: the slots.
-      slots: [A] int32, the slot to append each row to; an entry >= B is padding.
-      tokens: [A, T] int32, the chunks, padded on the right.
-      starts: [A] int32, the slot's length before the chunk (0 empties the slot).
-      counts: [A] int32, how many of the T tokens are real.
-      newest: [A] bool, whether the chunk is the last one of its slot; true once a slot.
+      rows: the chunks.
 
     Returns:
       The slots with the chunks in their caches; `hidden` is that of a slot's last real token.
     """
+    slots, tokens, starts, counts, newest = rows
     chex.assert_rank([slots, tokens, starts, counts, newest], [1, 2, 1, 1, 1])
     cache_length = state.cache[0][1].shape[2]
     offset = jnp.arange(tokens.shape[1])
     positions = jnp.where(offset < counts[:, None], starts[:, None] + offset, cache_length)
     hidden, cache = transformer.cached_hidden_states(
-        config, params, tokens, positions, state.cache, slots
+        config, params, tokens, positions, state.cache, rows=slots
     )
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
@@ -218,8 +226,8 @@ def draw(
         uniform = jax.vmap(jax.random.uniform)(keys)
         tokens, total = inverse_cdf(uniform, weights)
         if top_k > 0 or top_p < 1.0:
-            kept = jnp.exp(truncate(scaled, top_k, top_p) - peak)
-            tokens, _ = inverse_cdf(uniform, kept)
+            weights = jnp.exp(truncate(scaled, top_k, top_p) - peak)
+            tokens, _ = inverse_cdf(uniform, weights)
     chosen = jnp.take_along_axis(scaled, tokens[:, None], 1)[:, 0]
     return tokens, chosen - peak[:, 0] - jnp.log(total)
 
@@ -228,10 +236,10 @@ def decode_chunk(
     config: ModelConfig,
     params: Params,
     state: SlotState,
+    *,
     tokens: jax.Array,
     budget: jax.Array,
     keys: chex.PRNGKey,
-    *,
     steps: int,
     end_of_turn: tuple[int, ...],
     temperature: float,

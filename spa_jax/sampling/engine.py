@@ -41,6 +41,7 @@ import numpy as np
 from spa_jax.models import tree
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.sampling import decode, programs
+from spa_jax.sampling.decode import PrefillRows
 from spa_jax.trajectory import Sampling
 
 _CHUNKS = (16, 24, 32, 48)  # tokens of a chunk that a prefill call reads: the compiled shapes
@@ -167,10 +168,18 @@ class Engine:
         self._base_key = jax.device_put(jax.random.key(seed), device)
         self._programs = programs.of(
             programs.Shape(
-                config, dtype, slots, context_length, _STEPS, tuple(end_of_turn),
-                sampling.temperature, sampling.top_k, sampling.top_p, device,
+                config=config,
+                dtype=dtype,
+                slots=slots,
+                context_length=context_length,
+                steps=_STEPS,
+                end_of_turn=tuple(end_of_turn),
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                device=device,
             )
-        )  # fmt: skip
+        )
         self._text = text
         self._deadline_s = turn_deadline_s
         self._rows = -(-slots // 4)  # chunks that a prefill call reads
@@ -239,7 +248,7 @@ class Engine:
             ready = {slot: ids for slot, ids in self._unread.items() if slot not in later}
             chunks = sum(-(-len(ids) // _CHUNKS[-1]) for ids in ready.values())
             if not later and chunks < min(self._rows, len(self._writing)):
-                break  # they wait for company: a call costs the same for fewer chunks
+                break  # wait for more chunks: a call with fewer costs the same
             order = sorted(ready, key=lambda slot: -len(ready[slot]))
             self._prefill_call(order[: self._rows])
             for slot in [slot for slot, rest in self._unread.items() if not rest]:
@@ -311,7 +320,9 @@ class Engine:
             self._unread[slot] = self._unread[slot][len(ids) :]
             self.usage.prefilled += len(ids)
         self._state = self._programs.prefill(
-            self._params, self._state, index, tokens, starts, counts, newest
+            self._params,
+            self._state,
+            PrefillRows(slots=index, tokens=tokens, starts=starts, counts=counts, newest=newest),
         )
 
     def _feed(self, slot: int, ids: list[int]) -> None:
@@ -329,7 +340,12 @@ class Engine:
             tokens[slot] = ids[-1] if ids else -1
             budget[slot] = self.sampling.max_new_tokens - len(ids)
         self._state, chunk = self._programs.decode(
-            self._params, self._state, tokens, budget, self._base_key, self._episodes
+            self._params,
+            self._state,
+            tokens=tokens,
+            budget=budget,
+            key=self._base_key,
+            episodes=self._episodes,
         )
         chunk = jax.device_get(chunk)
         self.usage.decode_s += time.perf_counter() - started
@@ -344,7 +360,7 @@ class Engine:
             response = self._over(turn, int(count), going_on, ended)
             if response is not None:
                 del self._turns[slot]
-                self._feed(slot, response.ids[:-1])  # the last one was not, or is fed again
+                self._feed(slot, response.ids[:-1])  # the last id, fed or not, opens the next turn
                 self._unfed[slot] = response.ids[-1:]
                 responses[slot] = response
         return responses

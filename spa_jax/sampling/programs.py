@@ -16,7 +16,7 @@ import numpy as np
 
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.sampling import decode
-from spa_jax.sampling.decode import Chunk, SlotState
+from spa_jax.sampling.decode import Chunk, PrefillRows, SlotState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +72,23 @@ class Programs:
             state: SlotState,
             tokens: jax.Array,
             budget: jax.Array,
-            key: chex.PRNGKey,
-            episodes: jax.Array,
+            seeds: tuple[chex.PRNGKey, jax.Array],
         ) -> tuple[SlotState, Chunk]:
+            key, episodes = seeds
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, episodes)
             return decode.decode_chunk(
-                config, params, state, tokens, budget, keys,
-                steps=shape.steps, end_of_turn=shape.end_of_turn,
-                temperature=shape.temperature, top_k=shape.top_k, top_p=shape.top_p,
-            )  # fmt: skip
+                config,
+                params,
+                state,
+                tokens=tokens,
+                budget=budget,
+                keys=keys,
+                steps=shape.steps,
+                end_of_turn=shape.end_of_turn,
+                temperature=shape.temperature,
+                top_k=shape.top_k,
+                top_p=shape.top_p,
+            )
 
         self._prefill = jax.jit(functools.partial(decode.prefill, config), donate_argnums=1)
         self._copy = jax.jit(decode.copy_cache, donate_argnums=0)
@@ -101,27 +109,24 @@ class Programs:
         slots = np.zeros(state.length.shape, np.int32)
         row = np.zeros(rows, np.int32)
         for chunk in chunks:
-            tokens = np.zeros((rows, chunk), np.int32)
-            args = (params, state, row, tokens, row, row, row.astype(bool))
-            self._executable(("prefill", tokens.shape), self._prefill, args)
+            empty = PrefillRows(
+                slots=row,
+                tokens=np.zeros((rows, chunk), np.int32),
+                starts=row,
+                counts=row,
+                newest=row.astype(bool),
+            )
+            name = ("prefill", empty.tokens.shape)
+            self._executable(name, self._prefill, (params, state, empty))
         self._executable("copy", self._copy, (state, row[0], row[0]))
-        episodes = slots.astype(np.uint32)
-        self._executable("decode", self._decode, (params, state, slots, slots, key, episodes))
+        seeds = (key, slots.astype(np.uint32))
+        self._executable("decode", self._decode, (params, state, slots, slots, seeds))
         self._complete = True
 
-    def prefill(
-        self,
-        params: Params,
-        state: SlotState,
-        slots: np.ndarray,
-        tokens: np.ndarray,
-        starts: np.ndarray,
-        counts: np.ndarray,
-        newest: np.ndarray,
-    ) -> SlotState:
+    def prefill(self, params: Params, state: SlotState, rows: PrefillRows) -> SlotState:
         """`decode.prefill`; donates the state.  One program for each shape of the tokens."""
-        args = (params, state, slots, tokens, starts, counts, newest)
-        return self._executable(("prefill", tokens.shape), self._prefill, args)(*args)
+        args = (params, state, rows)
+        return self._executable(("prefill", rows.tokens.shape), self._prefill, args)(*args)
 
     def copy(self, state: SlotState, source: int, target: int) -> SlotState:
         """`decode.copy_cache`; donates the state."""
@@ -132,6 +137,7 @@ class Programs:
         self,
         params: Params,
         state: SlotState,
+        *,
         tokens: np.ndarray,
         budget: np.ndarray,
         key: chex.PRNGKey,
@@ -147,7 +153,7 @@ class Programs:
           key: the base of all episodes' keys.
           episodes: [B] uint32, the number of each slot's episode.
         """
-        args = (params, state, tokens, budget, key, episodes)
+        args = (params, state, tokens, budget, (key, episodes))
         return self._executable("decode", self._decode, args)(*args)
 
     def _executable(self, name: Hashable, function: Any, args: tuple) -> Any:

@@ -37,7 +37,8 @@ class Checkpoints:
         step = distributed.broadcast("the newest checkpoint", self._manager.latest_step)
         if step is None:
             return None
-        # Of numpy arrays: those of shapes alone would come back where they lay when saved.
+        # Numpy arrays and not shapes: Orbax would put arrays that are described by their shapes
+        # onto the devices that they were saved from.
         shapes = jax.tree.map(np.asarray, jax.device_get(template))
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))

@@ -111,7 +111,14 @@ def policy_terms(
 
 
 def projected_at_once(most: int, slots: int) -> int:
-    """Slots a chunk: `most` (0: any number) cut `slots` into so many chunks, and they are equal."""
+    """How many slots are projected onto the vocabulary at once: the size of a chunk.
+
+    The slots are cut into as few chunks of at most `most` as can be, and these are made equal.
+
+    Args:
+      most: the largest chunk allowed; 0: no limit.
+      slots: how many there are.
+    """
     return -(-slots // -(-slots // most)) if 0 < most < slots else slots
 
 

@@ -114,25 +114,27 @@ def forward(config: ModelConfig, rows: RowsConfig) -> Need:
 
 
 def exploration(config: ModelConfig, sampling: SamplingConfig) -> Need:
-    """The generation engine: its weights come as float32, and are cast before anything is played.
+    """The generation engine.
 
-    What those need beyond cache and logits is told under `activations`.
+    Its weights are loaded as float32 and cast before the cache is allocated and anything is
+    played.  Where the float32 copy is larger than cache and logits, the difference is counted
+    under `activations`: it is what the engine needs at its start only.
     """
     weights = _elements(shapes(config)) * _width(config)
     cache = jax.eval_shape(
         lambda: transformer.empty_cache(config, sampling.slots, sampling.context_length)
     )
     logits = _LOGITS_FORWARD * sampling.slots * config.vocab_size * _FLOAT32
-    came = _elements(shapes(config)) * _FLOAT32
+    loaded = _elements(shapes(config)) * _FLOAT32
     return Need(
         parameters=weights,
-        activations=max(0.0, came - logits - _bytes(cache)),
+        activations=max(0.0, loaded - logits - _bytes(cache)),
         logits=logits,
         cache=_bytes(cache),
     )
 
 
-@functools.cache  # stages, and tables of several devices, ask for the same
+@functools.cache  # the stages, and the tables of several devices, ask for the same numbers
 def residual_bytes(
     config: ModelConfig, rows: RowsConfig, lora: LoraConfig = _NO_LORA, train_layers: int = 0
 ) -> float:
@@ -151,7 +153,8 @@ def residual_bytes(
 
         return jax.vjp(hidden, trained)[1]
 
-    # Weights are saved too, as they are: two rows less one row is what a row adds.
+    # The weights are among the residuals, once for any number of rows: the difference of two rows
+    # and one row is what a row adds.
     one, two = (
         _bytes(jax.eval_shape(forwards, trained, frozen, _ids(count, rows.row_length)))
         for count in (1, 2)

@@ -11,8 +11,8 @@ share each parameter with its gradient and its moments, for what one device cann
     data 1:  d4 d5 d6 d7     r4 r5 r6 r7                   F0 F1 F2 F3
 
 Both take the same microbatches, [devices, rows, ...], and compile the same functions of
-`training.state`; a test asserts that they agree.  Nothing crosses between host and devices inside
-an update but by name: the rows in, the sums out.
+`training.state`; a test asserts that they agree.  An update makes two transfers, both explicit:
+the rows go to the devices, and the sums come back.
 
 The devices are those of all processes.  Every process makes the whole microbatch from the same
 files and puts its own devices' part on them; what a pass without gradients says of the data comes
@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.runtime import distributed
+from spa_jax.training import distributed
 from spa_jax.training import state as state_lib
 from spa_jax.training.state import Guarded, LossFn, Params, TrainState
 
@@ -87,7 +87,7 @@ class Pmap:
 
     def replicate(self, tree: Any) -> Any:
         """A copy of the tree on every device of this process."""
-        # Placed as pmap places its outputs: otherwise the second update compiles once more.
+        # Where pmap places its outputs; anywhere else, the second update would compile again.
         return flax.jax_utils.replicate(tree, self._own, AXIS)
 
     def unreplicate(self, tree: Any) -> Any:
@@ -128,8 +128,7 @@ class Pmap:
             if sums is None:
                 sums = self._zero_sums(state.params, batch, totals)
             batch = jax.device_put(batch, self._split)
-            so_far = (grads, sums)
-            grads, sums = self._accumulate(state.params, self.frozen, so_far, batch, shared)
+            grads, sums = self._accumulate(state.params, self.frozen, (grads, sums), batch, shared)
         state, norm = self._apply(state, grads)
         added, norm = jax.device_get((self._add_up(sums), norm))
         metrics = {name: float(value[0]) for name, value in added.items()}
@@ -187,8 +186,9 @@ class Mesh:
     def replicate(self, tree: Any) -> Any:
         """The tree on the mesh: each device of an fsdp row gets its part of every array."""
 
-        # From a copy: updates donate what they are given, and a part that lies where the caller's
-        # own array does would be that array (may_alias=False does not help in JAX 0.10).
+        # An update donates its arguments, and device_put does not copy an array that lies on the
+        # device already: without a copy here, the caller's own array would be deleted
+        # (may_alias=False does not help in JAX 0.10).
         def copied(x: Any) -> Any:
             on_device = self.devices == 1 and isinstance(x, jax.Array)
             return jnp.copy(x) if on_device else np.array(jax.device_get(x))
@@ -395,7 +395,8 @@ def replicate(tree: Any, devices: int | None = None) -> Any:
 
 def unreplicate(tree: Any) -> Any:
     """The first device's copy."""
-    # Flax's own keeps the device axis of length 1 where one of several devices is in use.
+    # flax.jax_utils.unreplicate would leave a device axis of length 1 if one of several devices
+    # is in use.
     return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
 
@@ -421,7 +422,7 @@ def _place(host: Any, shardings: Any) -> Any:
         return jax.device_put(host, shardings)
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, host)
-    # device_put would compare them among the processes each time.
+    # device_put would compare the values among all processes at every call.
     return jax.tree.map(
         lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda at: np.asarray(x)[at]),
         host,

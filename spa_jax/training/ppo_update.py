@@ -84,7 +84,8 @@ def ppo_loss(
         truncate=ppo.truncate_ratio,
     )
     kl = losses.k3_kl(log_probs, rows.ref_log_probs, rows.token_mask)
-    if not ppo.entropy_coef:  # else its derivative over the vocabulary is made, times 0
+    if not ppo.entropy_coef:
+        # Else its gradient over the vocabulary would be computed, and multiplied by 0.
         entropy = jax.lax.stop_gradient(entropy)
     sums = {"policy_loss": surrogate, "kl": kl, "entropy": entropy, **stats._asdict()}
     loss = surrogate / counts["tokens"]

@@ -98,7 +98,7 @@ def score(
     return _by_trajectory(packed, joined, trajectories)
 
 
-@functools.lru_cache(maxsize=4)  # one function a model: what is compiled is kept
+@functools.lru_cache(maxsize=4)  # the same function for a model, so that it compiles once
 def _compiled(config: ModelConfig, temperature: float) -> Callable:
     return partition.pmap_forward(functools.partial(forward.score, config, temperature=temperature))
 
@@ -251,7 +251,7 @@ def cached_lower_states(
     saved = _read(cache, digest, ("below",))
     if saved is None:
         return None
-    # A file has no bfloat16 of its own: it comes back as two bytes.
+    # An .npz file knows no bfloat16: numpy reads each number back as two raw bytes.
     return _by_token(saved["below"].view(jnp.dtype(config.dtype)), trajectories)
 
 

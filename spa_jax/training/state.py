@@ -56,7 +56,7 @@ def _float32(tree: Params) -> Params:
 
 
 def zero_gradients(params: Params, dtype: str = "float32") -> Params:
-    """Zeros to add an update's gradients up in: of --accum_dtype."""
+    """Zeros in the parameters' shapes, of --accum_dtype, to add an update's gradients to."""
     return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
 
 
@@ -102,7 +102,7 @@ def adamw(schedule: optax.ScalarOrSchedule, *, clip_norm: float, weight_decay: f
             return jax.tree.map(one, old, grads)
 
         count = state.count + finite
-        # Behind the barrier XLA knows the new moments as arrays, not as formulas.
+        # Without the barrier XLA would compute the new moments twice, see the docstring.
         mu, nu = jax.lax.optimization_barrier((mean(b1, 1, state.mu), mean(b2, 2, state.nu)))
         rate = schedule(state.count) if callable(schedule) else schedule
         mu_scale, nu_scale = 1 / (1 - b1**count), 1 / (1 - b2**count)
@@ -143,7 +143,7 @@ def averaged(optimizer: Guarded, decay: float) -> Guarded:
     """
 
     def init(params: Params) -> AveragedState:
-        # A copy: an array that is donated must not be there twice.
+        # A copy: an update donates its state, and no buffer may be donated twice.
         return AveragedState(optimizer.init(params), jax.tree.map(jnp.copy, params))
 
     def update(grads: Params, state: AveragedState, params: Params) -> tuple[Params, AveragedState]:

@@ -135,7 +135,7 @@ class CreditTest(chex.TestCase):
             )
         self.assertFalse(np.array_equal(drawn[0], drawn[1]))
         self.assertFalse(np.array_equal(drawn[0][0], drawn[0][1]) and
-                         np.array_equal(drawn[0][1], drawn[0][2]))  # fmt: skip
+                         np.array_equal(drawn[0][1], drawn[0][2]))
 
     def test_random_shares_are_dirichlet(self):
         rows, n = 400, 4

@@ -13,7 +13,9 @@ def episode(*steps, task="a", status=Status.SUCCESS, reward=1.0):
 
 
 def step(contribution=None, reward=None, *, response="look", action="look", grounded=True):
-    return Step("You see.", response, action, grounded, 0, contribution, reward)
+    return Step(
+        "You see.", response, action, grounded, contribution=contribution, reward=reward
+    )
 
 
 def test_running_sum_by_hand():

@@ -69,7 +69,7 @@ class ByHandTest(chex.TestCase):
         advantage, returns = run(
             "reinforce++", np.array([[1.0, 0.0, 2.0], [3.0, NAN, NAN]], np.float32),
             np.array([[1, 1, 1], [1, 0, 0]]), np.zeros(2, np.int32), gamma=0.5,
-        )  # fmt: skip
+        )
         np.testing.assert_allclose(advantage, [[1.5, 1, 2], [3, 0, 0]])
         np.testing.assert_array_equal(advantage, returns)
 
@@ -87,7 +87,7 @@ class PapersTest(parameterized.TestCase):
 
     @few
     @hypothesis.given(hnp.arrays(np.float32, N, elements=st.floats(0, 1, width=32)),
-                      hnp.arrays(np.int64, N, elements=st.integers(1, S)))  # fmt: skip
+                      hnp.arrays(np.int64, N, elements=st.integers(1, S)))
     def test_terminal_credit(self, final, n):
         mask = masks(n)
         rewards = np.asarray(credit("terminal", np.zeros((N, S), np.float32), final, mask))

@@ -12,6 +12,7 @@ import pytest
 from spa_jax import batching
 from spa_jax.models import transformer
 from spa_jax.sampling import decode, programs
+from spa_jax.sampling.decode import PrefillRows
 from spa_jax.sampling.engine import _CHUNKS, Ending, Engine, Response
 from spa_jax.sampling.parallel import ParallelEngine
 from spa_jax.training import forward
@@ -134,7 +135,7 @@ def _next(ids, length, sampling: Sampling, number):
     return decode.draw(
         logits, key[None], temperature=sampling.temperature, top_k=sampling.top_k,
         top_p=sampling.top_p,
-    )  # fmt: skip
+    )
 
 
 def _plain(episode: Episode, sampling: Sampling) -> Episode:
@@ -188,7 +189,7 @@ def test_recorded_log_probs_are_those_of_the_training_forward():
             step_id=tuple(e.step_id), log_probs=tuple(e.log_probs),
         )
         for e in episodes
-    ]  # fmt: skip
+    ]
     rows = batching.pack(trajectories, row_length=256, policy_slots=96, step_slots=16)
     assert len(rows.tokens) < len(episodes), "nothing is packed together"
     score = jax.jit(functools.partial(forward.score, CONFIG, temperature=DRAWN.temperature))
@@ -265,7 +266,8 @@ def test_nothing_is_compiled_after_the_warm_up():
     state = engine._state
     with pytest.raises(AssertionError, match="would be compiled after the warm-up"):
         tokens, row = np.zeros((1, 7), np.int32), np.zeros(1, np.int32)
-        engine._programs.prefill(engine._params, state, row, tokens, row, row, row > 0)
+        rows = PrefillRows(slots=row, tokens=tokens, starts=row, counts=row, newest=row > 0)
+        engine._programs.prefill(engine._params, state, rows)
 
 
 def test_new_weights_compile_nothing_and_see_nothing_of_the_old_cache():

@@ -154,7 +154,8 @@ def test_the_engine_needs_what_the_plan_says():
     )
     ids = jax.ShapeDtypeStruct((8,), np.int32)
     keys = jax.random.split(jax.random.key(0), 8)
-    compiled = jax.jit(run, donate_argnums=1).lower(params, state, ids, ids, keys).compile()
+    step = jax.jit(run, donate_argnums=1)
+    compiled = step.lower(params, state, tokens=ids, budget=ids, keys=keys).compile()
     print(planned, _total(compiled))
     assert planned.cache == _bytes(state.cache)
     starting = 2 * _bytes(memory.shapes(CONFIG))  # as they came, and as decoding reads them

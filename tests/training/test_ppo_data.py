@@ -33,7 +33,7 @@ LAYOUTS = (
     (RowsConfig(row_length=40, policy_slots=12, step_slots=4, rows_per_device=1), 2),
     (RowsConfig(row_length=96, policy_slots=40, step_slots=12, rows_per_device=2,
                 share_prefix=False), 1),
-)  # fmt: skip
+)
 TERMS = {"kl_coef": 0.1, "entropy_coef": 0.01, "value_coef": 0.5, "gamma": 0.9}
 OBJECTIVES = {
     "ppo": PpoConfig(**TERMS),
@@ -59,10 +59,10 @@ def sees_one_token(monkeypatch):
     monkeypatch.setattr(
         forward, "rows_hidden",
         lambda config, params, rows, lower_states=None: params["embed"]["embedding"][rows.tokens],
-    )  # fmt: skip
+    )
 
 
-def _episode(task, attempt, steps, rewards, seed, extra=0):
+def _episode(task, attempt, steps, rewards, seed, *, extra=0):
     """`steps` holds (context, response) lengths; `extra` context tokens come before each step."""
     rng, more = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     ids, step_id, log_probs, ref = [], [], [], []
@@ -76,8 +76,10 @@ def _episode(task, attempt, steps, rewards, seed, extra=0):
         status=Status.SUCCESS if attempt % 2 else Status.MAX_STEPS, final_reward=attempt % 2,
         instruction="", sampling=Sampling(), token_ids=tuple(ids), step_id=tuple(step_id),
         log_probs=tuple(log_probs), ref_log_probs=tuple(ref),
-        steps=tuple(Step("", "", "look", True, 0, 0.0, r) for r in rewards[: len(steps)]),
-    )  # fmt: skip
+        steps=tuple(
+            Step("", "", "look", True, contribution=0.0, reward=r) for r in rewards[: len(steps)]
+        ),
+    )
 
 
 def _values(episodes, ppo, salt):
@@ -111,7 +113,7 @@ def _terms(episodes, ppo, layout):
     update = ppo_data.make_update(
         episodes, table, np.arange(len(episodes)), rows, ppo, devices=devices,
         log_probs=lambda part, _: np.asarray(log_probs(_params(), part)),
-    )  # fmt: skip
+    )
     parts = [loss_fn(_params(), {}, batch, update.counts) for batch in update.batches]
     loss, sums = jax.tree.map(lambda *x: float(sum(map(jnp.sum, x))), *parts)
     white = ppo_data.by_place(update.table, ppo)["advantages"]
@@ -134,14 +136,14 @@ def test_context_padding_packing_order_and_devices_change_nothing(name, sees_one
     @hypothesis.given(
         st.lists(LENGTHS, min_size=3, max_size=3), st.booleans(), st.integers(0, 99),
         st.sampled_from((0, 3)), st.randoms(use_true_random=False),
-    )  # fmt: skip
+    )
     @hypothesis.example([[(2, 1)], [(3, 1)], [(2, 1), (2, 3)]], False, 0, 3, random.Random(0))
     def check(lengths, paid, seed, extra, shuffler):
         lengths = [[(4, 3)] * 3, *lengths]  # the longest: every table has one of few shapes
         rewards = np.random.default_rng(seed).normal(size=(len(lengths), 3)) * paid
         made = [
             [
-                _episode(f"task_{i // 3}", i, steps, rewards[i].tolist(), seed + i, more)
+                _episode(f"task_{i // 3}", i, steps, rewards[i].tolist(), seed + i, extra=more)
                 for i, steps in enumerate(lengths)
             ]
             for more in (0, extra)
@@ -184,7 +186,7 @@ def test_a_row_without_policy_tokens_poisons_nothing(name, sees_one_token):
         assert unused.sum() == 4
         if given is not episodes:
             for array in (batch.rows.log_probs, batch.rows.ref_log_probs, batch.advantages,
-                          batch.returns, batch.old_values):  # fmt: skip
+                          batch.returns, batch.old_values):
                 array[unused] = [np.nan, np.inf, *[np.nan] * (array.shape[1] - 2)]
         loss_fn = ppo_update.make_loss(CONFIG, ppo, 0.7)
         run = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -204,13 +206,13 @@ def test_gradients_are_the_numerical_ones(name, monkeypatch):
     update = ppo_data.make_update(
         episodes, table, np.arange(4), rows, ppo, devices=1,
         log_probs=lambda part, _: np.random.default_rng(3).normal(-6, 0.5, part.targets.shape),
-    )  # fmt: skip
+    )
     (batch,) = (jax.tree.map(lambda x: np.array(x[0]), b) for b in update.batches)
     monkeypatch.setattr(forward, "rows_hidden", lambda c, p, rows, b=None: p["e"][rows.tokens])
     monkeypatch.setattr(
         forward, "policy_logits", lambda p, hidden, rows, t: forward.at(hidden, rows.token_index)
         @ p["w"] / t,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(heads, "value", lambda p, hidden: jnp.tanh(hidden @ p))
     with jax.enable_x64(True):
         rng = np.random.default_rng(2)
@@ -262,21 +264,21 @@ def test_a_kl_in_the_reward_is_summed_a_step_and_discounted(name):
     """As if the rewards had been less by it; a group's baseline is that of the rewards alone."""
     ppo, episodes = OBJECTIVES[name], _four()
     log_probs = {t.key: np.random.default_rng(i).normal(-6, 1, len(t.token_ids))
-                 for i, t in enumerate(episodes)}  # fmt: skip
+                 for i, t in enumerate(episodes)}
     rows = LAYOUTS[1][0]
 
     def now(part, _):
         used, trajectory, position = ppo_data._places_of_tokens(part)
         out = np.zeros(used.shape)
         out[used] = [log_probs[episodes[i].key][at]
-                     for i, at in zip(trajectory, position, strict=True)]  # fmt: skip
+                     for i, at in zip(trajectory, position, strict=True)]
         return out
 
     def charged(t):
         ratio = log_probs[t.key] - np.asarray(t.ref_log_probs)
         kl = [ratio[np.asarray(t.step_id) == k].sum() for k in range(len(t.steps))]
         steps = [dataclasses.replace(s, reward=s.reward - 0.1 * x)
-                 for s, x in zip(t.steps, kl, strict=True)]  # fmt: skip
+                 for s, x in zip(t.steps, kl, strict=True)]
         return dataclasses.replace(t, steps=tuple(steps))
 
     values = _values(episodes, ppo, 5)
@@ -304,7 +306,7 @@ def test_with_recorded_log_probs_the_first_pass_has_no_kl():
     update = ppo_data.make_update(
         episodes, table, np.arange(4), LAYOUTS[1][0], ppo, devices=1,
         log_probs=lambda part, _: part.log_probs,
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(update.table.advantages, table.advantages)
 
 

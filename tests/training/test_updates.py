@@ -352,7 +352,7 @@ def test_top_layers_learn_alone_what_they_learn_in_the_whole_model(name, monkeyp
         CONFIG, partition.replicate(frozen), opened[::-1],
         dataclasses.replace(rows, row_length=100, policy_slots=60, step_slots=20),
         devices=8, title="lower",
-    )[::-1]  # fmt: skip
+    )[::-1]
     assert [len(b) for b in lower_states] == [len(t.token_ids) for t in opened]
     from_lower = [
         dataclasses.replace(b, lower_states=batching.scatter_tokens(lower_states, b.rows))

@@ -49,9 +49,9 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         else:
             files = sorted(model.iterdir())
             about = {"id": "/".join(parts[2:4]), "sha": COMMIT,
-                     "siblings": [{"rfilename": f.name} for f in files]}  # fmt: skip
+                     "siblings": [{"rfilename": f.name} for f in files]}
             tree = [{"type": "file", "path": f.name, "size": f.stat().st_size,
-                     "oid": hashlib.sha1(f.read_bytes()).hexdigest()} for f in files]  # fmt: skip
+                     "oid": hashlib.sha1(f.read_bytes()).hexdigest()} for f in files]
             answer = tree if parts[4] == "tree" else about
             kind = {"Content-Type": "application/json"}
             self._send(200, json.dumps(answer).encode(), kind, body)
@@ -98,7 +98,7 @@ def test_a_model_of_the_hub_is_fetched_once(hub, tmp_path, monkeypatch):
     assert policy.chat == common.load_policy(tmp_path / "tiny").chat
     fetched = {p.name for p in policy.folder.iterdir()}
     assert fetched == {"config.json", "model.safetensors", "tokenizer.json",
-                       "tokenizer_config.json"}  # fmt: skip
+                       "tokenizer_config.json"}
     assert not any(path.endswith(".bin") or "consolidated" in path for path in log)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     asked = len(log)
