@@ -157,8 +157,13 @@ class _Sessions:
             pass
         finally:
             self.context.metrics.session_ends.labels(how).inc()
-            note(_LOG, "session ended", how=how, episode=state.episode_id,
-                 seconds=round(time.monotonic() - started, 3))  # fmt: skip
+            note(
+                _LOG,
+                "session ended",
+                how=how,
+                episode=state.episode_id,
+                seconds=round(time.monotonic() - started, 3),
+            )
 
     async def _converse(self, socket: fastapi.WebSocket, session: Session) -> str:
         """Answers until the session is over; how it ended (see `telemetry.Metrics`)."""
@@ -345,9 +350,7 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def run(
-    config: ServerConfig, *, host: str, port: int, token: str, exit_with_parent: bool
-) -> None:
+def run(config: ServerConfig, *, host: str, port: int, token: str, exit_with_parent: bool) -> None:
     """Serves until it is told to stop: `spa_jax.envs.serve`, with the token itself."""
     check_host(host, token)
     log_json()
