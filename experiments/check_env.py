@@ -14,8 +14,9 @@ from absl import flags
 from experiments import flags as flags_lib
 from spa_jax.envs.conformance import Report
 
-_ENV = flags.DEFINE_enum("env", None, ["virtualhome", "webshop"], "Which environment.",
-                         required=True)  # fmt: skip
+_ENV = flags.DEFINE_enum(
+    "env", None, ["virtualhome", "webshop"], "Which environment.", required=True
+)
 _DATA = flags.DEFINE_string("data", None, "The environment's data.", required=True)
 _CASES = flags.DEFINE_string("cases", None, "The folder of the case files.", required=True)
 

@@ -31,9 +31,14 @@ def main(argv: Sequence[str]) -> None:
     out = pathlib.Path(_OUT.value)
     with unpacked(pathlib.Path(_DATA.value)) as data:
         prepared = prepare.prepare(
-            Corpus(data), out, seed=flags_lib.SEED.value, valid=_VALID.value,
-            heldout=_HELDOUT.value, scenes=_SCENES.value, programs=_PROGRAMS.value,
-        )  # fmt: skip
+            Corpus(data),
+            out,
+            seed=flags_lib.SEED.value,
+            valid=_VALID.value,
+            heldout=_HELDOUT.value,
+            scenes=_SCENES.value,
+            programs=_PROGRAMS.value,
+        )
     print(f"{prepared.programs} programs, {_SCENES.value} of the scenes each")
     for reason, count in prepared.left_out.items():
         print(f"  left out {count}: {reason}")

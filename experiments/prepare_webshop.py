@@ -20,9 +20,11 @@ from experiments import flags as flags_lib
 _DATA = flags.DEFINE_string("data", None, "The folder of WebShop's files.", required=True)
 _STORE = flags.DEFINE_string("store", "", "Where the store goes; empty: DATA/webshop_store.")
 _GOALS = flags.DEFINE_enum(
-    "goals", None, ["human", "synthetic"],
+    "goals",
+    None,
+    ["human", "synthetic"],
     "Which goals; by default those of people, but synthetic ones for the 1,000-product files.",
-)  # fmt: skip
+)
 _SEED = flags.DEFINE_integer(
     "price_seed", 0, "Seeds prices that have a range, and the goals' price bounds."
 )

@@ -41,6 +41,7 @@ _GRACE = 0.05
 # _RECENT steps took longer on average, a round does not wait at all.
 _PATIENCE = 0.2
 _RECENT = 32
+_EXPERT_SESSIONS = 2  # episodes that the expert plays at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,7 +424,6 @@ def play_expert(
     *,
     player: Player,
     on_done: Callable[[Trajectory], None],
-    sessions: int = 2,
 ) -> None:
     """Plays every job with the environment's own expert.
 
@@ -432,9 +432,8 @@ def play_expert(
       jobs: the episodes.
       player: what the records say, and the limits of an episode; its policy is "expert".
       on_done: called with each finished trajectory, from this thread.
-      sessions: episodes played at once.
     """
-    with concurrent.futures.ThreadPoolExecutor(sessions) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_EXPERT_SESSIONS) as pool:
         for trajectory in pool.map(lambda job: _expert_episode(client, job, player), jobs):
             on_done(trajectory)
 

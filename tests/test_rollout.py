@@ -93,8 +93,14 @@ def _play(chat, client, sampling: Sampling, ends: float = 2.0, episodes: int = 4
     config = tiny.tiny_config()
     params = tiny.tiny_params(config, end_of_turn=chat.end_of_turn, ends=ends)
     engine = Engine(
-        config, params, slots=4, sampling=sampling, end_of_turn=(chat.end_of_turn,), seed=0,
-        text=chat.decode, **{"context_length": 512} | settings,
+        config,
+        params,
+        slots=4,
+        sampling=sampling,
+        end_of_turn=(chat.end_of_turn,),
+        seed=0,
+        text=chat.decode,
+        **{"context_length": 512} | settings,
     )
     player = Player("custom", "tiny", version=7, max_steps=5, prompt="short")
     jobs = [Job(Task(f"train_{i}", "train", "", ""), 0, 0) for i in range(episodes)]

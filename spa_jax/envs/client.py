@@ -25,8 +25,11 @@ from spa_jax.errors import UserError
 
 # Codes of answers that another try gets again.
 _FINAL = (
-    protocol.INVALID_JSON, protocol.UNKNOWN_TYPE, protocol.VALIDATION_ERROR, protocol.USER_ERROR,
-)  # fmt: skip
+    protocol.INVALID_JSON,
+    protocol.UNKNOWN_TYPE,
+    protocol.VALIDATION_ERROR,
+    protocol.USER_ERROR,
+)
 _LONGEST_MESSAGE = 16 * 2**20  # bytes
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0  # between tries, in seconds
 
@@ -180,9 +183,13 @@ class Session:
             try:
                 # No pings from here: a process that compiles answers late, and TCP tells the rest.
                 self._connection = connect(
-                    address, open_timeout=20, close_timeout=5, ping_interval=None,
-                    max_size=_LONGEST_MESSAGE, additional_headers=self._client.headers,
-                )  # fmt: skip
+                    address,
+                    open_timeout=20,
+                    close_timeout=5,
+                    ping_interval=None,
+                    max_size=_LONGEST_MESSAGE,
+                    additional_headers=self._client.headers,
+                )
                 return self._connection
             except InvalidURI as error:
                 raise UserError(f"--env_address: {error}") from error

@@ -158,8 +158,13 @@ class _Sessions:
             pass
         finally:
             self.context.metrics.session_ends.labels(how).inc()
-            note(_LOG, "session ended", how=how, episode=state.episode_id,
-                 seconds=round(time.monotonic() - started, 3))  # fmt: skip
+            note(
+                _LOG,
+                "session ended",
+                how=how,
+                episode=state.episode_id,
+                seconds=round(time.monotonic() - started, 3),
+            )
 
     async def _converse(self, socket: fastapi.WebSocket, session: Session) -> str:
         """Answers until the session is over; how it ended (see `telemetry.Metrics`)."""

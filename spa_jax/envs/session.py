@@ -155,8 +155,14 @@ class Session:
         except UserError as error:
             return self.error(str(error), protocol.USER_ERROR)
         except EnvError as error:
-            note(_LOG, "environment error", logging.WARNING, code=error.code, message=str(error),
-                 **dataclasses.asdict(self.state))  # fmt: skip
+            note(
+                _LOG,
+                "environment error",
+                logging.WARNING,
+                code=error.code,
+                message=str(error),
+                **dataclasses.asdict(self.state),
+            )
             return self.error(str(error), error.code, error.retryable)
         return self.error(f"unknown message type {str(kind)[:100]!r}", protocol.UNKNOWN_TYPE)
 

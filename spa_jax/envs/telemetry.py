@@ -19,6 +19,14 @@ from spa_jax.envs.worker import CAUSES
 disable_created_metrics()  # when a counter began: Prometheus does not need it
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+_SESSION_ENDS = (
+    "Sessions that ended, by how: closed, gone (the connection), idle (reaped), turned_away, "
+    "shutdown."
+)
+_WORKER_ENDS = (
+    "Environment processes that ended and are replaced when needed, by cause: died, deadline, "
+    "memory, failed, worn_out."
+)
 
 
 class Metrics:
@@ -31,20 +39,20 @@ class Metrics:
         most = Gauge("spa_env_capacity", "Sessions that may be open.", registry=registry)
         most.set(capacity)
         self.session_ends = Counter(
-            "spa_env_session_ends", "Sessions that ended, by how: closed, gone (the connection), "
-            "idle (reaped), turned_away, shutdown.", ["how"], registry=registry,
-        )  # fmt: skip
+            "spa_env_session_ends", _SESSION_ENDS, ["how"], registry=registry
+        )
         self.steps = Counter("spa_env_steps", "Steps that were answered.", registry=registry)
         self.resets = Counter("spa_env_resets", "Resets that were answered.", registry=registry)
         self.seconds = Histogram(
-            "spa_env_seconds", "What a call of an environment took.", ["call"],
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
-        self.worker_ends = Counter(
-            "spa_env_worker_restarts", "Environment processes that ended and are replaced when "
-            "needed, by cause: died, deadline, memory, failed, worn_out.", ["cause"],
+            "spa_env_seconds",
+            "What a call of an environment took.",
+            ["call"],
+            buckets=_SECONDS,
             registry=registry,
-        )  # fmt: skip
+        )
+        self.worker_ends = Counter(
+            "spa_env_worker_restarts", _WORKER_ENDS, ["cause"], registry=registry
+        )
         for cause in CAUSES:
             self.worker_ends.labels(cause)  # a rate needs the zero before the first
         self.errors = Counter(

@@ -55,9 +55,7 @@ class EchoEnvironment(Environment):
         self._state = State(episode_id=f"seed {seed}", step_count=0)
         return SayObservation(echoed_message=f"say {self._digit}")
 
-    def step(
-        self, action: SayAction, timeout_s: float | None = None, **_: Any
-    ) -> SayObservation:
+    def step(self, action: SayAction, timeout_s: float | None = None, **_: Any) -> SayObservation:
         self._state.step_count += 1
         if action.message == "crash":
             raise RuntimeError("told to")

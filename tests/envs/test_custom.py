@@ -78,9 +78,12 @@ def test_a_class_that_breaks_its_contract_is_told_so(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     for name, message in (
-        ("broken", "MODULE:CLASS"), ("broken:None_", "no class"), ("nowhere:X", "PYTHONPATH"),
-        (":X", "no class"), ("broken:Empty", "lacks tasks, reset, step, instruction, splits"),
-    ):  # fmt: skip
+        ("broken", "MODULE:CLASS"),
+        ("broken:None_", "no class"),
+        ("nowhere:X", "PYTHONPATH"),
+        (":X", "no class"),
+        ("broken:Empty", "lacks tasks, reset, step, instruction, splits"),
+    ):
         with pytest.raises(UserError, match=message):
             custom.load_class(name)
     engine = custom.CustomEngine()

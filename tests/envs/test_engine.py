@@ -69,9 +69,12 @@ def _stock(folders: list[Path], commands: list[list[str]]) -> list[list]:
         for folder, played in zip(folders, commands, strict=True)
     ]
     answer = subprocess.run(
-        [sys.executable, "-c", _STOCK], input=json.dumps(request), capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", _STOCK],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(answer.stdout)
 
 
@@ -127,9 +130,24 @@ def test_toggle_is_use(games: Path, engine: AlfworldEngine) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "\n", "xyzzy", "go to desk 99", "Action:", "Thought: hm", "{r}", "#look.feedback#",
-     "\0", "ü" * 5000, "go to {desk} 1", "put", "take from", "Action: put in/on"],
-)  # fmt: skip
+    [
+        "",
+        " ",
+        "\n",
+        "xyzzy",
+        "go to desk 99",
+        "Action:",
+        "Thought: hm",
+        "{r}",
+        "#look.feedback#",
+        "\0",
+        "ü" * 5000,
+        "go to {desk} 1",
+        "put",
+        "take from",
+        "Action: put in/on",
+    ],
+)
 def test_what_cannot_be_done_is_not_grounded(
     games: Path, engine: AlfworldEngine, text: str
 ) -> None:

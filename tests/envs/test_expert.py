@@ -72,16 +72,20 @@ def test_it_opens_what_is_closed_and_searches_on() -> None:
             ("go to bed 1", "On the bed 1, you see a desklamp 1."),
             ("go to desk 1", "On the desk 1, you see nothing."),
             ("go to drawer 1", "The drawer 1 is closed."),
-            ("open drawer 1", "You open the drawer 1. The drawer 1 is open. In it, you see "
-             "nothing."),
+            (
+                "open drawer 1",
+                "You open the drawer 1. The drawer 1 is open. In it, you see nothing.",
+            ),
             ("go to drawer 2", "The drawer 2 is closed."),
-            ("open drawer 2", "You open the drawer 2. The drawer 2 is open. In it, you see "
-             "a mug 1."),
+            (
+                "open drawer 2",
+                "You open the drawer 2. The drawer 2 is open. In it, you see a mug 1.",
+            ),
             ("take mug 1 from drawer 2", "You pick up the mug 1 from the drawer 2."),
             ("go to bed 1", "On the bed 1, you see a desklamp 1."),
             ("use desklamp 1", "You turn on the desklamp 1."),
         ],
-    )  # fmt: skip
+    )
 
 
 def test_it_examines_what_stands_where_it_is() -> None:

@@ -48,10 +48,15 @@ def test_games_without_a_game_file_are_left_out_and_named(copy: Path) -> None:
         read_game(first)
 
 
-@pytest.mark.parametrize("file,keep,word", [
-    ("game.tw-pddl", 0.5, "no whole JSON"), ("game.tw-pddl", 0, "no whole JSON"),
-    ("game.tw-pddl", None, "lacks"), ("traj_data.json", 0.5, "no whole JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file,keep,word",
+    [
+        ("game.tw-pddl", 0.5, "no whole JSON"),
+        ("game.tw-pddl", 0, "no whole JSON"),
+        ("game.tw-pddl", None, "lacks"),
+        ("traj_data.json", 0.5, "no whole JSON"),
+    ],
+)
 def test_half_written_games_stop_the_split(copy: Path, file: str, keep: float, word: str) -> None:
     path = _trial(copy) / file
     whole = path.read_text()

@@ -21,9 +21,14 @@ def _loaded(*modules: str) -> set[str]:
 
 def test_server_and_client_load_neither_the_trainer_nor_textworld() -> None:
     loaded = _loaded(
-        "spa_jax.envs.protocol", "spa_jax.envs.client", "spa_jax.envs.server",
-        "spa_jax.envs.worker", "spa_jax.envs.alfworld.prompt", "spa_jax.envs.alfworld.games",
-        "spa_jax.envs.alfworld.expert", "experiments.serve_env",
+        "spa_jax.envs.protocol",
+        "spa_jax.envs.client",
+        "spa_jax.envs.server",
+        "spa_jax.envs.worker",
+        "spa_jax.envs.alfworld.prompt",
+        "spa_jax.envs.alfworld.games",
+        "spa_jax.envs.alfworld.expert",
+        "experiments.serve_env",
     )
     assert "fastapi" in loaded
     assert not loaded & (_TRAINER | _GAMES)

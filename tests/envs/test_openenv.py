@@ -113,9 +113,11 @@ def echo() -> Iterator[str]:
     """The address of an environment that the package serves."""
     _real_types()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.envs.served_by_openenv"], cwd=_REPOSITORY,
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.envs.served_by_openenv"],
+        cwd=_REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     yield f"http://127.0.0.1:{int(process.stdout.readline())}"
     process.kill()
@@ -205,11 +207,20 @@ def test_exploring_an_environment_that_the_package_serves(echo, tmp_path):
     mapping = tmp_path / "mapping.json"
     mapping.write_text(json.dumps({"success": "solved", "grounded": "!error"}))
     flags = (
-        "--env=openenv", f"--env_address={echo}", f"--policy={policy}", "--openenv_tasks=3",
-        "--openenv_reward_scale=0.1", f"--openenv_mapping={mapping}", "--split=explore",
-        "--rollouts=2", "--slots=2", "--max_steps=3", "--max_new_tokens=8",
-        "--context_length=256", f"--workdir={tmp_path}",
-    )  # fmt: skip
+        "--env=openenv",
+        f"--env_address={echo}",
+        f"--policy={policy}",
+        "--openenv_tasks=3",
+        "--openenv_reward_scale=0.1",
+        f"--openenv_mapping={mapping}",
+        "--split=explore",
+        "--rollouts=2",
+        "--slots=2",
+        "--max_steps=3",
+        "--max_new_tokens=8",
+        "--context_length=256",
+        f"--workdir={tmp_path}",
+    )
     assert "episodes=6" in stages.succeed("explore", *flags)
     played = store.read(tmp_path / "iteration_0" / "explore" / "trajectories.jsonl")
     assert {t.task for t in played} == {"explore-0", "explore-1", "explore-2"}

@@ -283,8 +283,9 @@ with LocalServer(ServerConfig({str(games)!r})) as server:
     print(server.pid, session.state()["worker"], flush=True)
     import time; time.sleep(60)
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                              cwd=_REPOSITORY)  # fmt: skip
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=_REPOSITORY
+    )
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2
@@ -311,8 +312,11 @@ def test_wrong_flags_stop_it_with_one_line(flags: list[str], message: str | None
         port = taken.getsockname()[1]
         process = subprocess.run(
             [sys.executable, "-m", "experiments.serve_env", f"--port={port}", *flags],
-            capture_output=True, text=True, cwd=_REPOSITORY, timeout=60,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            cwd=_REPOSITORY,
+            timeout=60,
+        )
     assert process.returncode == 2
     assert "Traceback" not in process.stderr
     assert (message or f"--port={port}") in process.stderr

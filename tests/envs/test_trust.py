@@ -4,12 +4,9 @@ The environment is `tests.envs.odd`, which dies, hangs and eats memory when it i
 """
 
 import base64
-import concurrent.futures
 import contextlib
 import json
 import os
-import re
-import signal
 import socket
 import subprocess
 import sys
@@ -189,9 +186,9 @@ _MESSAGES = st.one_of(
     st.text(max_size=200),
     st.binary(max_size=200),
     _JSON.map(json.dumps),
-    st.fixed_dictionaries(
-        {"type": _KINDS, "data": st.dictionaries(_FIELDS, _JSON) | _JSON}
-    ).map(json.dumps),
+    st.fixed_dictionaries({"type": _KINDS, "data": st.dictionaries(_FIELDS, _JSON) | _JSON}).map(
+        json.dumps
+    ),
     st.integers(1, 30_000).map(lambda depth: "[" * depth + "]" * depth),
     st.integers(1, 7_000).map(lambda depth: '{"type":' * depth + "1" + "}" * depth),
     st.integers(1, 60_000).map(lambda n: json.dumps({"type": "step", "data": {"text": "x" * n}})),
@@ -199,15 +196,16 @@ _MESSAGES = st.one_of(
     st.sampled_from(["../../etc/passwd", "train_0\x00", "\ud800", "/etc", "a" * 5000]).map(
         lambda name: json.dumps({"type": "reset", "data": {"split": name, "task": name}})
     ),
-)  # fmt: skip
+)
 
 
 def test_malformed_messages_are_answered_and_touch_nobody_else(server, client):
     """Each gets an answer of a known type, in its own session, and another session goes on."""
     count = 0
 
-    @settings(max_examples=120, deadline=None, database=None,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(messages=st.lists(_MESSAGES, min_size=1, max_size=5))
     def fuzz(messages: list[str | bytes]) -> None:
         nonlocal count
@@ -236,9 +234,8 @@ def _frame(opcode: int, payload: bytes, length: int | None = None, fin: bool = T
     """A masked client frame; `length` may lie."""
     length = len(payload) if length is None else length
     head = bytes([(0x80 if fin else 0) | opcode])
-    head += bytes([0x80 | 126]) + length.to_bytes(2, "big") if length > 125 else bytes(
-        [0x80 | length]
-    )  # fmt: skip
+    long = bytes([0x80 | 126]) + length.to_bytes(2, "big")
+    head += long if length > 125 else bytes([0x80 | length])
     return head + bytes(4) + payload
 
 
@@ -355,11 +352,21 @@ def test_beyond_loopback_a_token_is_needed_and_never_a_flag(monkeypatch, tmp_pat
     monkeypatch.setenv(TOKEN_VARIABLE, _TOKEN)
     assert read_token() == _TOKEN
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.serve_env", "--env=custom", f"--custom_data={_ODD}",
-         "--host=0.0.0.0", "--port=0"],
-        capture_output=True, text=True, cwd=_REPOSITORY, timeout=300,
+        [
+            sys.executable,
+            "-m",
+            "experiments.serve_env",
+            "--env=custom",
+            f"--custom_data={_ODD}",
+            "--host=0.0.0.0",
+            "--port=0",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=_REPOSITORY,
+        timeout=300,
         env=os.environ | {TOKEN_VARIABLE: ""},
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: --host=0.0.0.0 can be reached")
 
 
@@ -374,9 +381,15 @@ def test_only_the_token_opens_the_server(monkeypatch):
         basic = {"Authorization": "Basic " + base64.b64encode(f"x:{_TOKEN}".encode()).decode()}
         assert _post(address, "/reset", b"{}", basic)[0] == 200
         wrong = (
-            "", f"Bearer {_TOKEN[:-1]}", f"Bearer {_TOKEN}x", f"Basic {_TOKEN}", _TOKEN, "Bearer ",
-            "Basic !!!", "Digest x",
-        )  # fmt: skip
+            "",
+            f"Bearer {_TOKEN[:-1]}",
+            f"Bearer {_TOKEN}x",
+            f"Basic {_TOKEN}",
+            _TOKEN,
+            "Bearer ",
+            "Basic !!!",
+            "Digest x",
+        )
         for header in wrong:
             assert _post(address, "/reset", b"{}", {"Authorization": header})[0] == 401
             with pytest.raises(InvalidStatus):
@@ -389,114 +402,3 @@ def test_only_the_token_opens_the_server(monkeypatch):
         # A client that can only be given an address.
         with _socket(address.replace("://", f"://any:{_TOKEN}@")) as connection:
             assert _ask(connection, {"type": "reset", "data": {}})["type"] == "observation"
-
-
-# --- servers that go and come ---------------------------------------------------------------
-
-
-def _serve(port: int, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.serve_env", "--env=custom", f"--custom_data={_ODD}",
-         f"--port={port}", *flags],
-        cwd=_REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-
-
-def _listening(process: subprocess.Popen) -> str:
-    assert process.stdout is not None
-    match = re.match(r"listening on (\S+)", process.stdout.readline())
-    assert match
-    return match[1]
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_client_survives_the_servers_death_and_return(how):
-    process = _serve(0)
-    try:
-        address = _listening(process)
-        session = EnvClient(address).session()
-        session.reset("train_0", "train")
-        process.send_signal(how)
-        process.wait(timeout=60)
-        with pytest.raises(EnvError) as caught:
-            session.step("echo")
-        assert (caught.value.code, caught.value.retryable) == (ENV_ERROR, True)
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(session.reset, "train_1", "train")
-            time.sleep(0.5)
-            assert not answer.done()
-            process = _serve(int(address.rsplit(":", 1)[1]))
-            assert answer.result(timeout=120).text.startswith("train_1")
-        session.close()
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_sigterm_lets_a_call_finish_and_turns_newcomers_away():
-    process = _serve(0, "--drain_s=60")
-    try:
-        address = _listening(process)
-        busy, late = EnvClient(address).session(), EnvClient(address, wait_s=0)
-        busy.reset("train_0", "train")
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(busy.step, "sleep 4")
-            time.sleep(1)
-            process.send_signal(signal.SIGTERM)
-            time.sleep(1)
-            with contextlib.suppress(UserError), late.session() as session:
-                with pytest.raises(EnvError) as caught:
-                    session.reset("train_1", "train")
-                assert caught.value.code == CAPACITY_REACHED
-            assert answer.result(timeout=60).text == "1: 4"
-        assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("env", ["webshop", "virtualhome"])
-def test_256_sessions_at_once(env, tmp_path):
-    """One process each; every one is reset and plays while all others are open."""
-    from importlib import import_module
-
-    generate = import_module(f"spa_jax.envs.{env}.generate").generate
-    if env == "webshop":
-        data = generate(tmp_path / "data", products=120, goals=60, seed=5)
-    else:
-        generate(tmp_path / "data" / "test", 6, 1)
-        data = tmp_path / "data"
-    if (free := capacity.free_mb()) < 256 * 20:
-        pytest.skip(f"needs memory for 256 processes; {free:.0f} MB are free")
-    config = ServerConfig(str(data), env=env, max_sessions=256, reset_deadline_s=600,
-                          step_deadline_s=600)  # fmt: skip
-    with LocalServer(config, start_deadline_s=120) as server:
-        client = EnvClient(server.address, timeout_s=900)
-        tasks = client.tasks("test")
-        with contextlib.ExitStack() as stack:
-            sessions = [stack.enter_context(client.session()) for _ in range(256)]
-
-            def begin(number: int) -> str:
-                task = tasks[number % len(tasks)].task
-                return sessions[number].reset(task, "test").text
-
-            with concurrent.futures.ThreadPoolExecutor(16) as threads:
-                first = list(threads.map(begin, range(256)))
-                workers = {s.state()["worker"] for s in sessions}
-                assert len(workers) == 256
-                steps = list(threads.map(lambda s: s.step("nonsense"), sessions))
-            # As what each adds to the machine's load: shared pages are counted once.
-            used = sum(_pss_mb(pid) for pid in workers)
-            print(f"{env}: 256 processes have {used:.0f} MB, {used / 256:.1f} each")
-            assert used / 256 < benchmarks.BENCHMARKS[env].worker_mb
-            assert all(first) and not any(step.grounded for step in steps)
-            with EnvClient(server.address, wait_s=0).session() as late:
-                with pytest.raises(EnvError) as caught:
-                    late.reset(tasks[0].task, "test")
-            assert caught.value.code == CAPACITY_REACHED
-
-
-def _pss_mb(pid: int) -> float:
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(rollup.partition("Pss:")[2].split()[0]) / 1024

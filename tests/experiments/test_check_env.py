@@ -13,6 +13,7 @@ import pytest
 from thefuzz import fuzz
 
 from spa_jax.envs.webshop import conformance
+from spa_jax.envs.webshop.cases import goal_record
 from spa_jax.envs.webshop.catalogue import Product, find_files
 from spa_jax.envs.webshop.engine import Shop
 from spa_jax.envs.webshop.expert import Expert
@@ -68,7 +69,7 @@ def _purchase(catalogue: Catalogue, number: int) -> dict[str, Any]:
     assert product is not None and isinstance(goal.options, dict)
     options = dict(list(goal.options.items())[1:])
     result = score(product, goal, product.price, options)
-    record = conformance._goal_record(goal)
+    record = goal_record(goal)
     del record["category"], record["weight"]
     return {
         "id": number, "kind": "any", "product": _product_record(product), "goal": record,
@@ -103,7 +104,7 @@ def _episode(catalogue: Catalogue, number: int, wins: bool) -> dict[str, Any]:
         done = shop.score is not None
         steps.append({"action": action, "reward": reward, "done": done} | _step(shop))
     info = shop.score.info if shop.score else {}
-    record = conformance._goal_record(goal)
+    record = goal_record(goal)
     return {"session": number, "goal": record, "info": info, "steps": steps}
 
 

@@ -54,9 +54,7 @@ def memoise() -> None:
 
 def _copy_context(context: dict[str, Any]) -> dict[str, Any]:
     """TextWorld's own, with dictionaries copied one level deep: nobody writes deeper."""
-    return context | {
-        "variables": dict(context["variables"]), "mapping": dict(context["mapping"])
-    }  # fmt: skip
+    return context | {"variables": dict(context["variables"]), "mapping": dict(context["mapping"])}
 
 
 def _fresh_copies(parse: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,7 +179,13 @@ class AlfworldEngine(Engine[Path]):
             if not self._won:
                 expert_action = self._expert.act(self._state["admissible_commands"])
         return Observation(
-            text=text, reward=reward, done=self._won, success=self._won, grounded=grounded,
-            instruction=instruction, task=self._task, task_type=self._task_type,
+            text=text,
+            reward=reward,
+            done=self._won,
+            success=self._won,
+            grounded=grounded,
+            instruction=instruction,
+            task=self._task,
+            task_type=self._task_type,
             expert_action=expert_action,
-        )  # fmt: skip
+        )

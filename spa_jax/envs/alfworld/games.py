@@ -93,9 +93,11 @@ def read_game(folder: Path) -> Game:
             + ", ".join(TASK_TYPES)
         )
     return Game(
-        data, trajectory["task_type"], layout_hash(data["pddl_problem"]),
-        trajectory.get("generator_seed"),
-    )  # fmt: skip
+        data=data,
+        task_type=trajectory["task_type"],
+        layout=layout_hash(data["pddl_problem"]),
+        seed=trajectory.get("generator_seed"),
+    )
 
 
 def _subfolders(folder: Path) -> list[str]:

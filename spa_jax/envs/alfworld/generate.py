@@ -113,7 +113,7 @@ class _Thing:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Room:
+class _Scene:
     """A whole game before it is written."""
 
     task_type: str
@@ -160,7 +160,7 @@ def _choose_goal(rng: random.Random, task_type: str) -> tuple[str, str, str, lis
         return kind, wanted, parent, needed + ([source] if source not in needed else [])
 
 
-def _draw_room(rng: random.Random, task_type: str, fewest: int, most: int) -> _Room:
+def _draw_scene(rng: random.Random, task_type: str, fewest: int, most: int) -> _Scene:
     kind, wanted, parent, types = _choose_goal(rng, task_type)
     size = max(rng.randint(fewest, most), len(types))
     pool = [r for r, n in _ROOMS[kind].receptacles.items() for _ in range(n - types.count(r))]
@@ -179,14 +179,21 @@ def _draw_room(rng: random.Random, task_type: str, fewest: int, most: int) -> _R
     if task_type == "look_at_obj_in_light":
         stands = [r for r in receptacles if r.type in _LAMP_PLACES]
         places[_Thing(_LAMP, 1)] = rng.choice(stands)
-    return _Room(task_type, kind, wanted, parent, receptacles, places)
+    return _Scene(
+        task_type=task_type,
+        kind=kind,
+        object=wanted,
+        parent=parent,
+        receptacles=receptacles,
+        places=places,
+    )
 
 
 class _Names:
     """PDDL names.  The engine numbers what is shown in falling order of these names."""
 
-    def __init__(self, room: _Room):
-        self._count = collections.Counter(t.type for t in (*room.receptacles, *room.places))
+    def __init__(self, scene: _Scene):
+        self._count = collections.Counter(t.type for t in (*scene.receptacles, *scene.places))
 
     def __call__(self, thing: _Thing) -> str:
         index = self._count[thing.type] + 1 - thing.number
@@ -195,20 +202,20 @@ class _Names:
         return f"{thing.type}_bar_{index}"
 
 
-def _facts(room: _Room, names: _Names) -> Iterator[str]:
-    where = {r: f"loc_bar_{i}" for i, r in enumerate(room.receptacles, 1)}
-    object_types = sorted({thing.type for thing in room.places})
+def _facts(scene: _Scene, names: _Names) -> Iterator[str]:
+    where = {r: f"loc_bar_{i}" for i, r in enumerate(scene.receptacles, 1)}
+    object_types = sorted({thing.type for thing in scene.places})
     yield "atLocation agent1 loc_bar_0"
     for receptacle, location in where.items():
         yield f"receptacleType {names(receptacle)} {receptacle.type}Type"
         yield f"receptacleAtLocation {names(receptacle)} {location}"
         if receptacle.type in constants.OPENABLE_CLASS_SET:
             yield f"openable {names(receptacle)}"
-    for kind in sorted({r.type for r in room.receptacles}):
+    for kind in sorted({r.type for r in scene.receptacles}):
         for held in object_types:
             if held in _FITS.get(kind, ()):
                 yield f"canContain {kind}Type {held}Type"
-    for thing, place in room.places.items():
+    for thing, place in scene.places.items():
         yield f"objectType {names(thing)} {thing.type}Type"
         yield f"inReceptacle {names(thing)} {names(place)}"
         yield f"objectAtLocation {names(thing)} {where[place]}"
@@ -223,22 +230,22 @@ def _facts(room: _Room, names: _Names) -> Iterator[str]:
                 yield f"{predicate} {names(thing)}"
 
 
-def _problem(room: _Room, name: str) -> str:
-    names = _Names(room)
+def _problem(scene: _Scene, name: str) -> str:
+    names = _Names(scene)
     # The domain names these types whether the room has such a thing or not.
-    object_types = {thing.type for thing in room.places} | {"Knife", "ButterKnife"}
-    receptacle_types = {r.type for r in room.receptacles} | {"SinkBasin", "Microwave", "Fridge"}
+    object_types = {thing.type for thing in scene.places} | {"Knife", "ButterKnife"}
+    receptacle_types = {r.type for r in scene.receptacles} | {"SinkBasin", "Microwave", "Fridge"}
     objects = [
         "agent1 - agent",
         *(f"{kind}Type - otype" for kind in sorted(object_types)),
         *(f"{kind}Type - rtype" for kind in sorted(receptacle_types)),
-        *(f"{names(thing)} - object" for thing in room.places),
-        *(f"{names(receptacle)} - receptacle" for receptacle in room.receptacles),
-        *(f"loc_bar_{i} - location" for i in range(len(room.receptacles) + 1)),
+        *(f"{names(thing)} - object" for thing in scene.places),
+        *(f"{names(receptacle)} - receptacle" for receptacle in scene.receptacles),
+        *(f"loc_bar_{i} - location" for i in range(len(scene.receptacles) + 1)),
     ]
-    goal = gdict[room.task_type]["pddl"].replace("#", "-")
-    goal = goal.format(obj=room.object, recep=room.parent, toggle=_LAMP)
-    facts = "\n".join(f"    ({fact})" for fact in _facts(room, names))
+    goal = gdict[scene.task_type]["pddl"].replace("#", "-")
+    goal = goal.format(obj=scene.object, recep=scene.parent, toggle=_LAMP)
+    facts = "\n".join(f"    ({fact})" for fact in _facts(scene, names))
     listed = "\n".join(f"    {entry}" for entry in objects)
     return (
         f"(define (problem {name})\n(:domain alfred)\n(:objects\n{listed}\n)\n"
@@ -246,7 +253,7 @@ def _problem(room: _Room, name: str) -> str:
     )
 
 
-def _walkthrough(room: _Room) -> list[str]:
+def _walkthrough(scene: _Scene) -> list[str]:
     """What somebody who knows the room would do, in the official grammar's wording."""
     commands: list[str] = []
     opened: set[_Thing] = set()
@@ -260,19 +267,19 @@ def _walkthrough(room: _Room) -> list[str]:
             opened.add(place)
             commands.append(f"open {place.name}")
 
-    wanted = [thing for thing in room.places if thing.type == room.object]
-    for thing in wanted[: 2 if room.task_type == "pick_two_obj_and_place" else 1]:
-        go(room.places[thing])
-        commands.append(f"take {thing.name} from {room.places[thing].name}")
-        if room.task_type == "look_at_obj_in_light":
+    wanted = [thing for thing in scene.places if thing.type == scene.object]
+    for thing in wanted[: 2 if scene.task_type == "pick_two_obj_and_place" else 1]:
+        go(scene.places[thing])
+        commands.append(f"take {thing.name} from {scene.places[thing].name}")
+        if scene.task_type == "look_at_obj_in_light":
             lamp = _Thing(_LAMP, 1)
-            go(room.places[lamp], open_it=False)
+            go(scene.places[lamp], open_it=False)
             return [*commands, f"use {lamp.name}"]
-        _, verb, appliance = _PROCESSES.get(room.task_type, ("", "", ""))
+        _, verb, appliance = _PROCESSES.get(scene.task_type, ("", "", ""))
         if verb:
-            go(room.of_type(appliance)[0], open_it=False)
-            commands.append(f"{verb} {thing.name} with {room.of_type(appliance)[0].name}")
-        target = room.of_type(room.parent)[0]
+            go(scene.of_type(appliance)[0], open_it=False)
+            commands.append(f"{verb} {thing.name} with {scene.of_type(appliance)[0].name}")
+        target = scene.of_type(scene.parent)[0]
         go(target)
         commands.append(f"move {thing.name} to {target.name}")
     return commands
@@ -283,33 +290,36 @@ def make_game(
 ) -> tuple[str, dict[str, object], dict[str, object]]:
     """The game of (seed, index): its name "<game>/<trial>", game.tw-pddl and traj_data.json."""
     rng = random.Random(f"{seed}/{index}/{task_type}/{min_receptacles}/{max_receptacles}")
-    room = _draw_room(rng, task_type, min_receptacles, max_receptacles)
+    scene = _draw_scene(rng, task_type, min_receptacles, max_receptacles)
     toggle = _LAMP if task_type == "look_at_obj_in_light" else ""
     sentence = rng.choice(gdict[task_type]["templates"]).format(
-        obj=room.object.lower(), recep=room.parent.lower(), toggle=toggle.lower(), mrecep=""
+        obj=scene.object.lower(), recep=scene.parent.lower(), toggle=toggle.lower(), mrecep=""
     )
     trial = f"trial_S{seed}_{index:06d}"
-    problem = _problem(room, f"plan_{trial}")
+    problem = _problem(scene, f"plan_{trial}")
     data = {
         "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(),
         "grammar": Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", sentence),
         "pddl_problem": problem,
         "solvable": True,
-        "walkthrough": _walkthrough(room),
+        "walkthrough": _walkthrough(scene),
     }
     trajectory = {
         "task_id": trial,
         "task_type": task_type,
         "pddl_params": {
-            "object_target": room.object, "parent_target": room.parent, "toggle_target": toggle,
-            "mrecep_target": "", "object_sliced": False,
+            "object_target": scene.object,
+            "parent_target": scene.parent,
+            "toggle_target": toggle,
+            "mrecep_target": "",
+            "object_sliced": False,
         },
-        "scene": {"floor_plan": f"Generated{room.kind}", "scene_num": index},
+        "scene": {"floor_plan": f"Generated{scene.kind}", "scene_num": index},
         "generator_seed": seed,
         "generator_index": index,
         "layout": layout_hash(problem),
-    }  # fmt: skip
-    game = f"{task_type}-{room.object}-None-{room.parent or toggle}-{index}"
+    }
+    game = f"{task_type}-{scene.object}-None-{scene.parent or toggle}-{index}"
     return f"{game}/{trial}", data, trajectory
 
 
@@ -355,6 +365,7 @@ def generate(
     out: str | Path,
     games: int,
     seed: int,
+    *,
     task_types: Sequence[str] = TASK_TYPES,
     min_receptacles: int = 4,
     max_receptacles: int = 8,
@@ -411,9 +422,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(flags: argparse.Namespace) -> str:
         names = generate(
-            flags.out, flags.games, flags.seed, flags.task_types.split(","),
-            flags.min_receptacles, flags.max_receptacles, flags.workers,
-        )  # fmt: skip
+            flags.out,
+            flags.games,
+            flags.seed,
+            task_types=flags.task_types.split(","),
+            min_receptacles=flags.min_receptacles,
+            max_receptacles=flags.max_receptacles,
+            workers=flags.workers,
+        )
         return f"games={len(names)}"
 
     return cli.run(parser, argv, work)

@@ -44,8 +44,8 @@ def parse(text: str) -> Command | None:
     ACTION OBJECT OBJECT.
     """
     line = text[text.find(":") + 1 :].strip().lower()
-    found = [(name, match) for name, pattern in _PATTERNS.items()
-             if (match := pattern.fullmatch(line))]  # fmt: skip
+    matches = ((name, pattern.fullmatch(line)) for name, pattern in _PATTERNS.items())
+    found = [(name, match) for name, match in matches if match]
     if len(found) == 1:
         name, match = found[0]
         return name, tuple(group.replace(" ", "_") for group in match.groups())

@@ -92,8 +92,10 @@ def read_cases(folder: Path) -> list[dict[str, Any]]:
     try:
         text = lzma.open(file, "rt").read() if file.suffix == ".xz" else file.read_text()
         cases = json.loads(text)
-        whole = (case["log"] and _FIELDS <= case.keys() and _TASK <= case["task"].keys()
-                 for case in cases)  # fmt: skip
+        whole = (
+            case["log"] and _FIELDS <= case.keys() and _TASK <= case["task"].keys()
+            for case in cases
+        )
         if not cases or not all(whole):
             raise ValueError(f"each has {sorted(_FIELDS)} and its task {sorted(_TASK)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, lzma.LZMAError) as error:

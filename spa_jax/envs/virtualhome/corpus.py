@@ -154,7 +154,12 @@ class Corpus:
             raise UserError(f"{file} with {conditions} is not whole: {error}") from error
         steps = tuple(line.strip() for line in lines if line.startswith("["))
         return Program(
-            file.parent.name, file.stem, title.strip(), description.strip(), steps, preconditions
+            source=file.parent.name,
+            name=file.stem,
+            title=title.strip(),
+            description=description.strip(),
+            lines=steps,
+            conditions=preconditions,
         )
 
     def prepare(self, program: Program, scene: str, seed: int, order: Ordering = list) -> Made:
@@ -171,16 +176,20 @@ class Corpus:
           LeftOut: if the program cannot be executed there, or changes nothing.
         """
         script = self._script(program)
-        graph, ids = self._try_to_furnish(script, program, scene, seed, order, whole=True)
+        graph, ids = self._try_to_furnish(script, program, scene, seed, order=order, whole=True)
         steps = [
             (line.action.name, [(p.name, p.instance) for p in line.parameters]) for line in script
         ]
         return make_task(
-            title=program.title, description=program.description, nodes=graph["nodes"],
+            title=program.title,
+            description=program.description,
+            nodes=graph["nodes"],
             edges=[(e["from_id"], e["relation_type"], e["to_id"]) for e in graph["edges"]],
-            steps=steps, objects={name: node_id for (name, _), node_id in ids.items()},
-            scene=scene, seed=seed,
-        )  # fmt: skip
+            steps=steps,
+            objects={name: node_id for (name, _), node_id in ids.items()},
+            scene=scene,
+            seed=seed,
+        )
 
     def ids(self, program: Program, scene: str, seed: int, order: Ordering) -> dict[Key, int]:
         """The nodes of the program's objects as `prepare` would choose them; much faster.
@@ -189,14 +198,14 @@ class Corpus:
           LeftOut: if the program's objects cannot be put into the scene.
         """
         script = self._script(program)
-        return self._try_to_furnish(script, program, scene, seed, order, whole=False)[1]
+        return self._try_to_furnish(script, program, scene, seed, order=order, whole=False)[1]
 
     def _try_to_furnish(
-        self, script: Any, program: Program, scene: str, seed: int, order: Ordering, whole: bool
+        self, script: Any, program: Program, scene: str, seed: int, *, order: Ordering, whole: bool
     ) -> tuple[dict[str, Any], dict[Key, int]]:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                return self._furnish(script, program, scene, seed, order, whole)
+                return self._furnish(script, program, scene, seed, order=order, whole=whole)
         except Exception as error:  # whatever fails in the library: asserts, missing keys, ...
             raise LeftOut(f"the scene cannot be prepared ({type(error).__name__})") from error
 
@@ -232,7 +241,7 @@ class Corpus:
                     entry[0] = names.get(name, name)
 
     def _furnish(
-        self, script: Any, program: Program, scene: str, seed: int, order: Ordering, whole: bool
+        self, script: Any, program: Program, scene: str, seed: int, *, order: Ordering, whole: bool
     ) -> tuple[dict[str, Any], dict[Key, int]]:
         """The program's initial graph in a scene, and its objects' ids.
 

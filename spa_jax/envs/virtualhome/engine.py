@@ -101,7 +101,13 @@ class VirtualhomeEngine(Engine[Path]):
         if self._expert is not None and not self._won:
             expert_action = self._expert.act()
         return Observation(
-            text=text, reward=reward, done=self._won, success=self._won, grounded=grounded,
-            instruction=instruction, task=self._task, task_type=self._home_task.title,
+            text=text,
+            reward=reward,
+            done=self._won,
+            success=self._won,
+            grounded=grounded,
+            instruction=instruction,
+            task=self._task,
+            task_type=self._home_task.title,
             expert_action=expert_action,
-        )  # fmt: skip
+        )

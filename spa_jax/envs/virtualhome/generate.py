@@ -165,9 +165,15 @@ def _solved(seed: int, kind: str, home: Home, sentence: str, lines: Sequence[_Li
     steps = [(action, [(name, home.ids[name]) for name in names]) for action, *names in lines]
     used = {name: home.ids[name] for _, *names in lines for name in names}
     made = make_task(
-        title=kind, description=sentence, nodes=home.nodes, edges=home.edges, steps=steps,
-        objects={CHARACTER: home.ids[CHARACTER]} | used, scene="generated", seed=seed,
-    )  # fmt: skip
+        title=kind,
+        description=sentence,
+        nodes=home.nodes,
+        edges=home.edges,
+        steps=steps,
+        objects={CHARACTER: home.ids[CHARACTER]} | used,
+        scene="generated",
+        seed=seed,
+    )
     check_solved(made)
     return made
 
@@ -176,6 +182,7 @@ def generate(
     out: str | Path,
     tasks: int,
     seed: int,
+    *,
     kinds: Sequence[str] = KINDS,
     rooms: int = 3,
     things: int = 8,
@@ -228,8 +235,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--things", type=int, default=8, help="things that lie about")
 
     def work(flags: argparse.Namespace) -> str:
-        kinds = flags.kinds.split(",")
-        names = generate(flags.out, flags.tasks, flags.seed, kinds, flags.rooms, flags.things)
+        names = generate(
+            flags.out,
+            flags.tasks,
+            flags.seed,
+            kinds=flags.kinds.split(","),
+            rooms=flags.rooms,
+            things=flags.things,
+        )
         return f"tasks={len(names)}"
 
     return cli.run(parser, argv, work)

@@ -61,9 +61,15 @@ def make_task(
         raise LeftOut("the program changes nothing")
     program = tuple(command(action, [name for name, _ in those]) for action, those in steps)
     task = HomeTask(
-        title=title, description=description, goal=goal, objects=objects, program=program,
-        scene=scene, layout=layout_hash(initial, goal), seed=seed,
-    )  # fmt: skip
+        title=title,
+        description=description,
+        goal=goal,
+        objects=objects,
+        program=program,
+        scene=scene,
+        layout=layout_hash(initial, goal),
+        seed=seed,
+    )
     return Made(task, initial)
 
 

@@ -101,9 +101,14 @@ class _Builder:
         node_id = len(self.nodes) + 1
         self.ids[name] = node_id
         self.nodes.append(
-            {"id": node_id, "class_name": name, "category": category,
-             "properties": list(properties), "states": list(states)}
-        )  # fmt: skip
+            {
+                "id": node_id,
+                "class_name": name,
+                "category": category,
+                "properties": list(properties),
+                "states": list(states),
+            }
+        )
 
     def put(self, name: str, room: str) -> None:
         self.room[name] = room

@@ -137,9 +137,11 @@ def _task(data: Mapping[str, Any], source: object) -> HomeTask:
             goal = Goal.from_json(data["goal"])
             return HomeTask(**(dict(data) | {"goal": goal, "program": tuple(data["program"])}))
         return HomeTask(
-            title=data["task"], description=data["description"],
-            goal=Goal.from_json(data["revised_graph"]), objects=dict(data["object_id_dict"]),
-        )  # fmt: skip
+            title=data["task"],
+            description=data["description"],
+            goal=Goal.from_json(data["revised_graph"]),
+            objects=dict(data["object_id_dict"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{source} is no VirtualHome task ({type(error).__name__}: {error}); see the layouts "

@@ -16,8 +16,6 @@ differ within bounds: a ranking (the page is then replayed with the recorded res
 product name's nouns (the purchase is then scored with the recorded title score).
 """
 
-import json
-import lzma
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +26,13 @@ from thefuzz import fuzz
 
 from spa_jax.envs.conformance import Report
 from spa_jax.envs.webshop import pages
+from spa_jax.envs.webshop.cases import (
+    goal_record,
+    product_record,
+    read_cases,
+    read_goal,
+    read_product,
+)
 from spa_jax.envs.webshop.catalogue import Product, find_files
 from spa_jax.envs.webshop.engine import Shop
 from spa_jax.envs.webshop.goals import Goal
@@ -55,8 +60,9 @@ class _Tally:
 
     def compare(self, group: str, what: str, ours: Any, recorded: Any) -> None:
         """Compares a value; it is a problem if it differs."""
-        self.expect(group, f"{what}: ours {_short(ours)}, recorded {_short(recorded)}",
-                    ours == recorded)  # fmt: skip
+        self.expect(
+            group, f"{what}: ours {_short(ours)}, recorded {_short(recorded)}", ours == recorded
+        )
 
     def expect(self, group: str, problem: str, holds: bool) -> None:
         """Counts a condition; it is a problem if it does not hold."""
@@ -69,24 +75,6 @@ class _Tally:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-def read_cases(folder: str | Path, name: str) -> Any:
-    """A case file, plain or .xz, in `folder` or its subfolder "webshop".
-
-    Raises:
-      UserError: if there is none, or it is broken.
-    """
-    for path in (Path(folder) / name, Path(folder) / "webshop" / name):
-        packed = path.with_name(path.name + ".xz")
-        try:
-            if path.exists():
-                return json.loads(path.read_text(encoding="utf-8"))
-            if packed.exists():
-                return json.loads(lzma.decompress(packed.read_bytes()))
-        except (OSError, ValueError, lzma.LZMAError) as error:
-            raise UserError(f"{path} is no whole JSON file ({error})") from error
-    raise UserError(f"--cases: {folder} holds no {name} and no {name}.xz")
 
 
 def check(data: str | Path, cases: str | Path) -> Report:
@@ -149,30 +137,6 @@ def _check_tables(tally: _Tally, tables: dict[str, Any]) -> None:
             tally.compare("small tables", f"{name}({argument!r})", known[name](argument), value)
 
 
-def _product(record: dict[str, Any]) -> Product:
-    """The product of a reward case."""
-    return Product(
-        asin=record["asin"], title=record["Title"], description=record["Description"],
-        bullets=tuple(record["BulletPoints"]), price_tag="", price=0.0,
-        options={name: tuple(values) for name, values in record["options"].items()},
-        attributes=tuple(record["Attributes"]), category="", query=record["query"],
-        product_category=record["product_category"],
-    )  # fmt: skip
-
-
-def _goal(record: dict[str, Any]) -> Goal:
-    """The goal of a case."""
-    options = record["goal_options"]
-    return Goal(
-        asin=record["asin"], category=record.get("category", ""), query=record["query"],
-        name=record["name"], product_category=record["product_category"],
-        instruction_text=record["instruction_text"], attributes=tuple(record["attributes"]),
-        price_upper=record["price_upper"],
-        options=options if isinstance(options, dict) else tuple(options),
-        weight=record.get("weight", 1.0),
-    )  # fmt: skip
-
-
 _CASE_FIELDS = frozenset(
     "id kind product goal price options reward info error purchased_nouns desired_nouns "
     "reward_if_every_token_is_noun tagger_insensitive".split()
@@ -190,7 +154,7 @@ def _check_rewards(tally: _Tally, cases: list[dict[str, Any]], catalogue: Catalo
     for case in cases:
         what = f"case {case['id']}"
         tally.compare("reward cases' fields", what, set(case), set(_CASE_FIELDS))
-        product, goal = _product(case["product"]), _goal(case["goal"])
+        product, goal = read_product(case["product"]), read_goal(case["goal"])
         names = case["product"]["name"], case["goal"]["name"]
         found = case["purchased_nouns"], case["desired_nouns"]
         for name, words in zip(names, found, strict=True):
@@ -251,13 +215,7 @@ def _check_product(
         unknown = (record["name"], tuple(record["BulletPoints"])) not in sold
         tally.expect("products", f"{what}: {record['asin']} has another id", unknown)
         return
-    ours = {
-        "asin": product.asin, "name": product.title, "Title": product.title,
-        "query": product.query, "product_category": product.product_category,
-        "Attributes": list(product.attributes), "BulletPoints": list(product.bullets),
-        "Description": product.description,
-        "options": {name: list(values) for name, values in product.options.items()},
-    }  # fmt: skip
+    ours = product_record(product)
     for name in ours.keys() | record.keys():
         mine, theirs = ours.get(name, "nothing"), record.get(name, "nothing")
         tally.compare("products", f"{what} {name}", mine, theirs)
@@ -277,18 +235,7 @@ def _check_goal(
         tally.expect("reward cases' goals", f"{what}: no goal says {text!r}", ours is not None)
     for name in goal if ours else ():
         assert ours is not None
-        tally.compare("reward cases' goals", f"{what} {name}", _goal_record(ours)[name], goal[name])
-
-
-def _goal_record(goal: Goal) -> dict[str, Any]:
-    """A goal in the original's words."""
-    options = dict(goal.options) if isinstance(goal.options, dict) else list(goal.options)
-    return {
-        "asin": goal.asin, "category": goal.category, "query": goal.query, "name": goal.name,
-        "product_category": goal.product_category, "instruction_text": goal.instruction_text,
-        "attributes": list(goal.attributes), "price_upper": goal.price_upper,
-        "goal_options": options, "weight": goal.weight,
-    }  # fmt: skip
+        tally.compare("reward cases' goals", f"{what} {name}", goal_record(ours)[name], goal[name])
 
 
 def _contradicted(case: dict[str, Any], catalogue: Catalogue) -> list[str]:
@@ -401,7 +348,7 @@ class _Replay:
     def _episode(self, what: str, episode: dict[str, Any]) -> None:
         tally, goal = self._tally, self._catalogue.goal(episode["session"])
         tally.compare("episodes' fields", what, set(episode), {"session", "goal", "steps", "info"})
-        ours = _goal_record(goal)
+        ours = goal_record(goal)
         for name in ours.keys() | episode["goal"].keys():
             recorded = episode["goal"].get(name, "nothing")
             tally.compare("goals", f"{what} {name}", ours.get(name, "nothing"), recorded)

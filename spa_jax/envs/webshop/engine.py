@@ -161,8 +161,13 @@ class WebshopEngine(Engine[Path]):
         if self._expert is not None and not done:
             expert_action = self._expert.act(shop.page, shop.item, shop.options)
         return Observation(
-            text=shop.page.text, reward=reward, done=done,
-            success=shop.score is not None and shop.score.reward == 1.0, grounded=grounded,
-            instruction=instruction, task=self._task, task_type=shop.goal.category,
+            text=shop.page.text,
+            reward=reward,
+            done=done,
+            success=shop.score is not None and shop.score.reward == 1.0,
+            grounded=grounded,
+            instruction=instruction,
+            task=self._task,
+            task_type=shop.goal.category,
             expert_action=expert_action,
-        )  # fmt: skip
+        )

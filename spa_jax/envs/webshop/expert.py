@@ -88,9 +88,11 @@ def wanted_options(item: Product, goal: Goal) -> dict[str, str]:
     for wanted in goal.options:
         values = [
             (fuzz.token_set_ratio(value, wanted), value == wanted.lower(), name, value)
-            for name, values in item.options.items() if name not in chosen
-            for value in values if value
-        ]  # fmt: skip
+            for name, values in item.options.items()
+            if name not in chosen
+            for value in values
+            if value
+        ]
         if values:
             *_, name, value = max(values, key=lambda found: (found[1], found[0]))
             chosen[name] = value

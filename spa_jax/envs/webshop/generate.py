@@ -134,9 +134,12 @@ _BULLETS = (
     "Designed around {attribute} from the first drawing on.",
 )
 _WISHES = (
-    "i am looking for a {what}", "i need a {what}", "find me a {what}", "i want to buy a {what}",
+    "i am looking for a {what}",
+    "i need a {what}",
+    "find me a {what}",
+    "i want to buy a {what}",
     "please help me find a {what}",
-)  # fmt: skip
+)
 
 
 def make_asin(seed: int, row: int) -> str:
@@ -156,9 +159,12 @@ def make_product(seed: int, row: int, goals: int) -> tuple[dict[str, Any], dict,
     own = random.sample(attributes.split(","), random.randint(3, 4))
     brand = "".join(random.sample(_SYLLABLES, random.randint(1, 2))) + random.choice(_ENDINGS)
     words = {
-        "kind": kind, "brand": brand.capitalize(), "series": random.choice(_SERIES),
-        "first": own[0], "second": own[1],
-    }  # fmt: skip
+        "kind": kind,
+        "brand": brand.capitalize(),
+        "series": random.choice(_SERIES),
+        "first": own[0],
+        "second": own[1],
+    }
     asin = make_asin(seed, row)
     customisation = {
         name: [{"value": value, "image": None} for value in _some(values, random)]

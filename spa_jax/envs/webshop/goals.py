@@ -118,9 +118,17 @@ def make_goal(product: Product, key: GoalKey, kind: str, counts: dict[str, int])
     if key.price_upper != NO_BOUND:
         text += f", and price lower than {key.price_upper:.2f} dollars"
     return Goal(
-        product.asin, product.category, product.query, product.title, product.product_category,
-        text, attributes, key.price_upper, options, weight,
-    )  # fmt: skip
+        asin=product.asin,
+        category=product.category,
+        query=product.query,
+        name=product.title,
+        product_category=product.product_category,
+        instruction_text=text,
+        attributes=attributes,
+        price_upper=key.price_upper,
+        options=options,
+        weight=weight,
+    )
 
 
 def _combination(product: Product, choice: int) -> dict[str, str]:

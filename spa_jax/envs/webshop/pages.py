@@ -16,6 +16,10 @@ SEARCH, RESULTS, ITEM, DETAIL, DONE = "search", "results", "item", "detail", "do
 DETAILS = ("Description", "Features", "Reviews")
 BACK, PREVIOUS, NEXT, BUY = "Back to Search", "< Prev", "Next >", "Buy Now"
 _HTML_SPACE = " \n\t\f\r"
+# The fixed parts of the page after a purchase.
+_THANKS = "Thank you for shopping with us!|Your code:|None|(Paste it in your MTurk interface.)"
+_UNSET = "attrs|None|category|None|query|None|product category|None|Target"
+_TARGET = "asin|options|attrs|price upper|instuction text|category|product category|query|Goal|None"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +107,7 @@ def done_page(asin: str, options: dict[str, str], reward: float) -> Page:
     chosen = json.dumps(options, sort_keys=True)
     for character in "<>&'":  # as Flask writes JSON into HTML
         chosen = chosen.replace(character, f"\\u{ord(character):04x}")
-    texts = [
-        "Thank you for shopping with us!", "Your code:", "None",
-        "(Paste it in your MTurk interface.)", "Purchased", "asin", asin, "options", chosen,
-        "attrs", "None", "category", "None", "query", "None", "product category", "None",
-        "Target", "asin", "options", "attrs", "price upper", "instuction text", "category",
-        "product category", "query", "Goal", "None", "Reward",
-        "Your score (min 0.0, max 1.0)", str(reward), "Reward Details", "None",
-    ]  # fmt: skip
+    texts = [*_THANKS.split("|"), "Purchased", "asin", asin, "options", chosen]
+    texts += [*_UNSET.split("|"), *_TARGET.split("|")]
+    texts += ["Reward", "Your score (min 0.0, max 1.0)", str(reward), "Reward Details", "None"]
     return Page(DONE, _pieces(texts), ())

@@ -35,15 +35,15 @@ _UNIT = re.compile(r"\d+(km|m|cm|mm|in|ft|kg|g|mg|lb|oz|gb|mb|tb|kb|ml|l|yd|mph|
 _POSSESSIVE = re.compile(r"['\u2019]s\b", re.IGNORECASE)
 # In a product's name nearly every word is a noun to a tagger: what is left out are the words
 # that join them.
-_NO_NOUNS = frozenset(
+_JOINING_WORDS = (
     "a about above after all also am an and any are as at be been before both but by can could "
     "did do does during each either every few for from good had has have he her here his how i if "
     "in into is it its just many may me more most much must my neither no nor not of off on one "
     "only onto or other our out over own per she should so some such than that the their them "
     "then there these they this those three to too two under until up upon us very via was we "
     "were what when where which while who whose why will with within without would x you your"
-    .split()
-)  # fmt: skip
+)
+_NO_NOUNS = frozenset(_JOINING_WORDS.split())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,14 +215,25 @@ def build(files: Files, kind: str, price_seed: int = PRICE_SEED) -> Catalogue:
         arrays[name] = np.empty(size, kind)
         return arrays[name]
 
-    _fill(database, files, kind, _random(price_seed), None, make_array, _no_progress)
+    _fill(
+        database,
+        files,
+        kind,
+        random=_random(price_seed),
+        scratch=None,
+        make_array=make_array,
+        progress=_no_progress,
+    )
     return Catalogue(database, arrays)
 
 
 def prepare(
-    files: Files, out: Path, kind: str, price_seed: int = PRICE_SEED,
+    files: Files,
+    out: Path,
+    kind: str,
+    price_seed: int = PRICE_SEED,
     progress: Progress = _no_progress,
-) -> None:  # fmt: skip
+) -> None:
     """Builds a catalogue on disk, under a temporary name until it is whole.
 
     Args:
@@ -248,7 +259,15 @@ def prepare(
         path = partial / f"{name}.npy"
         return np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=(size,))
 
-    _fill(database, files, kind, _random(price_seed), scratch, make_array, progress)
+    _fill(
+        database,
+        files,
+        kind,
+        random=_random(price_seed),
+        scratch=scratch,
+        make_array=make_array,
+        progress=progress,
+    )
     database.close()
     shutil.rmtree(scratch)
     partial.rename(out)
@@ -265,6 +284,7 @@ def _fill(
     database: sqlite3.Connection,
     files: Files,
     kind: str,
+    *,
     random: Random,
     scratch: Path | None,
     make_array: Callable[[str, np.dtype, int], np.ndarray],
@@ -275,7 +295,9 @@ def _fill(
         raise UserError(f"goals {kind!r} are unknown; choose one of {', '.join(KINDS)}")
     database.executescript(_SCHEMA)
     writer = IndexWriter(scratch)
-    asins, with_goals = _add_products(database, files, random, scratch, writer, progress)
+    asins, with_goals = _add_products(
+        database, files, random, scratch=scratch, writer=writer, progress=progress
+    )
     if not asins:
         raise UserError(f"{files.products} holds no product")
     goals = _add_goals(database, kind, random, with_goals, progress)
@@ -285,9 +307,12 @@ def _fill(
     rank[np.argsort(np.array(asins))] = np.arange(len(asins))
     list(progress(iter([writer.finish(make_array)]), "scores"))
     meta = {
-        "version": VERSION, "kind": kind, "products": len(asins), "goals": goals,
+        "version": VERSION,
+        "kind": kind,
+        "products": len(asins),
+        "goals": goals,
         "official_small": int("1000" in files.products.name),
-    }  # fmt: skip
+    }
     database.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
     database.commit()
 
@@ -296,6 +321,7 @@ def _add_products(
     database: sqlite3.Connection,
     files: Files,
     random: Random,
+    *,
     scratch: Path | None,
     writer: IndexWriter,
     progress: Progress,

@@ -13,39 +13,65 @@ from spa_jax.envs.virtualhome.scenes import ROOMS, THINGS, draw_home
 # source/name -> title, description, steps, preconditions
 PROGRAMS: dict[str, tuple[str, str, list[str], list[dict[str, Any]]]] = {
     "ours/file1_1": (
-        "Watch TV", "Switch on the set and watch.",
-        ["[Walk] <living_room> (1)", "[Walk] <tv> (1)", "[SwitchOn] <television> (1)",
-         "[TurnTo] <television> (1)", "[Watch] <television> (1)"],
-        [{"plugged": ["tv", "1"]}, {"is_off": ["television", "1"]},
-         {"location": [["television", "1"], ["living_room", "1"]]}],
+        "Watch TV",
+        "Switch on the set and watch.",
+        [
+            "[Walk] <living_room> (1)",
+            "[Walk] <tv> (1)",
+            "[SwitchOn] <television> (1)",
+            "[TurnTo] <television> (1)",
+            "[Watch] <television> (1)",
+        ],
+        [
+            {"plugged": ["tv", "1"]},
+            {"is_off": ["television", "1"]},
+            {"location": [["television", "1"], ["living_room", "1"]]},
+        ],
     ),
     # Two of a class, in a closed box together with others.
     "ours/file2_1": (
-        "Clear the dishes", "Take the plates and the cup out of the cupboard.",
-        ["[Walk] <kitchen> (1)", "[Walk] <cupboard> (1)", "[Open] <cupboard> (1)",
-         "[Find] <plate> (1)", "[Grab] <plate> (1)", "[Find] <cup> (1)", "[Grab] <cup> (1)",
-         "[Close] <cupboard> (1)", "[Walk] <kitchen_table> (1)",
-         "[PutBack] <plate> (1) <kitchen_table> (1)", "[Find] <plate> (2)"],
+        "Clear the dishes",
+        "Take the plates and the cup out of the cupboard.",
+        [
+            "[Walk] <kitchen> (1)",
+            "[Walk] <cupboard> (1)",
+            "[Open] <cupboard> (1)",
+            "[Find] <plate> (1)",
+            "[Grab] <plate> (1)",
+            "[Find] <cup> (1)",
+            "[Grab] <cup> (1)",
+            "[Close] <cupboard> (1)",
+            "[Walk] <kitchen_table> (1)",
+            "[PutBack] <plate> (1) <kitchen_table> (1)",
+            "[Find] <plate> (2)",
+        ],
         [{"closed": ["cupboard", "1"]}]
-        + [{"inside": [[name, number], ["cupboard", "1"]]}
-           for name, number in (("plate", "1"), ("plate", "2"), ("cup", "1"))]
-        + [{"atreach": [[name, number], ["cupboard", "1"]]}
-           for name, number in (("plate", "2"), ("cup", "1"))]
+        + [
+            {"inside": [[name, number], ["cupboard", "1"]]}
+            for name, number in (("plate", "1"), ("plate", "2"), ("cup", "1"))
+        ]
+        + [
+            {"atreach": [[name, number], ["cupboard", "1"]]}
+            for name, number in (("plate", "2"), ("cup", "1"))
+        ]
         + [{"location": [[name, "1"], ["kitchen", "1"]]} for name in ("cup", "cupboard")]
         + [{"location": [["plate", number], ["kitchen", "1"]]} for number in ("1", "2")],
     ),
     "more/file2_1": (
-        "Rest", "Lie down.",
+        "Rest",
+        "Lie down.",
         ["[Walk] <bedroom> (1)", "[Walk] <bed> (1)", "[Lie] <bed> (1)"],
         [{"free": ["bed", "1"]}, {"location": [["bed", "1"], ["bedroom", "1"]]}],
     ),
     "more/file3_1": ("Visit", "Go there.", ["[Walk] <bathroom> (1)"], []),
     "more/file4_1": ("Dance", "Dance.", ["[Walk] <bathroom> (1)", "[Dance]"], []),
     "more/file5_1": (
-        "Read", "Read without a book in hand.",
-        ["[Walk] <bedroom> (1)", "[Read] <novel> (1)"], [],
+        "Read",
+        "Read without a book in hand.",
+        ["[Walk] <bedroom> (1)", "[Read] <novel> (1)"],
+        [],
     ),
-}  # fmt: skip
+}
 
 
 def write_corpus(root: Path) -> Path:

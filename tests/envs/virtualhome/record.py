@@ -27,8 +27,11 @@ class Recorder:
     def __init__(self, graph: Json, task: Json) -> None:
         edges = graph["edges"]
         for edge in edges:  # the published class removes while it iterates
-            inverse = {"from_id": edge["to_id"], "relation_type": "INSIDE",
-                       "to_id": edge["from_id"]}  # fmt: skip
+            inverse = {
+                "from_id": edge["to_id"],
+                "relation_type": "INSIDE",
+                "to_id": edge["from_id"],
+            }
             if inverse in edges:
                 edges.remove(inverse)
                 if edge != inverse:
@@ -42,9 +45,10 @@ class Recorder:
 
     def _from_agent(self, graph: Json, relation: str) -> list[int]:
         return [
-            e["to_id"] for e in graph["edges"]
+            e["to_id"]
+            for e in graph["edges"]
             if e["from_id"] == self.agent and relation in e["relation_type"]
-        ]  # fmt: skip
+        ]
 
     def step(self, text: str) -> tuple[str, bool]:
         action, names = parse(text) or ("", ())
@@ -52,8 +56,9 @@ class Recorder:
         if len(names) == 2:
             graph = self.state.to_dict()
             hands = self._from_agent(graph, "HOLDS")
-            held = [n["id"] for n in graph["nodes"]
-                    if n["id"] in hands and n["class_name"] == names[0]]  # fmt: skip
+            held = [
+                n["id"] for n in graph["nodes"] if n["id"] in hands and n["class_name"] == names[0]
+            ]
             ids = [random.choice(held), self.table[names[1]]] if held else None
         done = False
         if ids is not None:
@@ -67,11 +72,17 @@ class Recorder:
         graph = self.state.to_dict()
         seen = library().utils.get_visible_nodes(graph, agent_id=self.agent)["nodes"]
         graph = self.state.to_dict()
-        close = [e["to_id"] for e in graph["edges"]
-                 if e["from_id"] == self.agent and e["relation_type"] == "CLOSE"]  # fmt: skip
+        close = [
+            e["to_id"]
+            for e in graph["edges"]
+            if e["from_id"] == self.agent and e["relation_type"] == "CLOSE"
+        ]
         names = {n["class_name"] for n in seen if n["id"] in close}
-        told = {n["id"]: n["class_name"] for n in graph["nodes"]
-                if n["id"] in close and n["class_name"] in names}  # fmt: skip
+        told = {
+            n["id"]: n["class_name"]
+            for n in graph["nodes"]
+            if n["id"] in close and n["class_name"] in names
+        }
         untold = ("CLOSE", "FACING", "INSIDE", "HOLDS_LH", "HOLDS_RH")
         relations = {
             f"{told[e['from_id']]} {e['relation_type']} {told[e['to_id']]}"
@@ -107,8 +118,10 @@ def _prepare(data: Path, scene: int, program: Path) -> tuple[Json, list[Json], J
     properties = library().environment.Property
     helper = utils.graph_dict_helper(
         {k: [properties[p] for p in v] for k, v in load("properties_data").items()},
-        load("object_script_placing"), load("object_states"), 500,
-    )  # fmt: skip
+        load("object_script_placing"),
+        load("object_states"),
+        500,
+    )
     names = helper.unity_object2script_object
     script = scripts.read_script(str(program))
     for line in script:
@@ -146,14 +159,21 @@ def record(data: Path, scene: int, program: Path) -> Json:
         return [e for e in one["edges"] if e["relation_type"] in _GOAL and e not in other["edges"]]
 
     task = {
-        "id": name, "path": f"{name}.txt", "task": title, "description": description,
+        "id": name,
+        "path": f"{name}.txt",
+        "task": title,
+        "description": description,
         "revised_graph": {
-            "nodes": [{k: n[k] for k in ("id", "class_name", "states")} for n in last["nodes"]
-                      if set(n["states"]) != before[n["id"]]],
-            "revised_nodes": lost(first, last), "revised_add_edges": lost(last, first),
+            "nodes": [
+                {k: n[k] for k in ("id", "class_name", "states")}
+                for n in last["nodes"]
+                if set(n["states"]) != before[n["id"]]
+            ],
+            "revised_nodes": lost(first, last),
+            "revised_add_edges": lost(last, first),
         },
         "object_id_dict": {key[0]: node_id for key, node_id in ids.items()},
-    }  # fmt: skip
+    }
     player = Recorder(json.loads(json.dumps(first)), task)
     log = [["", f"The task is {title}({description})."]]
     solved = False
@@ -163,8 +183,14 @@ def record(data: Path, scene: int, program: Path) -> Json:
         log.append([text, f"Observation: {observation}"])
         if solved:
             break
-    return {"task": task, "log": log, "success": solved, "reward": None,
-            "steps": len(log) - 1, "reason": "success" if solved else None}  # fmt: skip
+    return {
+        "task": task,
+        "log": log,
+        "success": solved,
+        "reward": None,
+        "steps": len(log) - 1,
+        "reason": "success" if solved else None,
+    }
 
 
 def main(data: Path, out: Path) -> None:

@@ -20,8 +20,9 @@ from spa_jax.errors import UserError
 def _record(data: Path, out: Path, hash_seed: int) -> list[Any]:
     subprocess.run(
         [sys.executable, "-m", "tests.envs.virtualhome.record", str(data), str(out)],
-        check=True, env=os.environ | {"PYTHONHASHSEED": str(hash_seed)},
-    )  # fmt: skip
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": str(hash_seed)},
+    )
     return json.loads((out / "cases_episodes.json").read_text())
 
 
@@ -116,11 +117,17 @@ def test_missing_cases_and_data_are_named(
 
 def test_normal_form_forgets_order_and_nothing_else() -> None:
     text = "bed is CLEAN, lamp is ON and CLEAN, lamp ON bed. You have mug, key. "
-    assert normal(text) == normal("lamp ON bed, lamp is CLEAN and ON, bed is CLEAN. "
-                                  "You have mug, key. ")  # fmt: skip
+    assert normal(text) == normal(
+        "lamp ON bed, lamp is CLEAN and ON, bed is CLEAN. You have mug, key. "
+    )
     different = [
-        text.replace("mug, key", "key, mug"), text.replace("ON bed", "ON lamp"), text.strip(),
-        text.replace("ON and CLEAN", "OFF and CLEAN"), text.replace("bed is CLEAN, ", ""), "",
-        text.replace("lamp ON bed", "lamp ON bed, lamp ON bed"), "Nothing happens.",
-    ]  # fmt: skip
+        text.replace("mug, key", "key, mug"),
+        text.replace("ON bed", "ON lamp"),
+        text.strip(),
+        text.replace("ON and CLEAN", "OFF and CLEAN"),
+        text.replace("bed is CLEAN, ", ""),
+        "",
+        text.replace("lamp ON bed", "lamp ON bed, lamp ON bed"),
+        "Nothing happens.",
+    ]
     assert all(normal(text) != normal(other) for other in different)

@@ -176,8 +176,11 @@ def test_everything_is_the_same_under_any_hash_seed(corpus_folder: Path, tmp_pat
     for seed in ("0", "1", "2"):
         answer = subprocess.run(
             [sys.executable, "-c", _PLAY, str(corpus_folder), str(tmp_path / f"hash_{seed}")],
-            env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         digests.add(answer.stdout)
     assert len(digests) == 1
     assert digests != {hashlib.sha256().hexdigest() + "\n"}
@@ -187,9 +190,14 @@ def test_the_program_prepares_and_says_what_it_left_out(
     corpus_folder: Path, tmp_path: Path
 ) -> None:
     command = [
-        sys.executable, "-m", "experiments.prepare_virtualhome", f"--data={corpus_folder}",
-        f"--out={tmp_path / 'tasks'}", "--seed=2", "--scenes=2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "experiments.prepare_virtualhome",
+        f"--data={corpus_folder}",
+        f"--out={tmp_path / 'tasks'}",
+        "--seed=2",
+        "--scenes=2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *lines, result = done.stdout.splitlines()

@@ -15,8 +15,13 @@ from spa_jax.errors import UserError
 
 
 def _node(node_id: int, name: str, category: str, properties: str, *states: str) -> dict[str, Any]:
-    return {"id": node_id, "class_name": name, "category": category,
-            "properties": properties.split(), "states": list(states)}  # fmt: skip
+    return {
+        "id": node_id,
+        "class_name": name,
+        "category": category,
+        "properties": properties.split(),
+        "states": list(states),
+    }
 
 
 #   kitchen (1)                            bedroom (2)
@@ -44,11 +49,20 @@ _GRAPH: dict[str, list[Any]] = {
 }  # fmt: skip
 _GOAL = Goal(
     states=((6, "fridge", ("CLEAN", "CLOSED", "PLUGGED_IN")),),
-    absent=((4, "ON", 3),), present=((4, "INSIDE", 6),),
-)  # fmt: skip
+    absent=((4, "ON", 3),),
+    present=((4, "INSIDE", 6),),
+)
 _TASK = HomeTask("Tidy up", "Put the mug away", _GOAL, {"mug": 4, "fridge": 6, "character": 9})
-_PROGRAM = ["walk to kitchen", "walk to table", "find mug", "grab mug", "walk to fridge",
-            "open fridge", "put mug in fridge", "close fridge"]  # fmt: skip
+_PROGRAM = [
+    "walk to kitchen",
+    "walk to table",
+    "find mug",
+    "grab mug",
+    "walk to fridge",
+    "open fridge",
+    "put mug in fridge",
+    "close fridge",
+]
 
 
 @pytest.fixture
@@ -67,7 +81,14 @@ def _play(engine: VirtualhomeEngine, *commands: str) -> Observation:
 def test_wording(engine: VirtualhomeEngine) -> None:
     first = engine.begin(_TASK, _GRAPH, task="t", instruction="Do it.")
     assert first == Observation(
-        "The task is Tidy up(Put the mug away).", 0.0, False, False, True, "Do it.", "t", "Tidy up"
+        text="The task is Tidy up(Put the mug away).",
+        reward=0.0,
+        done=False,
+        success=False,
+        grounded=True,
+        instruction="Do it.",
+        task="t",
+        task_type="Tidy up",
     )
     written = [f"Thought: so.\nAction: {command}" for command in _PROGRAM]
     texts = [engine.step(parse_action(text)).text for text in written]
@@ -96,10 +117,30 @@ def test_success_is_checked_every_step_and_stays(engine: VirtualhomeEngine) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "xyzzy", "Action:", "grab unicorn", "walk to unicorn", "open fridge", "grab mug",
-     "put mug on table", "put mug on mug", "sit on table", "stand up", "release", "\0", "ü" * 999,
-     "walk to {}", "pour milk into mug", "greet table", "wake up", "a: b: c", "put on"],
-)  # fmt: skip
+    [
+        "",
+        " ",
+        "xyzzy",
+        "Action:",
+        "grab unicorn",
+        "walk to unicorn",
+        "open fridge",
+        "grab mug",
+        "put mug on table",
+        "put mug on mug",
+        "sit on table",
+        "stand up",
+        "release",
+        "\0",
+        "ü" * 999,
+        "walk to {}",
+        "pour milk into mug",
+        "greet table",
+        "wake up",
+        "a: b: c",
+        "put on",
+    ],
+)
 def test_what_cannot_be_done_is_not_grounded(engine: VirtualhomeEngine, text: str) -> None:
     before = engine._world.edges()
     observation = engine.step(text)

@@ -46,18 +46,32 @@ def test_it_remembers_no_measurements() -> None:
         ([(1, "INSIDE", 1), (1, "ON", 3)], [(1, "ON", 3)]),
         # The inverse comes later: the edge that follows the first is overlooked.
         (
-            [(1, "CLOSE", 2), (1, "CLOSE", 3), (1, "CLOSE", 4), (2, "INSIDE", 1),
-             (3, "INSIDE", 1), (4, "INSIDE", 1)],
+            [
+                (1, "CLOSE", 2),
+                (1, "CLOSE", 3),
+                (1, "CLOSE", 4),
+                (2, "INSIDE", 1),
+                (3, "INSIDE", 1),
+                (4, "INSIDE", 1),
+            ],
             [(1, "CLOSE", 3), (3, "INSIDE", 1)],
         ),
         # The inverse came before: two are overlooked.
         (
-            [(2, "INSIDE", 1), (3, "INSIDE", 1), (4, "INSIDE", 1), (5, "INSIDE", 1),
-             (1, "CLOSE", 2), (1, "CLOSE", 3), (1, "CLOSE", 4), (1, "CLOSE", 5)],
+            [
+                (2, "INSIDE", 1),
+                (3, "INSIDE", 1),
+                (4, "INSIDE", 1),
+                (5, "INSIDE", 1),
+                (1, "CLOSE", 2),
+                (1, "CLOSE", 3),
+                (1, "CLOSE", 4),
+                (1, "CLOSE", 5),
+            ],
             [(3, "INSIDE", 1), (4, "INSIDE", 1), (1, "CLOSE", 3), (1, "CLOSE", 4)],
         ),
     ],
-)  # fmt: skip
+)
 def test_untangle_as_the_published_loop_does(edges: list[Edge], left: list[Edge]) -> None:
     assert untangle(edges) == left
     published = list(edges)

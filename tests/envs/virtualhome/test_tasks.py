@@ -20,26 +20,41 @@ _GOAL = Goal(((3, "lamp", ("CLEAN", "ON")),), ((1, "INSIDE", 2),), ((1, "ON", 3)
 _GRAPH: dict[str, list[Any]] = {
     "nodes": [
         {"id": 2, "class_name": "kitchen", "category": "Rooms", "properties": [], "states": []},
-        {"id": 1, "class_name": "character", "category": "Characters", "properties": [],
-         "states": []},
-        {"id": 3, "class_name": "lamp", "category": "Props",
-         "properties": ["HAS_SWITCH", "SURFACES"], "states": ["OFF", "CLEAN"]},
+        {
+            "id": 1,
+            "class_name": "character",
+            "category": "Characters",
+            "properties": [],
+            "states": [],
+        },
+        {
+            "id": 3,
+            "class_name": "lamp",
+            "category": "Props",
+            "properties": ["HAS_SWITCH", "SURFACES"],
+            "states": ["OFF", "CLEAN"],
+        },
     ],
     "edges": [(1, "INSIDE", 2), (3, "INSIDE", 2)],
-}  # fmt: skip
+}
 
 
 def _write_authors(root: Path, suffix: str) -> Path:
     """The authors' layout: a file of a split, and its initial graphs."""
     stem = "TrimmedTestScene2_graph/results_x/file1_1"
-    entries = [{
-        "path": f"/somebody/elses/folder/executable_programs/{stem}.txt", "task": "Light",
-        "description": "Light the room.", "object_id_dict": {"lamp": 3, "character": 1},
-        "revised_graph": {
-            "nodes": [{"id": 3, "class_name": "lamp", "states": ["ON", "CLEAN"]}],
-            "revised_nodes": [], "revised_add_edges": [],
-        },
-    }]  # fmt: skip
+    entries = [
+        {
+            "path": f"/somebody/elses/folder/executable_programs/{stem}.txt",
+            "task": "Light",
+            "description": "Light the room.",
+            "object_id_dict": {"lamp": 3, "character": 1},
+            "revised_graph": {
+                "nodes": [{"id": 3, "class_name": "lamp", "states": ["ON", "CLEAN"]}],
+                "revised_nodes": [],
+                "revised_add_edges": [],
+            },
+        }
+    ]
     entries.append(entries[0] | {"path": "elsewhere/file9_9.txt"})
     file = root / f"test.{suffix}"
     lines = "\n".join(json.dumps(entry) for entry in entries)
@@ -52,7 +67,16 @@ def _write_authors(root: Path, suffix: str) -> Path:
 
 
 def test_a_task_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    task = HomeTask("Light", "Light it.", _GOAL, {"lamp": 3}, ("switch on lamp",), "s", "h", 5)
+    task = HomeTask(
+        title="Light",
+        description="Light it.",
+        goal=_GOAL,
+        objects={"lamp": 3},
+        program=("switch on lamp",),
+        scene="s",
+        layout="h",
+        seed=5,
+    )
     write_task(tmp_path / "train" / "one", task, _GRAPH)
     assert read_task(tmp_path / "train" / "one") == (task, _GRAPH)
     index = TaskIndex(tmp_path)

@@ -10,12 +10,19 @@ from spa_jax.envs.webshop.catalogue import find_files, make_product, stream
 from spa_jax.errors import UserError
 
 _RECORD: dict[str, Any] = {
-    "asin": "B000000001", "name": "Oak Table", "full_description": "Sturdy.", "pricing": "$1,250.5",
-    "small_description": ["Solid oak"], "product_category": "Home › Tables", "category": "garden",
-    "query": " Oak Tables ", "customization_options": {
-        "Color": [{"value": " Dark/Red "}, {"value": "Blue"}], "Size": None,
+    "asin": "B000000001",
+    "name": "Oak Table",
+    "full_description": "Sturdy.",
+    "pricing": "$1,250.5",
+    "small_description": ["Solid oak"],
+    "product_category": "Home › Tables",
+    "category": "garden",
+    "query": " Oak Tables ",
+    "customization_options": {
+        "Color": [{"value": " Dark/Red "}, {"value": "Blue"}],
+        "Size": None,
     },
-}  # fmt: skip
+}
 
 
 def _product(**fields: Any) -> catalogue.Product:

@@ -117,9 +117,10 @@ def test_the_expert_finds_its_way_back(shop_data: Path) -> None:
 def test_wrong_requests_are_refused(shop_data: Path) -> None:
     engine = WebshopEngine()
     for task, prompt, message in (
-        ("goal_9999", "paper", "no goal 9999"), ("9", "paper", "no WebShop task"),
+        ("goal_9999", "paper", "no goal 9999"),
+        ("9", "paper", "no WebShop task"),
         ("goal_1", "long", "prompt 'long'"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=message):
             engine.reset(shop_data, task=task, prompt=prompt)
     with pytest.raises(UserError, match="no folder"):

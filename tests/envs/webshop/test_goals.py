@@ -4,13 +4,28 @@ from spa_jax.envs.webshop.catalogue import Product
 from spa_jax.envs.webshop.goals import NO_BOUND, GoalKey, draw_goals, make_goal, order
 
 _PRODUCT = Product(
-    "B000000001", "Oak Table", "", ("b",), "$12.0", 12.0,
-    {"size": ("s", "l"), "color": ("red", "blue", "tan")}, ("solid wood",), "garden", "tables",
-    "Home › Tables", "Find me tables", ("solid wood", "easy clean"),
-    ({"instruction_attributes": [], "instruction": "x", "instruction_options": []},
-     {"instruction_attributes": ["oak"], "instruction": "a table.",
-      "instruction_options": ["red"]}),
-)  # fmt: skip
+    asin="B000000001",
+    title="Oak Table",
+    description="",
+    bullets=("b",),
+    price_tag="$12.0",
+    price=12.0,
+    options={"size": ("s", "l"), "color": ("red", "blue", "tan")},
+    attributes=("solid wood",),
+    category="garden",
+    query="tables",
+    product_category="Home › Tables",
+    instruction="Find me tables",
+    instruction_attributes=("solid wood", "easy clean"),
+    human=(
+        {"instruction_attributes": [], "instruction": "x", "instruction_options": []},
+        {
+            "instruction_attributes": ["oak"],
+            "instruction": "a table.",
+            "instruction_options": ["red"],
+        },
+    ),
+)
 
 
 def test_synthetic_goals_are_all_combinations_with_names_sorted() -> None:
@@ -22,9 +37,10 @@ def test_synthetic_goals_are_all_combinations_with_names_sorted() -> None:
         for choice, bound in drawn
     ]
     assert [goal.options for goal in goals[:3]] == [
-        {"color": "red", "size": "s"}, {"color": "red", "size": "l"},
+        {"color": "red", "size": "s"},
+        {"color": "red", "size": "l"},
         {"color": "blue", "size": "s"},
-    ]  # fmt: skip
+    ]
     bound = goals[0].price_upper
     assert bound in (30.0, 40.0, 50.0)  # the larger of two of 20, 30, 40, 50
     assert goals[0].instruction_text == (

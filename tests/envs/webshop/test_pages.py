@@ -2,9 +2,18 @@ from spa_jax.envs.webshop import pages
 from spa_jax.envs.webshop.catalogue import Product
 
 _PRODUCT = Product(
-    "B000000001", "Oak Table", " ", ("One", ""), "$12.0", 12.0,
-    {"color": ("red", "blue"), "size": ("", "red")}, (), "garden", "tables", "Home",
-)  # fmt: skip
+    asin="B000000001",
+    title="Oak Table",
+    description=" ",
+    bullets=("One", ""),
+    price_tag="$12.0",
+    price=12.0,
+    options={"color": ("red", "blue"), "size": ("", "red")},
+    attributes=(),
+    category="garden",
+    query="tables",
+    product_category="Home",
+)
 _GOAL = "Instruction: [SEP] a table"
 
 
@@ -34,9 +43,16 @@ def test_an_items_page() -> None:
         "Features [SEP] Reviews [SEP] Buy Now"
     )
     assert page.clickables == (
-        "back to search", "< prev", "description", "features", "reviews", "buy now", "red", "blue",
+        "back to search",
+        "< prev",
+        "description",
+        "features",
+        "reviews",
+        "buy now",
+        "red",
+        "blue",
         "",
-    )  # fmt: skip
+    )
 
 
 def test_blank_texts_are_what_html_makes_of_them() -> None:

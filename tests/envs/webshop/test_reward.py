@@ -9,21 +9,33 @@ from spa_jax.envs.webshop.reward import normalise_colour, nouns, score, title_sc
 
 def _product(**fields: Any) -> Product:
     values = {
-        "asin": "B000000001", "title": "Acme Wireless Mouse", "description": "Works on glass.",
-        "bullets": ("Quiet keys", "usb receiver"), "price_tag": "$10.0", "price": 10.0,
-        "options": {}, "attributes": ("wireless", "long lasting"), "category": "electronics",
-        "query": "mice", "product_category": "Electronics › Computers › Mice",
-    }  # fmt: skip
+        "asin": "B000000001",
+        "title": "Acme Wireless Mouse",
+        "description": "Works on glass.",
+        "bullets": ("Quiet keys", "usb receiver"),
+        "price_tag": "$10.0",
+        "price": 10.0,
+        "options": {},
+        "attributes": ("wireless", "long lasting"),
+        "category": "electronics",
+        "query": "mice",
+        "product_category": "Electronics › Computers › Mice",
+    }
     return Product(**(values | fields))
 
 
 def _goal(**fields: Any) -> Goal:
     values = {
-        "asin": "B000000001", "category": "electronics", "query": "mice",
-        "name": "Acme Wireless Mouse", "product_category": "Electronics › Computers › Mice",
-        "instruction_text": "", "attributes": ("wireless", "quiet keys"), "price_upper": 20.0,
+        "asin": "B000000001",
+        "category": "electronics",
+        "query": "mice",
+        "name": "Acme Wireless Mouse",
+        "product_category": "Electronics › Computers › Mice",
+        "instruction_text": "",
+        "attributes": ("wireless", "quiet keys"),
+        "price_upper": 20.0,
         "options": ("navy blue", "large"),
-    }  # fmt: skip
+    }
     return Goal(**(values | fields))
 
 

@@ -19,7 +19,7 @@ from spa_jax.envs.webshop.search import Index, IndexWriter, analyse, stored_leng
         ("night\u2019s caf\u00e9 \u00bd \u2764\ufe0f", ["night", "caf\u00e9", "\u2764\ufe0f"]),
         ("\u6f22\u5b57 \u30c6\u30ec\u30d3", ["\u6f22", "\u5b57", "\u30c6\u30ec\u30d3"]),
     ],
-)  # fmt: skip
+)
 def test_texts_are_analysed_as_lucene_does(text: str, terms: list[str]) -> None:
     assert analyse(text) == terms
 
@@ -32,8 +32,15 @@ def test_both_ways_through_a_text_find_the_same_words() -> None:
 def test_lengths_are_stored_in_one_byte() -> None:
     # SmallFloat.byte4ToInt(SmallFloat.intToByte4(n)), by hand: 24 + 4 leading bits of n - 24.
     assert [stored_length(n) for n in (0, 39, 40, 41, 57, 100, 313, 1919)] == [
-        0, 39, 40, 40, 56, 96, 312, 1816,
-    ]  # fmt: skip
+        0,
+        39,
+        40,
+        40,
+        56,
+        96,
+        312,
+        1816,
+    ]
 
 
 def _index(*texts: str) -> Index:
@@ -54,8 +61,9 @@ def test_scores_are_bm25_by_hand() -> None:
     once = weight * 1 / (1 + 0.9 * (0.6 + 0.4 * 2 / mean))
     twice = weight * 2 / (2 + 0.9 * (0.6 + 0.4 * 4 / mean))
     assert index.search("red") == [
-        (1, pytest.approx(twice, rel=1e-6)), (0, pytest.approx(once, rel=1e-6)),
-    ]  # fmt: skip
+        (1, pytest.approx(twice, rel=1e-6)),
+        (0, pytest.approx(once, rel=1e-6)),
+    ]
     assert index.search("red red")[0] == (1, pytest.approx(2 * twice, rel=1e-6))
     assert index.search("the unknown") == index.search("") == []
 
