@@ -106,7 +106,7 @@ def prefill(
     offset = jnp.arange(tokens.shape[1])
     positions = jnp.where(offset < counts[:, None], starts[:, None] + offset, cache_length)
     hidden, cache = transformer.cached_hidden_states(
-        config, params, tokens, positions, state.cache, slots
+        config, params, tokens, positions, state.cache, rows=slots
     )
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]

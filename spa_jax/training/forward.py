@@ -14,7 +14,7 @@ def rows_hidden(
 ) -> jax.Array:
     """[R, L, D] last hidden states of packed rows; `below` as in `transformer.hidden_states`."""
     return transformer.hidden_states(
-        config, params, rows.tokens, rows.positions, rows.segment_ids, below
+        config, params, rows.tokens, rows.positions, rows.segment_ids, below=below
     )
 
 

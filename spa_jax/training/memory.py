@@ -147,7 +147,7 @@ def kept_bytes(
                 return transformer.hidden_states(config, policy, ids, ids, ids)
             if frozen:
                 below = jnp.zeros((*ids.shape, config.hidden_size), config.dtype)
-                return transformer.hidden_states(config, trained, ids, ids, ids, below)
+                return transformer.hidden_states(config, trained, ids, ids, ids, below=below)
             return transformer.hidden_states(config, trained, ids, ids, ids)
 
         return jax.vjp(hidden, trained)[1]

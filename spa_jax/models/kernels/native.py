@@ -4,7 +4,7 @@ What XLA makes of attention on a CPU runs on one core where each product is smal
 what the mask throws away.  These functions read the keys that a query sees, on all cores, and
 agree with `attention.attend` to rounding.  They are compiled when they are first needed, by the
 C++ compiler of this machine, for its processor, against the headers that jaxlib brings; where
-that is not possible, `attention.py` is what runs.
+that is not possible, `xla.py` is what runs.
 
 B rows, T tokens, H query heads, G key/value heads, K head size, S slots, C places of a cache.
 """
@@ -113,10 +113,8 @@ def _built() -> pathlib.Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = pathlib.Path(scratch) / library.name
-            subprocess.run(
-                [*compiler.split(), *_FLAGS, f"-I{headers}", str(_SOURCE), "-o", str(made)],
-                check=True, capture_output=True, text=True, timeout=300,
-            )  # fmt: skip
+            command = [*compiler.split(), *_FLAGS, f"-I{headers}", str(_SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             made.rename(library)
     return library
 
