@@ -1,6 +1,6 @@
 """Attention kernels of accelerators: no score ever lies in the device's main memory.
 
-`attention.attend_causally` is the reference that they agree with, and what runs everywhere.
+`xla.attend_causally` is the reference that they agree with, and what runs everywhere.
 
 B rows, T tokens, H query heads, G key/value heads, K head size.
 """

@@ -2,7 +2,7 @@
 
 What XLA makes of attention on a CPU runs on one core where each product is small, and multiplies
 what the mask throws away.  These functions read the keys that a query sees, on all cores, and
-agree with `attention.attend` to rounding.  They are compiled when they are first needed, by the
+agree with `xla.attend` to rounding.  They are compiled when they are first needed, by the
 C++ compiler of this machine, for its processor, against the headers that jaxlib brings; where
 that is not possible, `xla.py` is what runs.
 
@@ -153,7 +153,7 @@ def packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> 
     """Causal attention inside packed trajectories and their row's shared prefix.
 
     The mask is `transformer.packed_mask`'s; each segment is one run of tokens, and a shared prefix
-    the first.  The backward pass is that of `attention.attend_causally`.
+    the first.  The backward pass is that of `xla.attend_causally`.
 
     Args:
       q: [B, T, H, K] float32.
