@@ -63,11 +63,11 @@ def our_shape(path: tuple, config: ModelConfig) -> Shape:
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes = {
-        "embed": (config.vocab_size, d), "unembed": (d, config.vocab_size),
-        "q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d),
-        "gate": (d, f), "up": (d, f), "down": (f, d),
-        "q_norm": (config.head_dim,), "k_norm": (config.head_dim,),
-    }  # fmt: skip
+        **{"embed": (config.vocab_size, d), "unembed": (d, config.vocab_size)},
+        **{"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d)},
+        **{"gate": (d, f), "up": (d, f), "down": (f, d)},
+        **{"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)},
+    }
     shape = shapes.get(path[0], (d,))
     return shape[1:] if path[1] == "bias" else shape
 

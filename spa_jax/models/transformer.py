@@ -127,6 +127,7 @@ def hidden_states(
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
+    *,
     lower_states: jax.Array | None = None,
 ) -> jax.Array:
     """Last hidden states, after the final norm, of packed rows.
@@ -197,6 +198,7 @@ def cached_hidden_states(
     tokens: jax.Array,
     positions: jax.Array,
     cache: list[LayerCache],
+    *,
     rows: jax.Array | None = None,
 ) -> tuple[jax.Array, list[LayerCache]]:
     """Hidden states of new tokens, each row at its own place in its conversation.
@@ -227,7 +229,7 @@ def cached_hidden_states(
     block = Block(config)
     new_cache = []
     for layer, past in zip(layers_params["layers"], cache, strict=True):
-        x, past = cast(tuple, block.apply({"params": layer}, x, positions, mask, past, rows))
+        x, past = cast(tuple, block.apply({"params": layer}, x, positions, mask, past, rows=rows))
         new_cache.append(past)
     norm = RMSNorm(config.rms_norm_eps)
     return cast(jax.Array, norm.apply({"params": layers_params["norm"]}, x)), new_cache

@@ -116,7 +116,7 @@ def check_gae(path: pathlib.Path) -> Comparison:
             result.failures.append(f"{name}: the .json file does not give its settings")
             continue
         inputs = {"x", "mask", "values", "rewards"}
-        _compare_all(result, f"{name}/", ours, arrays, inputs, slack)
+        _compare_all(result, f"{name}/", ours, arrays, inputs=inputs, slack=slack)
     return result
 
 
@@ -197,7 +197,7 @@ def check_rewards(path: pathlib.Path) -> Comparison:
             "rewards_plain": penalty + plain,
         }
         inputs = {"logprobs", "ref_logprobs", "mask", "scores"}
-        _compare_all(result, f"{name}/", ours, arrays, inputs)
+        _compare_all(result, f"{name}/", ours, arrays, inputs=inputs)
         check_padding(result, f"{name}/scores", scores, count)
     return result
 
@@ -291,6 +291,7 @@ def _compare_all(
     prefix: str,
     ours: Mapping[str, Any],
     arrays: Arrays,
+    *,
     inputs: set[str],
     slack: Mapping[str, float] = types.MappingProxyType({}),
 ) -> None:

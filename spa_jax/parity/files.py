@@ -19,9 +19,17 @@ CONFIG = "weights_tiny_config.json"
 FULL, LORA = "weights_tiny.npz", "weights_lora.npz"
 # What numpy and zipfile raise of a file that is cut, changed, or something else.
 _DAMAGED = (
-    OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, MemoryError,
-    NotImplementedError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    MemoryError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 BASE, PEFT_BASE = "pretrained_model.", "pretrained_model.base_model.model."
 
 

@@ -60,7 +60,8 @@ def _attend_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, mask, out, log_sums = saved
     scores = _scores(q, k, mask)
-    return (*xla.weigh_backward(q, k, v, scores, log_sums, out, g), None)
+    gradients = xla.weigh_backward(q, k, v, scores, log_sums=log_sums, out=out, d_out=g)
+    return (*gradients, None)
 
 
 attend.defvjp(_attend, _attend_backward)

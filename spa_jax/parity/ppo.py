@@ -10,12 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spa_jax.config import LoraConfig
 from spa_jax.errors import UserError
-from spa_jax.models import lora, transformer
-from spa_jax.models.config import ModelConfig
-from spa_jax.models.io import huggingface, peft
-from spa_jax.parity import files, padded, released
+from spa_jax.parity import files, released
+from spa_jax.parity import model as model_lib
 from spa_jax.parity.compare import (
     COEFFICIENT,
     EXACT,
@@ -27,7 +24,7 @@ from spa_jax.parity.compare import (
     check_padding,
 )
 from spa_jax.parity.files import Arrays
-from spa_jax.parity.released import Forward, Params
+from spa_jax.parity.model import Model
 
 # Adam divides a gradient by its own size.  Where that is as small as its rounding error, the
 # update is anything between plus and minus the learning rate, on the recording machine as on any
@@ -40,51 +37,33 @@ _JITTERED_RUNS = 8
 _JITTER = 2e-7  # relative; a float32 has 1.2e-7
 _SLACK = 6.0  # times the largest move in those runs
 
-_INPUTS = {
-    "input_ids", "attention_mask", "query_len", "response_len", "n_scores", "scores", "frag_mask",
-    "frag_len", "n_segments", "segments", "perm",
-}  # fmt: skip
-_RESULTS = {
-    "masks", "logprobs", "ref_logprobs", "values_raw", "values_masked", "rewards",
-    "non_score_rewards", "kls", "advantages", "returns", "mb_indices", "mb_logprobs", "mb_vpreds",
-}  # fmt: skip
-_KEYS = {
-    "case", "padding_side", "pad_token_id", "ppo_config", "per_epoch_minibatches",
-    "kl_coef_before", "kl_coef_after", "stats", "peft", "trainable", "weights", "note",
-}  # fmt: skip
+_INPUTS = set(
+    "input_ids attention_mask query_len response_len n_scores scores frag_mask frag_len "
+    "n_segments segments perm".split()
+)
+_RESULTS = set(
+    "masks logprobs ref_logprobs values_raw values_masked rewards non_score_rewards kls "
+    "advantages returns mb_indices mb_logprobs mb_vpreds".split()
+)
+_KEYS = set(
+    "case padding_side pad_token_id ppo_config per_epoch_minibatches kl_coef_before "
+    "kl_coef_after stats peft trainable weights note".split()
+)
 # Statistics of a minibatch that its current weights do not enter.
-_OF_BATCH = {
-    "policy/advantages", "policy/advantages_mean", "returns/mean", "returns/var", "val/mean",
-    "val/var",
-}  # fmt: skip
+_OF_BATCH = set(
+    "policy/advantages policy/advantages_mean returns/mean returns/var val/mean val/var".split()
+)
 # Settings of TRL's that change none of the numbers, the released step passing over the scaling
 # and clipping of scores among them.
-_NO_EFFECT = {
-    "exp_name", "seed", "log_with", "task_name", "model_name", "query_dataset", "reward_model",
-    "remove_unused_columns", "tracker_kwargs", "accelerator_kwargs", "project_kwargs",
-    "tracker_project_name", "push_to_hub_if_best_kwargs", "steps", "init_kl_coef",
-    "forward_batch_size", "world_size", "optimize_cuda_cache", "optimize_device_cache",
-    "compare_steps", "use_score_scaling", "use_score_norm", "score_clip",
-    "gradient_checkpointing", "is_encoder_decoder", "is_peft_model", "backward_batch_size",
-    "global_backward_batch_size", "global_batch_size", "dataset_num_proc", "total_ppo_epochs",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The models of a PPO case.
-
-    Attributes:
-      forward: logits and values of its parameters.
-      trained, frozen, reference: as `released.step` takes them.
-      name: trained parameters -> {recorded name: array}.
-    """
-
-    forward: Forward
-    trained: Params
-    frozen: Params
-    reference: Params
-    name: Callable[[Params], Arrays]
+_NO_EFFECT = set(
+    "exp_name seed log_with task_name model_name query_dataset reward_model "
+    "remove_unused_columns tracker_kwargs accelerator_kwargs project_kwargs "
+    "tracker_project_name push_to_hub_if_best_kwargs steps init_kl_coef forward_batch_size "
+    "world_size optimize_cuda_cache optimize_device_cache compare_steps use_score_scaling "
+    "use_score_norm score_clip gradient_checkpointing is_encoder_decoder is_peft_model "
+    "backward_batch_size global_backward_batch_size global_batch_size dataset_num_proc "
+    "total_ppo_epochs".split()
+)
 
 
 class Run(NamedTuple):
@@ -149,7 +128,7 @@ def recompute(path: pathlib.Path, arrays: Arrays, text: Mapping[str, Any]) -> Re
     """
     result = Comparison()
     config = _ppo_config(path, text, result)
-    model = _lora_model(path, text, result) if "peft" in text else _full_model(path, text)
+    model = model_lib.adapted(path, text, result) if "peft" in text else model_lib.full(path, text)
     need = functools.partial(files.need, path, arrays)
     batch = _batch(path, arrays, config)
     orders = _orders(path, need("perm"), config)
@@ -158,7 +137,13 @@ def recompute(path: pathlib.Path, arrays: Arrays, text: Mapping[str, Any]) -> Re
     def run(model: Model) -> Run:
         before = released.start(model.trained, config, kl_coef)
         after, trace = released.step(
-            model.forward, before, model.frozen, model.reference, batch, orders, config
+            model.forward,
+            before,
+            model.frozen,
+            model.reference,
+            batch,
+            permutations=orders,
+            config=config,
         )
         stats = released.statistics(before, trace, batch, need("query_len"), config)
         return Run(model, batch, after, trace, stats)
@@ -268,91 +253,23 @@ def _check_types(path: pathlib.Path, stated: Mapping[str, Any]) -> None:
             )
 
 
-def _full_model(path: pathlib.Path, text: Mapping[str, Any]) -> Model:
-    """All parameters are trained; the reference is a model of its own."""
-    config, pad_id = files.read_config(path.parent), files.read_pad_id(path.parent)
-    file = path.parent / str(text.get("weights", files.FULL))
-    arrays = files.read_arrays(file)
-
-    def parts(who: str) -> Params:
-        named = files.part(arrays, f"{who}/")
-        return {
-            "policy": files.read_decoder(config, file, named, files.BASE),
-            "value": _value_head(file, named),
-        }
-
-    def name(params: Params) -> Arrays:
-        named = huggingface.to_named(config, params["policy"])
-        return _with_value_head({files.BASE + key: array for key, array in named.items()}, params)
-
-    return Model(_forward(config, None, pad_id), parts("policy"), {}, parts("ref"), name)
-
-
-def _lora_model(path: pathlib.Path, text: Mapping[str, Any], result: Comparison) -> Model:
-    """An adapter and the value head are trained; the reference is the base, without an adapter."""
-    config, pad_id = files.read_config(path.parent), files.read_pad_id(path.parent)
-    file = path.parent / str(text.get("weights", files.LORA))
-    named = {
-        name.removeprefix("policy/").replace(".base_layer.", "."): array
-        for name, array in files.read_arrays(file).items()
-    }
-    stated = text["peft"]
-    modules, alpha, rank = (
-        files.setting(path, stated, name) for name in ("target_modules", "lora_alpha", "r")
-    )
-    try:
-        adapter = peft.from_named(named)
-        targets = peft.targets_of(modules)
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
-    scale = float(stated.get("scaling", alpha / rank))
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
-        if stated.get(key):
-            result.failures.append(f"peft: {key} is not supported")
-    result.add("peft/lora_alpha", scale * rank, alpha, FORWARD)
-    ranks = {leaves["a"].shape[-1] for leaves in adapter["layers"].values()}
-    result.add("peft/r", sorted(ranks), [rank], EXACT)
-    result.add("peft/target_modules", sorted(targets), sorted(adapter["layers"]), EXACT)
-    settings = LoraConfig(rank, scale * rank, targets)
-    base = {"policy": files.read_decoder(config, file, named, files.PEFT_BASE)}
-    value = {"value": _value_head(file, named)}
-
-    def name(params: Params) -> Arrays:
-        adapter = peft.to_named(params["adapter"])
-        return _with_value_head({files.PEFT_BASE + key: a for key, a in adapter.items()}, params)
-
-    trained = {"adapter": adapter} | value
-    return Model(_forward(config, settings, pad_id), trained, base, base | value, name)
-
-
-@functools.lru_cache(maxsize=8)  # one function a shape of model: what is compiled is kept
-def _forward(config: ModelConfig, adapter: LoraConfig | None, pad_id: int | None) -> Forward:
-    """Logits and values of {"policy", "value"}, and of an adapter where there is one."""
-
-    def forward(
-        params: Params, tokens: jax.Array, attention_mask: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        policy = params["policy"]
-        if adapter is not None and "adapter" in params:
-            policy = lora.merge(adapter, policy, params["adapter"])
-        hidden = padded.hidden_states(config, policy, tokens, attention_mask, pad_id)
-        values = hidden @ params["value"]["weight"][0] + params["value"]["bias"][0]
-        return transformer.logits(policy, hidden), values
-
-    return forward
-
-
 def _compare_experience(result: Comparison, arrays: Arrays, run: Run) -> None:
     """What was computed before the first update."""
     ours = run.trace.experience
     found = {
-        "masks": run.batch.mask, "logprobs": ours.log_probs, "ref_logprobs": ours.ref_log_probs,
-        "values_raw": ours.values, "kls": ours.kl, "rewards": ours.rewards,
-        "non_score_rewards": ours.non_score_rewards, "values_masked": ours.advantages.values,
-        "advantages": ours.advantages.whitened, "returns": ours.advantages.returns,
+        "masks": run.batch.mask,
+        "logprobs": ours.log_probs,
+        "ref_logprobs": ours.ref_log_probs,
+        "values_raw": ours.values,
+        "kls": ours.kl,
+        "rewards": ours.rewards,
+        "non_score_rewards": ours.non_score_rewards,
+        "values_masked": ours.advantages.values,
+        "advantages": ours.advantages.whitened,
+        "returns": ours.advantages.returns,
         "advantages_raw": ours.advantages.raw,
         "masks_aligned_derived": _aligned(arrays),
-    }  # fmt: skip
+    }
     for name, array in found.items():
         if name in arrays:
             result.add(name, array, arrays[name], FORWARD)
@@ -537,12 +454,3 @@ def _covers(segments: np.ndarray, mask: np.ndarray) -> bool:
         row[max(begin, 0) : max(end, 0)] = 1
     whole = np.pad(mask, (0, 2 * width - mask.size))
     return any(np.array_equal(row[cut:], whole[: row.size - cut]) for cut in range(width))
-
-
-def _value_head(file: pathlib.Path, named: Arrays) -> Params:
-    return {part: files.need(file, named, f"v_head.summary.{part}") for part in ("weight", "bias")}
-
-
-def _with_value_head(named: Arrays, params: Params) -> Arrays:
-    head = {f"v_head.summary.{part}": a for part, a in params["value"].items()}
-    return {name: np.asarray(array) for name, array in {**named, **head}.items()}

@@ -451,13 +451,14 @@ def start(trained: Params, config: Config, kl_coef: float) -> State:
     return State(trained, optax.adam(config.learning_rate).init(trained), kl_coef, 0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
+@functools.partial(jax.jit, static_argnums=0, static_argnames="config")
 def collect(
     forward: Forward,
     trained: Params,
     frozen: Params,
     reference: Params,
     batch: Batch,
+    *,
     kl_coef: float,
     config: Config,
 ) -> Experience:
@@ -480,12 +481,15 @@ def collect(
         p, q = (jax.nn.log_softmax(x[:, :-1], -1) for x in (logits, ref_logits))
     kl = kl_penalty(p, q, config.kl_penalty)
     rewards = -kl_coef * kl + score_rewards(batch.scores, batch.n_scores, batch.mask)
-    advantages = token_gae(
-        new.values, rewards, batch.mask,
-        gamma=config.gamma, lam=config.lam, whiten_rewards=config.whiten_rewards,
-    )  # fmt: skip
+    settings = {"gamma": config.gamma, "lam": config.lam, "whiten_rewards": config.whiten_rewards}
     return Experience(
-        new.log_probs, ref_log_probs, new.values, kl, -kl_coef * kl, rewards, advantages
+        log_probs=new.log_probs,
+        ref_log_probs=ref_log_probs,
+        values=new.values,
+        kl=kl,
+        non_score_rewards=-kl_coef * kl,
+        rewards=rewards,
+        advantages=token_gae(new.values, rewards, batch.mask, **settings),
     )
 
 
@@ -517,6 +521,7 @@ def step(
     frozen: Params,
     reference: Params,
     batch: Batch,
+    *,
     permutations: Sequence[Sequence[int]],
     config: Config,
 ) -> tuple[State, Trace]:
@@ -537,15 +542,22 @@ def step(
       released step does: after the updates, with the KL of before.
     """
     kl_coef = state.kl_coef
-    experience = collect(forward, state.trained, frozen, reference, batch, kl_coef, config)
+    experience = collect(
+        forward, state.trained, frozen, reference, batch, kl_coef=kl_coef, config=config
+    )
     trace = Trace(experience, [], [], [], {}, {})
     advantages = experience.advantages
     whole = Minibatch(
-        batch.tokens, batch.attention_mask, batch.mask, experience.log_probs,
-        advantages.values, advantages.whitened, advantages.returns,
-    )  # fmt: skip
+        tokens=batch.tokens,
+        attention_mask=batch.attention_mask,
+        mask=batch.mask,
+        log_probs=experience.log_probs,
+        values=advantages.values,
+        advantages=advantages.whitened,
+        returns=advantages.returns,
+    )
     for order in permutations[: config.ppo_epochs]:
-        state, trace = _epoch(forward, state, frozen, whole, order, config, trace)
+        state, trace = _epoch(forward, state, frozen, whole, order, config=config, trace=trace)
         kl = float(trace.stats[-1]["policy/policykl"])
         if config.early_stopping and kl > _STOP_ABOVE * config.target_kl:
             break
@@ -559,6 +571,7 @@ def _epoch(
     frozen: Params,
     whole: Minibatch,
     order: Sequence[int],
+    *,
     config: Config,
     trace: Trace,
 ) -> tuple[State, Trace]:

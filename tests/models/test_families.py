@@ -116,9 +116,12 @@ def test_packed_rows_and_the_cache_change_nothing(name, tmp_path):
     at = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
     apart = transformer.hidden_states(config, params, tokens, at, np.ones_like(tokens))
     packed = transformer.hidden_states(
-        config, params, tokens.reshape(1, 18), at.reshape(1, 18),
+        config,
+        params,
+        tokens.reshape(1, 18),
+        at.reshape(1, 18),
         np.repeat([[1, 2]], 9, axis=1).astype(np.int32),
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=2e-5)
 
     step = jax.jit(functools.partial(transformer.cached_hidden_states, config))

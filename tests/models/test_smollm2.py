@@ -51,8 +51,12 @@ def test_special_tokens_and_text(loaded):
     assert loaded.decode(loaded.encode(text)) == text
     # Known ids of the published tokenizer: digits one by one, words with their blank.
     assert loaded.convert_ids_to_tokens(loaded.encode("Hello 12 world")) == [
-        "Hello", "\u0120", "1", "2", "\u0120world",
-    ]  # fmt: skip
+        "Hello",
+        "\u0120",
+        "1",
+        "2",
+        "\u0120world",
+    ]
 
 
 def test_the_chat_format_is_the_templates(loaded):
@@ -148,10 +152,14 @@ def test_greedy_turns_are_those_of_plain_re_encoding(model, loaded):
     ]
     context = 320
     engine = Engine(
-        choice.resolve(config), params, slots=2, context_length=context,
-        sampling=Sampling(temperature=0.0, max_new_tokens=10), end_of_turn=(fmt.end_of_turn,),
+        choice.resolve(config),
+        params,
+        slots=2,
+        context_length=context,
+        sampling=Sampling(temperature=0.0, max_new_tokens=10),
+        end_of_turn=(fmt.end_of_turn,),
         seed=0,
-    )  # fmt: skip
+    )
 
     @jax.jit
     def logits_after(ids, length):

@@ -88,8 +88,13 @@ def test_no_recorded_array_of_a_step_may_be_another(recomputed):
             tried += 1
     assert tried > 50
     for name in (
-        "masks", "masks_aligned_derived", "mb_indices", "query_len", "frag_len", "n_segments",
-    ):  # fmt: skip
+        "masks",
+        "masks_aligned_derived",
+        "mb_indices",
+        "query_len",
+        "frag_len",
+        "n_segments",
+    ):
         changed = arrays[name].copy()
         changed.flat[-1] += 1
         assert ppo.compare(case, {**arrays, name: changed}, text).misses, name
@@ -162,13 +167,19 @@ def test_a_setting_that_is_not_known_fails_the_case(recomputed):
 @pytest.mark.parametrize(
     ("file", "name", "at"),
     [
-        ("gae", "c04/advantages", 5), ("gae", "c09/returns", 0), ("gae", "c11/values_masked", 30),
-        ("gae", "c00/advantages_raw", 77), ("gae", "w01/var_biased", 0), ("gae", "w02/whiten", 3),
-        ("rewards", "batch_ragged/rewards_ref", 20), ("rewards", "one_step/kls", 3),
-        ("rewards", "fewer_scores/scores", 1), ("progress", "right/fp32/loss", 0),
+        ("gae", "c04/advantages", 5),
+        ("gae", "c09/returns", 0),
+        ("gae", "c11/values_masked", 30),
+        ("gae", "c00/advantages_raw", 77),
+        ("gae", "w01/var_biased", 0),
+        ("gae", "w02/whiten", 3),
+        ("rewards", "batch_ragged/rewards_ref", 20),
+        ("rewards", "one_step/kls", 3),
+        ("rewards", "fewer_scores/scores", 1),
+        ("progress", "right/fp32/loss", 0),
         ("progress", "head_weight", 17),
     ],
-)  # fmt: skip
+)
 def test_no_other_recorded_number_may_be_another(tmp_path, file, name, at):
     folder = _copy(RELEASED, tmp_path, file, "weights_tiny")
     _change(folder / f"{file}.npz", name, 1e-3, at)
@@ -179,10 +190,13 @@ def test_no_other_recorded_number_may_be_another(tmp_path, file, name, at):
 @pytest.mark.parametrize(
     ("file", "name"),
     [
-        ("gae", "c04/advantages"), ("gae", "w01/mean"), ("rewards", "normal3/kls"),
-        ("progress", "right/fp32/loss"), ("progress", "right/fp32/grad/LN.bias"),
+        ("gae", "c04/advantages"),
+        ("gae", "w01/mean"),
+        ("rewards", "normal3/kls"),
+        ("progress", "right/fp32/loss"),
+        ("progress", "right/fp32/grad/LN.bias"),
     ],
-)  # fmt: skip
+)
 def test_no_other_array_may_be_missing(tmp_path, file, name):
     folder = _copy(RELEASED, tmp_path, file, "weights_tiny")
     _without(folder / f"{file}.npz", name)

@@ -32,9 +32,7 @@ class MaskedTest(chex.TestCase):
     def test_whitening_also_moves_what_the_mask_leaves_out(self):
         x, mask = f32([1, 3, 10]), np.array([1, 1, 0])
         scale = 1 / np.sqrt(2)
-        np.testing.assert_allclose(
-            released.whiten(x, mask), [-scale, scale, 8 * scale], rtol=1e-6
-        )
+        np.testing.assert_allclose(released.whiten(x, mask), [-scale, scale, 8 * scale], rtol=1e-6)
         kept = released.whiten(x, mask, shift_mean=False)
         np.testing.assert_allclose(kept, [2 - scale, 2 + scale, 2 + 8 * scale], rtol=1e-6)
 
@@ -45,9 +43,7 @@ class RewardTest(parameterized.TestCase):
         frag = np.array([[0, 1, 1, 0], [1, 0, 0, 1]])
         np.testing.assert_array_equal(released.policy_mask(frag), [[1, 1, 0], [0, 0, 1]])
 
-    @parameterized.parameters(
-        ("kl", [0.5, -0.5]), ("abs", [0.5, 0.5]), ("mse", [0.125, 0.125])
-    )
+    @parameterized.parameters(("kl", [0.5, -0.5]), ("abs", [0.5, 0.5]), ("mse", [0.125, 0.125]))
     def test_kl_of_tokens(self, kind, expected):
         p, q = f32([-1.0, -2.0]), f32([-1.5, -1.5])
         np.testing.assert_allclose(released.kl_penalty(p, q, kind), expected)
@@ -61,19 +57,15 @@ class RewardTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "kl, abs, mse, full"):
             released.kl_penalty(f32([0]), f32([0]), "k3")
 
-    @parameterized.named_parameters(
-        # mask, scores of the row, rewards with the factor, rewards without
-        ("three", [0, 1, 1, 0, 1, 0, 1], [5, 7, 9],
-         [0, 0, 10, 0, 7, 0, 0], [0, 0, 5, 0, 7, 0, 9]),
+    @parameterized.named_parameters(  # mask, scores of the row, rewards with the factor, without
+        ("three", [0, 1, 1, 0, 1, 0, 1], [5, 7, 9], [0, 0, 10, 0, 7, 0, 0], [0, 0, 5, 0, 7, 0, 9]),
         ("one_step_earns_nothing", [0, 1, 1, 0], [5], [0, 0, 0, 0], [0, 0, 5, 0]),
-        ("first_steps_without_score", [1, 0, 1, 0, 1], [7, 9],
-         [0, 0, 7, 0, 0], [0, 0, 7, 0, 9]),
+        ("first_steps_without_score", [1, 0, 1, 0, 1], [7, 9], [0, 0, 7, 0, 0], [0, 0, 7, 0, 9]),
         ("surplus_falls_off_the_front", [1, 0, 1], [5, 7, 9], [7, 0, 0], [7, 0, 9]),
-        ("touching_steps_are_one", [1, 1, 1, 0, 1], [5, 7, 9],
-         [0, 0, 7, 0, 0], [0, 0, 7, 0, 9]),
+        ("touching_steps_are_one", [1, 1, 1, 0, 1], [5, 7, 9], [0, 0, 7, 0, 0], [0, 0, 7, 0, 9]),
         ("nothing_trained", [0, 0, 0], [5, 7], [0, 0, 0], [0, 0, 0]),
         ("all_trained", [1, 1, 1], [5, 7], [0, 0, 0], [0, 0, 7]),
-    )  # fmt: skip
+    )
     def test_scores(self, mask, scores, weighted, plain):
         """Q2, Q3: the number of later steps is the factor, whatever was dropped."""
         run = functools.partial(
@@ -84,9 +76,11 @@ class RewardTest(parameterized.TestCase):
 
     def test_rows_are_apart(self):
         got = released.score_rewards(
-            f32([[1, 2], [3, 0]]), np.array([2, 1]), np.array([[1, 0, 1], [0, 1, 0]]),
+            f32([[1, 2], [3, 0]]),
+            np.array([2, 1]),
+            np.array([[1, 0, 1], [0, 1, 0]]),
             weighted=False,
-        )  # fmt: skip
+        )
         np.testing.assert_array_equal(got, [[1, 0, 2], [0, 3, 0]])
 
     def test_half_precision(self):
@@ -114,13 +108,15 @@ class TokenGaeTest(chex.TestCase):
 
     def test_whitened_rewards_are_no_longer_zero_where_nothing_was_written(self):
         got = released.token_gae(
-            np.zeros((1, 3), np.float32), f32([[1, 9, 3]]), np.array([[1, 0, 1]]),
-            gamma=0.0, lam=0.0, whiten_rewards=True,
-        )  # fmt: skip
-        scale = 1 / np.sqrt(2)  # mean 2, variance 2
-        np.testing.assert_allclose(
-            got.raw, [[2 - scale, 2 - 2 * scale, 2 + scale]], rtol=1e-6
+            np.zeros((1, 3), np.float32),
+            f32([[1, 9, 3]]),
+            np.array([[1, 0, 1]]),
+            gamma=0.0,
+            lam=0.0,
+            whiten_rewards=True,
         )
+        scale = 1 / np.sqrt(2)  # mean 2, variance 2
+        np.testing.assert_allclose(got.raw, [[2 - scale, 2 - 2 * scale, 2 + scale]], rtol=1e-6)
 
 
 class KlCoefficientTest(parameterized.TestCase):
@@ -138,9 +134,14 @@ def minibatch(**changes):
     """Two tokens that count, and one that does not."""
     zero = f32([[0, 0, 0]])
     batch = released.Minibatch(
-        np.zeros((1, 4), int), np.ones((1, 4), int), np.array([[1, 1, 0]]), zero, zero,
-        f32([[1, -1, 50]]), f32([[1, 0, 50]]),
-    )  # fmt: skip
+        tokens=np.zeros((1, 4), int),
+        attention_mask=np.ones((1, 4), int),
+        mask=np.array([[1, 1, 0]]),
+        log_probs=zero,
+        values=zero,
+        advantages=f32([[1, -1, 50]]),
+        returns=f32([[1, 0, 50]]),
+    )
     return batch._replace(**changes)
 
 
@@ -159,12 +160,18 @@ class LossTest(chex.TestCase):
         np.testing.assert_allclose(stats["loss/value"], 0.5 * (0.64 + 0.01) / 2, rtol=1e-5)
         np.testing.assert_allclose(loss, -0.2 + 0.1 * 0.1625, rtol=1e-5)
         expected = {
-            "policy/entropy": 1.5, "policy/clipfrac": 1.0, "val/clipfrac": 0.5,
-            "val/error": 0.13, "val/vpred": 0.3, "returns/mean": 0.5, "returns/var": 0.5,
-            "policy/advantages_mean": 0.0, "val/mean": 0.0,
+            "policy/entropy": 1.5,
+            "policy/clipfrac": 1.0,
+            "val/clipfrac": 0.5,
+            "val/error": 0.13,
+            "val/vpred": 0.3,
+            "returns/mean": 0.5,
+            "returns/var": 0.5,
+            "policy/advantages_mean": 0.0,
+            "val/mean": 0.0,
             "policy/policykl": -(np.log(1.5) + np.log(0.5)) / 2,
             "policy/approxkl": (np.log(1.5) ** 2 + np.log(0.5) ** 2) / 4,
-        }  # fmt: skip
+        }
         for name, value in expected.items():
             np.testing.assert_allclose(stats[name], value, atol=1e-6, err_msg=name)
 
@@ -195,16 +202,20 @@ def case(config):
     reference = {"logits": f32(rng.normal(size=(6, 6))), "values": np.zeros(6, np.float32)}
     frag = np.array([[0, 1, 1, 0, 1], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1], [0, 1, 0, 1, 0]])
     batch = released.Batch(
-        jnp.asarray(rng.integers(0, 6, (4, 5))), jnp.ones((4, 5), int),
-        released.policy_mask(frag), jnp.asarray(f32(rng.normal(size=(4, 3)))),
+        jnp.asarray(rng.integers(0, 6, (4, 5))),
+        jnp.ones((4, 5), int),
+        released.policy_mask(frag),
+        jnp.asarray(f32(rng.normal(size=(4, 3)))),
         jnp.array([2, 3, 1, 2]),
-    )  # fmt: skip
+    )
     return released.start(trained, config, 0.3), reference, batch
 
 
 def run(config, orders=((3, 1, 0, 2),) * 4):
     state, reference, batch = case(config)
-    return state, *released.step(forward, state, {}, reference, batch, orders, config)
+    return state, *released.step(
+        forward, state, {}, reference, batch, permutations=orders, config=config
+    )
 
 
 class StepTest(parameterized.TestCase):
@@ -222,9 +233,14 @@ class StepTest(parameterized.TestCase):
         state, _, whole = run(released.Config(4, 4, ppo_epochs=1))
         seen, batch = parts.experience, case(released.Config(4, 2))[2]
         all_rows = released.Minibatch(
-            batch.tokens, batch.attention_mask, batch.mask, seen.log_probs,
-            seen.advantages.values, seen.advantages.whitened, seen.advantages.returns,
-        )  # fmt: skip
+            tokens=batch.tokens,
+            attention_mask=batch.attention_mask,
+            mask=batch.mask,
+            log_probs=seen.log_probs,
+            values=seen.advantages.values,
+            advantages=seen.advantages.whitened,
+            returns=seen.advantages.returns,
+        )
         config = released.Config(4, 2)
         one, two = (
             released.minibatch_gradient(
@@ -234,10 +250,8 @@ class StepTest(parameterized.TestCase):
         )
         self.close(parts.first_gradient, jax.tree.map(lambda g: g / 2, one))
         self.close(parts.first_update, jax.tree.map(lambda a, b: (a + b) / 2, one, two))
-        self.assertGreater(
-            float(optax.global_norm(jax.tree.map(jnp.subtract, parts.first_update,
-                                                 whole.first_update))), 1e-4
-        )  # fmt: skip
+        apart = jax.tree.map(jnp.subtract, parts.first_update, whole.first_update)
+        self.assertGreater(float(optax.global_norm(apart)), 1e-4)
 
     def test_only_the_first_update_is_clipped(self):
         """Q18."""
@@ -247,9 +261,7 @@ class StepTest(parameterized.TestCase):
         scale = 1e-3 / (optax.global_norm(trace.first_update) + 1e-6)
         # Adam's first moment is 0.9 * 0.1 g_1 + 0.1 g_2.
         lost = jax.tree.map(lambda g: 0.09 * g * (1 - scale), trace.first_update)
-        self.close(
-            clipped.adam[0].mu, jax.tree.map(jnp.subtract, free.adam[0].mu, lost), atol=1e-6
-        )
+        self.close(clipped.adam[0].mu, jax.tree.map(jnp.subtract, free.adam[0].mu, lost), atol=1e-6)
         _, second, again = run(released.Config(4, 4, max_grad_norm=1e-3, **settings))
         norm = float(optax.global_norm(second.adam[0].mu))
         self.assertAlmostEqual(norm, 1e-4, delta=1e-6)
@@ -258,17 +270,16 @@ class StepTest(parameterized.TestCase):
     def test_a_later_step_of_the_trainer_is_not_clipped_at_all(self):
         config = released.Config(4, 4, ppo_epochs=1, max_grad_norm=1e-3, learning_rate=0.0)
         state, reference, batch = case(config)
-        first, _ = released.step(forward, state, {}, reference, batch, [(0, 1, 2, 3)], config)
-        second, trace = released.step(forward, first, {}, reference, batch, [(0, 1, 2, 3)], config)
+        again = {"permutations": [(0, 1, 2, 3)], "config": config}
+        first, _ = released.step(forward, state, {}, reference, batch, **again)
+        second, trace = released.step(forward, first, {}, reference, batch, **again)
         added = jax.tree.map(lambda a, b: b - 0.9 * a, first.adam[0].mu, second.adam[0].mu)
         self.close(added, jax.tree.map(lambda g: 0.1 * g, trace.first_update), atol=1e-6)
 
     def test_adam_is_that_of_pytorch(self):
         """w - lr m / (sqrt(v) + eps), both bias-corrected: the first move is lr * sign(g)."""
         state, after, trace = run(released.Config(4, 4, ppo_epochs=1, learning_rate=0.1))
-        moved = jax.tree.map(
-            lambda g: -0.1 * g / (jnp.abs(g) + 1e-8), trace.first_update
-        )
+        moved = jax.tree.map(lambda g: -0.1 * g / (jnp.abs(g) + 1e-8), trace.first_update)
         self.close(after.trained, jax.tree.map(jnp.add, state.trained, moved), atol=1e-5)
 
     def test_stops_after_the_epoch_whose_last_minibatch_is_too_far(self):

@@ -26,9 +26,9 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # Settings of PEFT's adapter_config.json that change what an adapter computes.
 _ADAPTER_SETTINGS = (
-    "peft_type", "bias", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
-    "fan_in_fan_out", "modules_to_save", "layers_to_transform", "lora_bias",
-)  # fmt: skip
+    "peft_type bias use_dora use_rslora rank_pattern alpha_pattern fan_in_fan_out "
+    "modules_to_save layers_to_transform lora_bias"
+).split()
 _PEFT = re.compile(r"model\.layers\.(\d+)\.(.+)\.lora_([AB])\.(?:default\.)?weight")
 
 

@@ -1,6 +1,6 @@
 """Attention kernels of accelerators: no score ever lies in the device's main memory.
 
-`attention.attend_causally` is the reference that they agree with, and what runs everywhere.
+`xla.attend_causally` is the reference that they agree with, and what runs everywhere.
 
 B rows, T tokens, H query heads, G key/value heads, K head size.
 """
@@ -90,12 +90,17 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> 
     kernel = kernels.make_splash_mha_single_device(
         kernels.MultiHeadMask([causal] * heads),
         block_sizes=kernels.BlockSizes(
-            block_q=block, block_kv=block, block_kv_compute=block,
-            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-            block_q_dq=block, block_kv_dq=block,
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
         ),
         interpret=jax.default_backend() != "tpu",
-    )  # fmt: skip
+    )
     q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
     heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
     segments = kernels.SegmentIds(segment_ids, segment_ids)

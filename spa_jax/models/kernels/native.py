@@ -2,9 +2,9 @@
 
 What XLA makes of attention on a CPU runs on one core where each product is small, and multiplies
 what the mask throws away.  These functions read the keys that a query sees, on all cores, and
-agree with `attention.attend` to rounding.  They are compiled when they are first needed, by the
+agree with `xla.attend` to rounding.  They are compiled when they are first needed, by the
 C++ compiler of this machine, for its processor, against the headers that jaxlib brings; where
-that is not possible, `attention.py` is what runs.
+that is not possible, `xla.py` is what runs.
 
 B rows, T tokens, H query heads, G key/value heads, K head size, S slots, C places of a cache.
 """
@@ -113,11 +113,15 @@ def _built() -> pathlib.Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = pathlib.Path(scratch) / library.name
+            command = [*compiler.split(), *_FLAGS, f"-I{headers}", str(_SOURCE), "-o", str(made)]
             subprocess.run(
-                [*compiler.split(), *_FLAGS, f"-I{headers}", str(_SOURCE), "-o", str(made)],
-                check=True, capture_output=True, text=True, timeout=300,
+                command,
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=300,
                 start_new_session=True,  # Ctrl-C on the terminal is ours
-            )  # fmt: skip
+            )
             made.rename(library)
     return library
 
@@ -156,7 +160,7 @@ def packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> 
     """Causal attention inside packed trajectories and their row's shared prefix.
 
     The mask is `transformer.packed_mask`'s; each segment is one run of tokens, and a shared prefix
-    the first.  The backward pass is that of `attention.attend_causally`.
+    the first.  The backward pass is that of `xla.attend_causally`.
 
     Args:
       q: [B, T, H, K] float32.

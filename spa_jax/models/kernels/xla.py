@@ -77,9 +77,8 @@ def _backward(kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.
     for end, at in _blocks(q.shape[3]):
         keys, values = k[..., :end], v[:, :, :end]
         scores = _seen_scores(q[at], keys, mask, at)
-        of_q, of_k, of_v = weigh_backward(
-            q[at], keys, values, scores, log_sums[at], out[at], d_out[at]
-        )
+        rest = {"log_sums": log_sums[at], "out": out[at], "d_out": d_out[at]}
+        of_q, of_k, of_v = weigh_backward(q[at], keys, values, scores, **rest)
         d_q.append(of_q)
         d_k, d_v = d_k.at[..., :end].add(of_k), d_v.at[:, :, :end].add(of_v)
     return jnp.concatenate(d_q, 3).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
@@ -102,6 +101,7 @@ def weigh_backward(
     k: jax.Array,
     v: jax.Array,
     scores: jax.Array,
+    *,
     log_sums: jax.Array,
     out: jax.Array,
     d_out: jax.Array,

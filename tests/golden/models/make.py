@@ -53,13 +53,22 @@ FAMILIES = {
     "smollm2": ("llama", {"rope_theta": 100_000.0, "tie_word_embeddings": True}),
     "llama3.1": (
         "llama",
-        {"rope_theta": 200.0, "rope_scaling": _LLAMA3, "tie_word_embeddings": False,
-         "num_key_value_heads": 1},
+        {
+            "rope_theta": 200.0,
+            "rope_scaling": _LLAMA3,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 1,
+        },
     ),
     "qwen2": (
         "qwen2",
-        {"rope_theta": 1e6, "tie_word_embeddings": False, "hidden_size": 18,
-         "num_attention_heads": 3, "num_key_value_heads": 1},
+        {
+            "rope_theta": 1e6,
+            "tie_word_embeddings": False,
+            "hidden_size": 18,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+        },
     ),
 }
 

@@ -26,26 +26,54 @@ from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.core import logprobs_from_logits, masked_mean, stack_dicts
 
 SMALL = {
-    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "initializer_range": 0.3,
-    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
     "model_type": "llama",
-}  # fmt: skip
+}
 DEFAULTS = {
-    "batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1, "ppo_epochs": 2,
-    "gamma": 0.99, "lam": 0.95, "init_kl_coef": 0.3, "target": 6, "horizon": 10000,
-    "kl_penalty": "kl", "learning_rate": 1e-3, "cliprange": 0.2, "cliprange_value": 0.2,
-    "vf_coef": 0.1, "seed": 2024, "adap_kl_ctrl": True, "whiten_rewards": False,
-    "max_grad_norm": None, "ratio_threshold": 10.0, "target_kl": 6, "early_stopping": False,
-}  # fmt: skip
+    "batch_size": 4,
+    "mini_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "ppo_epochs": 2,
+    "gamma": 0.99,
+    "lam": 0.95,
+    "init_kl_coef": 0.3,
+    "target": 6,
+    "horizon": 10000,
+    "kl_penalty": "kl",
+    "learning_rate": 1e-3,
+    "cliprange": 0.2,
+    "cliprange_value": 0.2,
+    "vf_coef": 0.1,
+    "seed": 2024,
+    "adap_kl_ctrl": True,
+    "whiten_rewards": False,
+    "max_grad_norm": None,
+    "ratio_threshold": 10.0,
+    "target_kl": 6,
+    "early_stopping": False,
+}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 ALL_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = {
     "accumulate": {"mini_batch_size": 1, "gradient_accumulation_steps": 2},
     "clip": {"max_grad_norm": 0.5, "ppo_epochs": 3},
     "accumulate_clip": {
-        "mini_batch_size": 1, "gradient_accumulation_steps": 4, "max_grad_norm": 0.3,
+        "mini_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "max_grad_norm": 0.3,
         "ppo_epochs": 4,
     },
     "abs": {"kl_penalty": "abs", "adap_kl_ctrl": False},
@@ -54,18 +82,27 @@ CASES = {
     "whiten_rewards": {"whiten_rewards": True, "vf_coef": 0.5, "cliprange": 0.05},
     "ratio_threshold": {"ratio_threshold": 1.02, "learning_rate": 5e-3, "ppo_epochs": 4},
     "early_stop": {
-        "early_stopping": True, "target_kl": 1e-3, "learning_rate": 4e-3, "ppo_epochs": 4,
+        "early_stopping": True,
+        "target_kl": 1e-3,
+        "learning_rate": 4e-3,
+        "ppo_epochs": 4,
     },
     "edge": {"rows": "edge"},
     "edge_full_accumulate": {
-        "rows": "edge", "kl_penalty": "full", "gradient_accumulation_steps": 2,
+        "rows": "edge",
+        "kl_penalty": "full",
+        "gradient_accumulation_steps": 2,
         "whiten_rewards": True,
     },
     "lora_all": {"lora": ALL_MODULES, "max_grad_norm": 0.2},
-    "lora_edge": {"lora": ["q_proj", "v_proj"], "rows": "edge", "kl_penalty": "mse",
-                  "gradient_accumulation_steps": 2},
+    "lora_edge": {
+        "lora": ["q_proj", "v_proj"],
+        "rows": "edge",
+        "kl_penalty": "mse",
+        "gradient_accumulation_steps": 2,
+    },
     "left": {"padding_side": "left"},
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass
@@ -87,9 +124,12 @@ def row(rng, vocab, segments, length, scores=None):
     count = len(segments) if scores is None else scores
     response = max(1, length - segments[-1][0]) if segments else 2
     return Row(
-        rng.integers(3, vocab, length).tolist(), trained, list(segments),
-        rng.normal(0.5, 1.0, count).astype(np.float32).tolist(), response,
-    )  # fmt: skip
+        rng.integers(3, vocab, length).tolist(),
+        trained,
+        list(segments),
+        rng.normal(0.5, 1.0, count).astype(np.float32).tolist(),
+        response,
+    )
 
 
 def plain_rows(rng, vocab):
@@ -138,14 +178,22 @@ class Recorder(PPOTrainer):
             rewards = non_score + score_rewards(rows, mask)
             masked, advantages, returns = self.compute_advantages(values, rewards, mask)
         out |= {
-            "input_ids": tokens, "attention_mask": attention, "frag_mask": frag, "masks": mask,
-            "logprobs": logp, "ref_logprobs": ref_logp, "values_raw": values, "kls": kls,
-            "non_score_rewards": non_score, "rewards": rewards, "values_masked": masked,
-            "advantages": advantages, "returns": returns,
-        }  # fmt: skip
-        trace = self.optimise(tokens, attention, mask, logp, masked, advantages, returns,
-                              permutations, out)  # fmt: skip
-        return out, self.describe(rows, mask, kls, logp, non_score, trace)
+            "input_ids": tokens,
+            "attention_mask": attention,
+            "frag_mask": frag,
+            "masks": mask,
+            "logprobs": logp,
+            "ref_logprobs": ref_logp,
+            "values_raw": values,
+            "kls": kls,
+            "non_score_rewards": non_score,
+            "rewards": rewards,
+            "values_masked": masked,
+            "advantages": advantages,
+            "returns": returns,
+        }
+        trace = self.optimise(out, permutations)
+        return out, self.describe(rows, out, trace)
 
     def look(self, model, tokens, attention):
         """Logits and values that predict the next token, in eval mode."""
@@ -153,9 +201,9 @@ class Recorder(PPOTrainer):
         logits, _, values = model(input_ids=tokens, attention_mask=attention)
         return logits[:, :-1], values[:, :-1]
 
-    def optimise(self, tokens, attention, mask, logp, masked, advantages, returns, permutations,
-                 out):  # fmt: skip
-        """The epochs; TRL computes every loss and update."""
+    def optimise(self, out, permutations):
+        """The epochs, of and added to the experience in `out`; TRL computes losses and updates."""
+        tokens, attention = out["input_ids"], out["attention_mask"]
         config, trace, chosen, used = self.config, [], [], []
         seen = {"mb_logprobs": [], "mb_vpreds": []}
         for permutation in permutations[: config.ppo_epochs]:
@@ -165,12 +213,18 @@ class Recorder(PPOTrainer):
                 with self.accelerator.accumulate(self.model):
                     logits, vpreds = self.look(self.model, tokens[rows], attention[rows])
                     new = logprobs_from_logits(logits, tokens[rows][:, 1:])
-                    trace.append(
-                        self.train_minibatch(
-                            logp[rows], masked[rows], new, logits, vpreds, mask[rows],
-                            advantages[rows], returns[rows],
+                    old = {
+                        theirs: out[ours][rows]
+                        for theirs, ours in (
+                            ("old_logprobs", "logprobs"),
+                            ("values", "values_masked"),
+                            ("mask", "masks"),
+                            ("advantages", "advantages"),
+                            ("returns", "returns"),
                         )
-                    )  # fmt: skip
+                    }
+                    now = {"logprobs": new, "logits": logits, "vpreds": vpreds}
+                    trace.append(self.train_minibatch(**old, **now))
                 seen["mb_logprobs"].append(new.detach())
                 seen["mb_vpreds"].append(vpreds.detach())
                 chosen.append(rows)
@@ -182,8 +236,11 @@ class Recorder(PPOTrainer):
             out[f"mb_stats/{name}"] = torch.stack([one[name] for one in trace])
         return trace
 
-    def describe(self, rows, mask, kls, logp, non_score, trace):
+    def describe(self, rows, out, trace):
         """The statistics of the step; moves the KL coefficient."""
+        mask, kls, logp, non_score = (
+            out[name] for name in ("masks", "kls", "logprobs", "non_score_rewards")
+        )
         last = torch.tensor([r.scores[-1] for r in rows])
         responses = torch.tensor([float(r.response) for r in rows])
         queries = torch.tensor([float(len(r.tokens)) for r in rows]) - responses
@@ -192,11 +249,13 @@ class Recorder(PPOTrainer):
             "objective/kl_coef": self.kl_ctl.value,
             "objective/entropy": (-logp * mask).sum(-1).mean(),
             "ppo/mean_non_score_reward": masked_mean(non_score, mask),
-            "ppo/mean_scores": last.mean(), "ppo/std_scores": last.std(),
-            "tokens/queries_len_mean": queries.mean(), "tokens/queries_len_std": queries.std(),
+            "ppo/mean_scores": last.mean(),
+            "ppo/std_scores": last.std(),
+            "tokens/queries_len_mean": queries.mean(),
+            "tokens/queries_len_std": queries.std(),
             "tokens/responses_len_mean": responses.mean(),
             "tokens/responses_len_std": responses.std(),
-        }  # fmt: skip
+        }
         for name, stacked in stack_dicts(trace).items():
             if name not in ("policy/advantages", "policy/ratio"):
                 stats[f"ppo/{name}"] = stacked.mean(0)
@@ -205,7 +264,7 @@ class Recorder(PPOTrainer):
         self.kl_ctl.update(stats["objective/kl"].numpy(), self.config.batch_size)
         return {name: float(value) for name, value in stats.items()}
 
-    def train_minibatch(self, *args):
+    def train_minibatch(self, **batch):
         """TRL's, with the first gradient kept before it is clipped."""
         if self.first is None:
             backward = self.accelerator.backward
@@ -220,10 +279,10 @@ class Recorder(PPOTrainer):
 
             self.accelerator.backward = keep
             try:
-                return super().train_minibatch(*args)
+                return super().train_minibatch(**batch)
             finally:
                 self.accelerator.backward = backward
-        return super().train_minibatch(*args)
+        return super().train_minibatch(**batch)
 
     first = None
 
@@ -247,9 +306,7 @@ def score_rewards(rows, mask):
     for i, r in enumerate(rows):
         inside = mask[i].tolist() + [0]
         ends = [t for t in range(mask.shape[1]) if inside[t] and not inside[t + 1]]
-        for later, (end, score) in enumerate(
-            zip(reversed(ends), reversed(r.scores), strict=False)
-        ):
+        for later, (end, score) in enumerate(zip(reversed(ends), reversed(r.scores), strict=False)):
             rewards[i, end] += torch.tensor(score) * later
     return rewards
 
@@ -285,7 +342,7 @@ def parameters(model):
     return {n.replace(".base_layer.", "."): p.detach().numpy().copy() for n, p in named}
 
 
-def make(name, settings, folder, config, tensors, rows=None, permutations=None):
+def make(name, settings, folder, config, tensors, *, rows=None, permutations=None):
     """Writes one case, or returns it if its rows are given."""
     settings = dict(settings)
     lora_modules, kind = settings.pop("lora", None), settings.pop("rows", "plain")
@@ -314,10 +371,15 @@ def make(name, settings, folder, config, tensors, rows=None, permutations=None):
     after = parameters(model)
     arrays |= {f"after/{n}": after[n] for n in trained}
     text = {
-        "case": name, "padding_side": side, "pad_token_id": 0, "ppo_config": full,
+        "case": name,
+        "padding_side": side,
+        "pad_token_id": 0,
+        "ppo_config": full,
         "per_epoch_minibatches": full["batch_size"] // full["mini_batch_size"],
-        "kl_coef_before": kl_before, "kl_coef_after": float(trainer.kl_ctl.value), "stats": stats,
-    }  # fmt: skip
+        "kl_coef_before": kl_before,
+        "kl_coef_after": float(trainer.kl_ctl.value),
+        "stats": stats,
+    }
     if lora:
         text["peft"] = lora | {"scaling": lora["lora_alpha"] / lora["r"]}
         text["trainable"] = trained
@@ -348,13 +410,14 @@ def described(rows):
         if r.segments:
             segments[i, : len(r.segments)] = r.segments
     return {
-        "scores": scores, "segments": segments,
+        "scores": scores,
+        "segments": segments,
         "n_scores": np.array([len(r.scores) for r in rows]),
         "n_segments": np.array([len(r.segments) for r in rows]),
         "query_len": np.array([len(r.tokens) - r.response for r in rows]),
         "response_len": np.array([r.response for r in rows]),
         "frag_len": np.array([len(r.tokens) for r in rows]),
-    }  # fmt: skip
+    }
 
 
 def gradients(first):
@@ -362,9 +425,10 @@ def gradients(first):
     names = sorted(first)
     norms = np.array([float(first[n].double().norm()) for n in names])
     return {f"grad_first/{n}": first[n].numpy() for n in names} | {
-        "grad_first_names": np.array(names), "grad_first_norms": norms,
+        "grad_first_names": np.array(names),
+        "grad_first_norms": norms,
         "grad_first_total_norm": np.sqrt(np.sum(norms**2)),
-    }  # fmt: skip
+    }
 
 
 def progress(folder, config, tensors):
@@ -386,8 +450,9 @@ def progress(folder, config, tensors):
                 trained[i] = torch.roll(trained[i], trained.shape[1] - len(r.tokens))
         unmask = torch.where(trained == 1, tokens, -100)
         logits = backbone(input_ids=tokens, attention_mask=attention).logits
-        ends = [[t for t in range(len(m)) if m[t] and not (m + [0])[t + 1]]
-                for m in trained.tolist()]  # fmt: skip
+        ends = [
+            [t for t in range(len(m)) if m[t] and not (m + [0])[t + 1]] for m in trained.tolist()
+        ]
         values = [head(logits[i, e])[:, 0] for i, e in enumerate(ends)]
         predictions = torch.stack([v.sum() for v in values])
         loss = torch.nn.functional.mse_loss(predictions, labels)
@@ -398,14 +463,20 @@ def progress(folder, config, tensors):
             table[i, : len(v)], places[i, : len(v)] = v.detach().numpy(), ends[i]
         key = f"{side}/fp32"
         out |= {
-            f"{side}/input_ids": tokens, f"{side}/attention_mask": attention,
-            f"{side}/gpt_unmask": unmask, f"{side}/labels": labels, f"{side}/turn_end": places,
-            f"{key}/turn_values": table, f"{key}/predictions": predictions.detach(),
-            f"{key}/loss": loss.detach(), f"{key}/n_turns": np.array([len(e) for e in ends]),
+            f"{side}/input_ids": tokens,
+            f"{side}/attention_mask": attention,
+            f"{side}/gpt_unmask": unmask,
+            f"{side}/labels": labels,
+            f"{side}/turn_end": places,
+            f"{key}/turn_values": table,
+            f"{key}/predictions": predictions.detach(),
+            f"{key}/loss": loss.detach(),
+            f"{key}/n_turns": np.array([len(e) for e in ends]),
             f"{key}/per_sample_prediction": predictions.detach(),
             f"{key}/per_sample_loss": (predictions - labels).detach() ** 2,
-            f"{key}/grad/LN.weight": head.weight.grad, f"{key}/grad/LN.bias": head.bias.grad,
-        }  # fmt: skip
+            f"{key}/grad/LN.weight": head.weight.grad,
+            f"{key}/grad/LN.bias": head.bias.grad,
+        }
         out |= {f"{key}/grad/backbone.lm.{n}": p.grad for n, p in backbone.named_parameters()}
     np.savez_compressed(
         folder / "progress_sides.npz", **{name: np.asarray(value) for name, value in out.items()}
@@ -420,12 +491,13 @@ def recorded_rows(arrays):
         count = int(arrays["n_segments"][i])
         rows.append(
             Row(
-                arrays["input_ids"][i][inside].tolist(), arrays["frag_mask"][i][:n].tolist(),
+                arrays["input_ids"][i][inside].tolist(),
+                arrays["frag_mask"][i][:n].tolist(),
                 [tuple(s) for s in arrays["segments"][i][:count].tolist()],
                 arrays["scores"][i][: arrays["n_scores"][i]].tolist(),
                 int(arrays["response_len"][i]),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -439,8 +511,8 @@ def check(folder):
         lora = lora and {k: lora[k] for k in ("r", "lora_alpha", "target_modules", "lora_dropout")}
         tensors = np.load(folder / ("weights_lora.npz" if lora else "weights_tiny.npz"))
         settings = text["ppo_config"] | {"padding_side": text["padding_side"], "lora": lora}
-        ours, again = make(path.stem, settings, None, config, tensors, recorded_rows(theirs),
-                           theirs["perm"])  # fmt: skip
+        case = {"rows": recorded_rows(theirs), "permutations": theirs["perm"]}
+        ours, again = make(path.stem, settings, None, config, tensors, **case)
         worst = {
             name: float(np.abs(ours[name].astype(np.float64) - theirs[name]).max())
             for name in theirs

@@ -70,8 +70,20 @@ def quantized(array, kind):
         return np.random.default_rng(array.size).integers(0, 0x3C, shape).astype(np.uint8)
 
 
-def write_gguf(path, config, params, tokenizer_folder, *, architecture=None, pre="smollm",
-               skip="", types=None, claims=None, factors=None, extra=None):  # fmt: skip
+def write_gguf(
+    path,
+    config,
+    params,
+    tokenizer_folder,
+    *,
+    architecture=None,
+    pre="smollm",
+    skip="",
+    types=None,
+    claims=None,
+    factors=None,
+    extra=None,
+):
     """A GGUF file of `params`; returns the parameters that its quantised tensors stand for.
 
     `claims` is what the metadata say, if not `config`; `extra` writes more of them.
@@ -118,18 +130,31 @@ def write_gguf(path, config, params, tokenizer_folder, *, architecture=None, pre
     add("output_norm.weight", params["norm"]["scale"], into(expected["norm"]["scale"]))
     if not config.tie_embeddings:
         add("output.weight", params["unembed"]["kernel"].T, into(expected["unembed"]["kernel"]))
-    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate",
-             "up": "ffn_up", "down": "ffn_down", "attn_norm": "attn_norm", "mlp_norm": "ffn_norm",
-             "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}  # fmt: skip
+    names = {
+        "q": "attn_q",
+        "k": "attn_k",
+        "v": "attn_v",
+        "o": "attn_output",
+        "gate": "ffn_gate",
+        "up": "ffn_up",
+        "down": "ffn_down",
+        "attn_norm": "attn_norm",
+        "mlp_norm": "ffn_norm",
+        "q_norm": "attn_q_norm",
+        "k_norm": "attn_k_norm",
+    }
     heads = {"q": config.num_heads, "k": config.num_kv_heads}
     for i in range(config.num_layers):
         for ours, leaves in params["layers"].items():
             for leaf, stacked in leaves.items():
                 kind = "bias" if leaf == "bias" else "weight"
                 rotated = leaf == "kernel" and config.model_type == "llama"
-                add(f"blk.{i}.{names[ours]}.{kind}", stacked[i].T,
+                add(
+                    f"blk.{i}.{names[ours]}.{kind}",
+                    stacked[i].T,
                     into(expected["layers"][ours][leaf], i),
-                    heads.get(ours, 0) if rotated else 0)  # fmt: skip
+                    heads.get(ours, 0) if rotated else 0,
+                )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -143,8 +168,11 @@ def _write_tokenizer(writer, folder, pre):
     vocab = stored["model"]["vocab"]
     tokens = sorted(vocab, key=vocab.get)
     added = {token["content"]: token["special"] for token in stored["added_tokens"]}
-    kinds = {None: gguf.TokenType.NORMAL, True: gguf.TokenType.CONTROL,
-             False: gguf.TokenType.USER_DEFINED}  # fmt: skip
+    kinds = {
+        None: gguf.TokenType.NORMAL,
+        True: gguf.TokenType.CONTROL,
+        False: gguf.TokenType.USER_DEFINED,
+    }
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -158,20 +186,53 @@ def _write_tokenizer(writer, folder, pre):
     writer.add_chat_template(settings["chat_template"])
 
 
-MIXED = {"attn_q": KINDS.Q4_1, "attn_k": KINDS.Q4_0, "attn_v": KINDS.F16, "ffn_down": KINDS.Q4_1,
-         "ffn_up": KINDS.BF16, "token_embd": KINDS.Q8_0, "output": KINDS.Q8_0}  # fmt: skip
-K_QUANTS = {"attn_q": KINDS.Q4_K, "attn_k": KINDS.Q2_K, "attn_v": KINDS.Q6_K,
-            "attn_output": KINDS.Q3_K, "ffn_gate": KINDS.Q4_K, "ffn_down": KINDS.Q5_K,
-            "token_embd": KINDS.Q6_K}  # fmt: skip
+MIXED = {
+    "attn_q": KINDS.Q4_1,
+    "attn_k": KINDS.Q4_0,
+    "attn_v": KINDS.F16,
+    "ffn_down": KINDS.Q4_1,
+    "ffn_up": KINDS.BF16,
+    "token_embd": KINDS.Q8_0,
+    "output": KINDS.Q8_0,
+}
+K_QUANTS = {
+    "attn_q": KINDS.Q4_K,
+    "attn_k": KINDS.Q2_K,
+    "attn_v": KINDS.Q6_K,
+    "attn_output": KINDS.Q3_K,
+    "ffn_gate": KINDS.Q4_K,
+    "ffn_down": KINDS.Q5_K,
+    "token_embd": KINDS.Q6_K,
+}
 
 
 @pytest.mark.parametrize(
     ("config", "types"),
-    [(CONFIG, {}), (CONFIG, MIXED), (UNTIED, {}), (UNTIED, MIXED), (WIDE, K_QUANTS), (QWEN2, {}),
-     (QWEN2, MIXED), (QWEN3, {}), (QWEN3, MIXED), (LLAMA3_2, {})],
-    ids=["float32", "quantised", "untied", "untied-quantised", "k-quants", "qwen2",
-         "qwen2-quantised", "qwen3", "qwen3-quantised", "llama3.2"],
-)  # fmt: skip
+    [
+        (CONFIG, {}),
+        (CONFIG, MIXED),
+        (UNTIED, {}),
+        (UNTIED, MIXED),
+        (WIDE, K_QUANTS),
+        (QWEN2, {}),
+        (QWEN2, MIXED),
+        (QWEN3, {}),
+        (QWEN3, MIXED),
+        (LLAMA3_2, {}),
+    ],
+    ids=[
+        "float32",
+        "quantised",
+        "untied",
+        "untied-quantised",
+        "k-quants",
+        "qwen2",
+        "qwen2-quantised",
+        "qwen3",
+        "qwen3-quantised",
+        "llama3.2",
+    ],
+)
 def test_gguf_becomes_a_folder_with_the_same_weights(tmp_path, tokenizer_folder, config, types):
     params = random_params(config)
     expected = write_gguf(tmp_path / "m.gguf", config, params, tokenizer_folder, types=types)
@@ -191,8 +252,11 @@ def test_its_tokenizer_comes_along(tmp_path, tokenizer_folder):
     text = "put mug 12 in/on shelf\n\n caf\u00e9 \U0001f375<|im_end|>"
     assert imported.encode(text) == original.encode(text)
     assert imported.chat_template == tiny.CHATML
-    assert (imported.bos_token, imported.eos_token_id, imported.unk_token_id) == ("<|im_start|>",
-                                                                                  2, 0)  # fmt: skip
+    assert (imported.bos_token, imported.eos_token_id, imported.unk_token_id) == (
+        "<|im_start|>",
+        2,
+        0,
+    )
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "m")
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
     assert json.loads((tmp_path / "m/config.json").read_text())["eos_token_id"] == 2
@@ -253,14 +317,16 @@ def refuse(path, out, message):
         ({"skip": "blk.1.ffn_up.weight"}, "m.gguf: tensor blk.1.ffn_up.weight is missing"),
         ({"claims": dataclasses.replace(CONFIG, num_layers=1)}, "tensor blk.1.attn_k.weight is"),
         ({"claims": dataclasses.replace(CONFIG, num_layers=3)}, "tensor blk.2.attn_norm.weight is"),
-        ({"claims": dataclasses.replace(CONFIG, intermediate_size=128)},
-         r"m.gguf: tensor blk.0.ffn_gate.weight has shape \[96, 64\].*\[128, 64\]"),
+        (
+            {"claims": dataclasses.replace(CONFIG, intermediate_size=128)},
+            r"m.gguf: tensor blk.0.ffn_gate.weight has shape \[96, 64\].*\[128, 64\]",
+        ),
         ({"types": {"attn_v": KINDS.TQ2_0}}, "tensor blk.0.attn_v.weight is of kind TQ2_0"),
         ({"extra": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "by 'yarn'"),
         ({"extra": lambda w: w.add_uint16("split.count", 3)}, "one of 3 parts .*--merge"),
         ({"factors": np.linspace(1, 8, 8, dtype=np.float32)}, "rope_freqs.weight is not the scal"),
     ],
-)  # fmt: skip
+)
 def test_gguf_files_that_are_refused(tmp_path, tokenizer_folder, options, message):
     config = LLAMA3_2 if "factors" in options else WIDE if "types" in options else CONFIG
     path = tmp_path / "m.gguf"

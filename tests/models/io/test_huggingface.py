@@ -79,8 +79,9 @@ def test_a_config_that_transformers_5_wrote_is_read(saved):
 
 def test_shards_and_half_precision(saved):
     stored = safetensors.numpy.load_file(saved / "model.safetensors")
-    half = {k: v.astype(ml_dtypes.bfloat16 if "mlp" in k else np.float16)
-            for k, v in stored.items()}  # fmt: skip
+    half = {
+        k: v.astype(ml_dtypes.bfloat16 if "mlp" in k else np.float16) for k, v in stored.items()
+    }
     (saved / "model.safetensors").unlink()
     names = sorted(half)
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -184,12 +185,13 @@ Q = "model.layers.1.self_attn.q_proj"
             rf"model.safetensors: tensor {Q}.weight has shape \[64\].*\[64, 64\]",
         ),
         (
-            lambda f: rewrite(f, lambda t: t.update(
-                {"model.norm.weight": t["model.norm.weight"].astype(np.int8)})),
+            lambda f: rewrite(
+                f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.int8)})
+            ),
             "model.safetensors: tensor model.norm.weight is I8",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_folder_is_refused_by_name(saved, change, message):
     change(saved)
     with pytest.raises(UserError, match=message):
@@ -204,10 +206,15 @@ def test_a_pickle_is_refused_unopened(tmp_path):
 
 
 def test_tensors_that_a_tied_model_repeats_are_ignored(saved):
-    rewrite(saved, lambda t: t.update({
-        "lm_head.weight": t["model.embed_tokens.weight"],
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
-    }))  # fmt: skip
+    rewrite(
+        saved,
+        lambda t: t.update(
+            {
+                "lm_head.weight": t["model.embed_tokens.weight"],
+                "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+            }
+        ),
+    )
     assert_same(huggingface.load_pretrained(saved)[1], random_params(CONFIG))
 
 
@@ -218,9 +225,10 @@ def test_heads_come_back(saved):
     rng = np.random.default_rng(0)
     heads = {
         "value": {"dense": {"kernel": rng.standard_normal((4, 1), np.float32)}},
-        "progress": {"hidden": {"kernel": rng.standard_normal((4, 8), np.float32),
-                                "bias": jnp.zeros(8)}},
-    }  # fmt: skip
+        "progress": {
+            "hidden": {"kernel": rng.standard_normal((4, 8), np.float32), "bias": jnp.zeros(8)}
+        },
+    }
     assert tensors.load_heads(saved) == {}
     tensors.save_heads(saved, heads)
     tensors.save_heads(saved, heads)

@@ -48,10 +48,20 @@ class _Hub(http.server.BaseHTTPRequestHandler):
             self._send(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, body)
         else:
             files = sorted(model.iterdir())
-            about = {"id": "/".join(parts[2:4]), "sha": COMMIT,
-                     "siblings": [{"rfilename": f.name} for f in files]}
-            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size,
-                     "oid": hashlib.sha1(f.read_bytes()).hexdigest()} for f in files]
+            about = {
+                "id": "/".join(parts[2:4]),
+                "sha": COMMIT,
+                "siblings": [{"rfilename": f.name} for f in files],
+            }
+            tree = [
+                {
+                    "type": "file",
+                    "path": f.name,
+                    "size": f.stat().st_size,
+                    "oid": hashlib.sha1(f.read_bytes()).hexdigest(),
+                }
+                for f in files
+            ]
             answer = tree if parts[4] == "tree" else about
             kind = {"Content-Type": "application/json"}
             self._send(200, json.dumps(answer).encode(), kind, body)
@@ -70,9 +80,7 @@ def hub(tmp_path, monkeypatch):
     """(the folder of a hub's models, the paths that were asked of it)."""
     root, log = tmp_path / "hub", []
     root.mkdir()
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(_Hub, root, log)
-    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Hub, root, log))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     constants = huggingface_hub.constants
     address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -97,8 +105,12 @@ def test_a_model_of_the_hub_is_fetched_once(hub, tmp_path, monkeypatch):
     tiny.assert_same(policy.params, common.load_policy(tmp_path / "tiny").params)
     assert policy.chat == common.load_policy(tmp_path / "tiny").chat
     fetched = {p.name for p in policy.folder.iterdir()}
-    assert fetched == {"config.json", "model.safetensors", "tokenizer.json",
-                       "tokenizer_config.json"}
+    assert fetched == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert not any(path.endswith(".bin") or "consolidated" in path for path in log)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     asked = len(log)

@@ -177,11 +177,18 @@ def test_without_a_compiler_xla_does_it(tmp_path, compiler, words):
         "print(choice.resolve(tiny.tiny_config()).compute.attention, native.why_not())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
         cwd=pathlib.Path(__file__).parents[3],
-        env={"PATH": "/usr/bin:/bin", "CXX": compiler, "XDG_CACHE_HOME": str(tmp_path),
-             "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        env={
+            "PATH": "/usr/bin:/bin",
+            "CXX": compiler,
+            "XDG_CACHE_HOME": str(tmp_path),
+            "JAX_PLATFORMS": "cpu",
+        },
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("xla native.cc was not compiled") and words in done.stdout
     assert "attention is XLA's" in done.stderr
