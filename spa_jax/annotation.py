@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from spa_jax import provenance
 from spa_jax.attribution import credit
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
 from spa_jax.models import lora as lora_lib
 from spa_jax.models.config import Params
-from spa_jax.models.io import peft, pretrained, tensors
+from spa_jax.models.io import peft, tensors
 from spa_jax.policy import ADAPTER, Policy
 from spa_jax.stage_config import CreditConfig
 from spa_jax.training import scoring

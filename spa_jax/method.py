@@ -19,7 +19,7 @@ from spa_jax.stages import (
     demonstrate,
     evaluate,
     explore,
-    games,
+    prepare,
     sft,
     train_ppo,
     train_progress,
@@ -48,7 +48,7 @@ def run(run: Run) -> Result:
     """All stages; each that has ended is passed by."""
     first = run.base if run.settings.method.base or run.base.exists() else run.policy
     policy.check_chat_format(first, run.settings.chat.chat_format)
-    run = games.run(run)
+    run = prepare.run(run)
     demonstrate.run(run)
     sft.run(run)
     iterations = run.settings.method.iterations

@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.training import distributed
+from spa_jax.runtime import distributed
 from spa_jax.training import state as state_lib
 from spa_jax.training.state import Guarded, LossFn, Params, TrainState
 

