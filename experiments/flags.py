@@ -88,7 +88,7 @@ def run(main: Callable[[Sequence[str]], None], *shared: flags.FlagHolder, words:
             sys.exit(interrupt.EXIT_CODE)
 
     interrupt.install()
-    with interrupt.answered_by(interrupt.Answer(interrupt.interrupt)):
+    with interrupt.answered_by(interrupt.Answer(interrupt.raise_interrupt)):
         app.run(guarded, flags_parser=_parse)
 
 

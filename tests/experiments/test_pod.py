@@ -162,20 +162,22 @@ def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
         assert ours[name].tobytes() == value.tobytes(), name
 
 
-def test_sigterm_while_playing_ends_all_at_once(policy, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_playing_ends_all_at_once(how, policy, tmp_path):
     command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *LONG)
     processes = stages.start_all(2, *command)
     files = [
         tmp_path / "iteration_0" / "explore" / f"trajectories.process_{i}.jsonl" for i in (0, 1)
     ]
     _wait_for(processes, lambda: all(stages.lines(file) >= 3 for file in files))
-    os.kill(processes[0].pid, signal.SIGTERM)
+    os.kill(processes[0].pid, how)
     started = time.monotonic()
     ended = stages.finish_all(processes)
     assert time.monotonic() - started < 30
-    assert [done.returncode for done in ended] == [143, 143], ended[0].stderr + ended[1].stderr
-    assert "stopped by SIGTERM" in ended[0].stderr
-    assert "process 0 ended: was stopped by SIGTERM" in ended[1].stderr
+    assert [done.returncode for done in ended] == [128 + how] * 2, ended[0].stderr + ended[1].stderr
+    said = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "stopped by Ctrl-C"}[how]
+    assert said in ended[0].stderr
+    assert f"process 0 ended: was {said}" in ended[1].stderr
     before = sum(stages.lines(file) for file in files)
     assert before < MANY * GAMES, "stopped too late to mean anything"
     # One process goes on where two were.
