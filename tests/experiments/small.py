@@ -28,7 +28,7 @@ def _demos(folder: pathlib.Path) -> None:
                     Step(f"You see a mug {i}.", f"take mug {i}", f"take mug {i}", True)
                     for _ in range(1 + i % 2)
                 ),
-            )  # fmt: skip
+            )
             for i in range(count)
         ]
         store.write(folder / split / "trajectories.jsonl", demos)

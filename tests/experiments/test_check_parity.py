@@ -15,8 +15,12 @@ def test_the_authors_numbers_are_reproduced():
     said = stages.succeed("check_parity", f"--golden={GOLDEN}").splitlines()
     cases = [re.fullmatch(r"(\w+): \d+ arrays, largest error .* at .*: ok", line) for line in said]
     assert [m.group(1) for m in cases if m] == [
-        "gae", "rewards", "progress", "ppo_lora", "ppo_right"
-    ]  # fmt: skip
+        "gae",
+        "rewards",
+        "progress",
+        "ppo_lora",
+        "ppo_right",
+    ]
     assert re.fullmatch(
         r"RESULT cases=5 misses=0 max_error=\S+ of_tolerance=0\.\d+ unchecked=0", said[-1]
     )

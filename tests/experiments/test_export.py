@@ -108,8 +108,14 @@ def test_the_files_are_named_as_transformers_and_peft_name_them(run, tmp_path):
     assert settings_file["base_model_name_or_path"] == str(root / "sft" / "policy")
     assert (settings_file["r"], settings_file["lora_alpha"]) == (3, 6)
     assert settings_file["target_modules"] == [
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    ]  # fmt: skip
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
     tensors = safetensors.numpy.load_file(tmp_path / "True" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 2
     for letter, shape in (("A", (3, 64)), ("B", (32, 3))):
@@ -126,9 +132,7 @@ def test_transformers_loads_the_folder(run, tmp_path):
 
     root, _, logits = run
     export.run(root / "iteration_0" / "ppo", tmp_path / "out", False, "")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         theirs = model(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
     np.testing.assert_allclose(theirs, logits, rtol=0, atol=1e-4)
@@ -176,11 +180,16 @@ def test_the_estimator_comes_back_in_with_its_trunk(plain, tmp_path):
     export.run(trunk, tmp_path / "out", False, str(progress))
     found = [
         annotate.run(
-            tmp_path / f"{folder.name}.jsonl", str(policy), tmp_path / "explore/trajectories.jsonl",
-            folder, CreditConfig(), ROWS, 0,
+            tmp_path / f"{folder.name}.jsonl",
+            str(policy),
+            tmp_path / "explore/trajectories.jsonl",
+            folder,
+            CreditConfig(),
+            ROWS,
+            0,
         )
         for policy, folder in ((trunk, progress), (tmp_path / "out", tmp_path / "nothing"))
-    ]  # fmt: skip
+    ]
     ours, theirs = ([s.contribution for t in part for s in t.steps] for part in found)
     assert np.std(theirs) > 0.01
     np.testing.assert_allclose(ours, theirs, atol=1e-6)

@@ -55,7 +55,7 @@ def test_every_objective_takes_every_credit(objective, kind):
     ppo = PpoConfig(objective=objective)
     values = np.full((12, 3), 0.1, np.float32) if OBJECTIVES[objective].critic else None
     table = ppo_data.make_table(episodes, values, ppo)
-    update = ppo_data.make_update(episodes, table, np.arange(12), ROWS, ppo, 1)
+    update = ppo_data.make_update(episodes, table, np.arange(12), rows=ROWS, ppo=ppo, devices=1)
     assert update.counts["steps"] == sum(len(t.steps) for t in episodes)
     given = np.concatenate([b.advantages[b.rows.step_mask > 0] for b in update.batches])
     assert np.isfinite(given).all() and np.std(given) > 0.05
@@ -68,7 +68,7 @@ def policy(tmp_path_factory):
     return tiny.tiny_policy(tmp_path_factory.mktemp("policy") / "tiny")
 
 
-def _trained(folder, policy, ppo, rows=ROWS, kind="spa", rank=0):
+def _trained(folder, policy, ppo, *, rows=ROWS, kind="spa", rank=0):
     """(metrics a line, heads that were saved) of a run of the stage; some weight must move."""
     data = folder / "iteration_0" / "annotated.jsonl"
     store.write(data, _episodes(kind))
@@ -169,9 +169,13 @@ def test_states_of_frozen_layers_are_kept_in_bfloat16_too(policy, tmp_path):
     file = train_progress.below_file(explored.parent)
     kept = scoring.cached_below(file, read.config, frozen, episodes)
     wanted = scoring.below(
-        read.config, partition.replicate(frozen), episodes, ROWS,
-        devices=jax.device_count(), title="below",
-    )  # fmt: skip
+        read.config,
+        partition.replicate(frozen),
+        episodes,
+        ROWS,
+        devices=jax.device_count(),
+        title="below",
+    )
     for a, b in zip(kept, wanted, strict=True):
         assert a.dtype == b.dtype == jax.numpy.bfloat16
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.05)
@@ -207,19 +211,34 @@ def test_the_stage_trains_with(name, mesh, policy, tmp_path):
     rows = dataclasses.replace(ROWS, partition="mesh" if mesh else "pmap", mesh=mesh)
     for trained, layers, rank in (("all", 0, 0), ("top", 1, 0), ("adapters", 0, 2)):
         ppo = dataclasses.replace(ppo, batch_size=6, learning_rate=1e-3, train_layers=layers)
-        lines, heads = _trained(tmp_path / trained, policy, ppo, rows, kind, rank)
+        lines, heads = _trained(tmp_path / trained, policy, ppo, rows=rows, kind=kind, rank=rank)
         assert len(lines) == 2 and ("value" in heads) == OBJECTIVES[ppo.objective].critic
         assert all(np.isfinite(list(line.values())).all() for line in lines)
 
 
 _FLAGS = (
-    "--generate_train=6", "--generate_valid=2", "--generate_explore=4", "--generate_heldout=2",
-    "--task_types=pick_and_place_simple", "--max_receptacles=4", "--max_steps=15",
-    "--max_new_tokens=6", "--context_length=1024", "--row_length=1024", "--policy_slots=256",
-    "--rows_per_device=1", "--slots=4", "--sft_epochs=1", "--sft_batch_size=3", "--games=2",
-    "--split=explore", "--progress_epochs=2", "--ppo_batch_size=4", "--ppo_train_layers=1",
+    "--generate_train=6",
+    "--generate_valid=2",
+    "--generate_explore=4",
+    "--generate_heldout=2",
+    "--task_types=pick_and_place_simple",
+    "--max_receptacles=4",
+    "--max_steps=15",
+    "--max_new_tokens=6",
+    "--context_length=1024",
+    "--row_length=1024",
+    "--policy_slots=256",
+    "--rows_per_device=1",
+    "--slots=4",
+    "--sft_epochs=1",
+    "--sft_batch_size=3",
+    "--games=2",
+    "--split=explore",
+    "--progress_epochs=2",
+    "--ppo_batch_size=4",
+    "--ppo_train_layers=1",
     "--give_up_after=2",
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow

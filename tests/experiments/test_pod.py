@@ -28,13 +28,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.pod]
 GAMES, ROLLOUTS, RATE = 5, 2, 1e-3
 MANY = 600  # rollouts a game: more than are played before a signal comes
 ENV = ("--env=custom", "--custom_data=tests.envs.odd:Split")
-PLAY = (*ENV, f"--games={GAMES}", f"--rollouts={ROLLOUTS}", "--slots=3", "--max_steps=4",
-        "--max_new_tokens=12", "--context_length=512")  # fmt: skip
+PLAY = (
+    *ENV,
+    f"--games={GAMES}",
+    f"--rollouts={ROLLOUTS}",
+    "--slots=3",
+    "--max_steps=4",
+    "--max_new_tokens=12",
+    "--context_length=512",
+)
 LONG = (*PLAY, f"--rollouts={MANY}")
 ROWS = ("--row_length=256", "--policy_slots=96", "--step_slots=16", "--rows_per_device=1")
 PROGRESS = ("--progress_epochs=6", "--progress_batch_size=4", "--progress_width=16")
-PPO = ("--ppo_epochs=4", "--ppo_batch_size=4", f"--ppo_learning_rate={RATE}",
-       "--ppo_checkpoint_every=3")  # fmt: skip
+PPO = (
+    "--ppo_epochs=4",
+    "--ppo_batch_size=4",
+    f"--ppo_learning_rate={RATE}",
+    "--ppo_checkpoint_every=3",
+)
 UPDATES = 4 * 3
 WEIGHTS = pathlib.Path("iteration_0/ppo/policy/model.safetensors")
 
@@ -57,9 +68,17 @@ def policy(tmp_path_factory) -> pathlib.Path:
 def _whole(policy: pathlib.Path, workdir: pathlib.Path) -> tuple[str, ...]:
     """explore -> progress -> annotate -> PPO -> evaluate twice -> report."""
     return (
-        "run_spa", f"--workdir={workdir}", f"--policy={policy}", f"--base={policy}", *PLAY, *ROWS,
-        *PROGRESS, *PPO, "--heldout_split=other", "--heldout_games=3",
-    )  # fmt: skip
+        "run_spa",
+        f"--workdir={workdir}",
+        f"--policy={policy}",
+        f"--base={policy}",
+        *PLAY,
+        *ROWS,
+        *PROGRESS,
+        *PPO,
+        "--heldout_split=other",
+        "--heldout_games=3",
+    )
 
 
 def _ppo(policy: pathlib.Path, workdir: pathlib.Path, single: pathlib.Path) -> tuple[str, ...]:

@@ -28,25 +28,44 @@ def policy(tmp_path_factory) -> pathlib.Path:
 # behind its checkpoint, so that updates are lost and made again.
 STAGES = {
     "sft": (
-        ("--sft_updates=24", "--sft_batch_size=4", "--sft_checkpoint_every=5",
-         "--sft_learning_rate=1e-2", "--sft_eval_every=3", "--sft_patience=20",
-         "--sft_train_layers=1", "--sft_ema=0.9"),
+        (
+            "--sft_updates=24",
+            "--sft_batch_size=4",
+            "--sft_checkpoint_every=5",
+            "--sft_learning_rate=1e-2",
+            "--sft_eval_every=3",
+            "--sft_patience=20",
+            "--sft_train_layers=1",
+            "--sft_ema=0.9",
+        ),
         8,
     ),
     "train_progress": (
-        ("--progress_epochs=40", "--progress_batch_size=4", "--progress_width=16"), 23,
+        ("--progress_epochs=40", "--progress_batch_size=4", "--progress_width=16"),
+        23,
     ),
     "train_ppo": (
-        ("--ppo_epochs=8", "--ppo_batch_size=4", "--ppo_checkpoint_every=5",
-         "--ppo_learning_rate=1e-2", "--ppo_kl_coef=0.1"),
+        (
+            "--ppo_epochs=8",
+            "--ppo_batch_size=4",
+            "--ppo_checkpoint_every=5",
+            "--ppo_learning_rate=1e-2",
+            "--ppo_kl_coef=0.1",
+        ),
         8,
     ),
     "train_ppo adapters": (
-        ("--ppo_epochs=8", "--ppo_batch_size=4", "--ppo_checkpoint_every=5",
-         "--ppo_learning_rate=1e-2", "--lora_rank=2", "--lora_targets=v,up"),
+        (
+            "--ppo_epochs=8",
+            "--ppo_batch_size=4",
+            "--ppo_checkpoint_every=5",
+            "--ppo_learning_rate=1e-2",
+            "--lora_rank=2",
+            "--lora_targets=v,up",
+        ),
         8,
     ),
-}  # fmt: skip
+}
 
 
 def _weights(folder: pathlib.Path) -> dict[str, np.ndarray]:

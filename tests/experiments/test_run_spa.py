@@ -22,13 +22,30 @@ from tests.experiments import stages
 from tests.test_chat import DROPS_THOUGHTS
 
 _FLAGS = (
-    "--generate_train=6", "--generate_valid=2", "--generate_explore=8", "--generate_heldout=3",
-    "--task_types=pick_and_place_simple", "--max_receptacles=4", "--max_steps=15",
-    "--max_new_tokens=6", "--context_length=1024", "--row_length=1024", "--policy_slots=256",
-    "--rows_per_device=1", "--slots=4", "--sft_epochs=1", "--sft_batch_size=3", "--games=4",
-    "--rollouts=1", "--split=explore", "--iterations=2", "--progress_epochs=2",
-    "--ppo_batch_size=4", "--ppo_train_layers=1", "--give_up_after=2",
-)  # fmt: skip
+    "--generate_train=6",
+    "--generate_valid=2",
+    "--generate_explore=8",
+    "--generate_heldout=3",
+    "--task_types=pick_and_place_simple",
+    "--max_receptacles=4",
+    "--max_steps=15",
+    "--max_new_tokens=6",
+    "--context_length=1024",
+    "--row_length=1024",
+    "--policy_slots=256",
+    "--rows_per_device=1",
+    "--slots=4",
+    "--sft_epochs=1",
+    "--sft_batch_size=3",
+    "--games=4",
+    "--rollouts=1",
+    "--split=explore",
+    "--iterations=2",
+    "--progress_epochs=2",
+    "--ppo_batch_size=4",
+    "--ppo_train_layers=1",
+    "--give_up_after=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +80,19 @@ _OTHERS = {
 def test_the_whole_method_on_the_other_environments(env, tmp_path):
     tiny.tiny_policy(tmp_path / "policy")
     out = stages.succeed(
-        "run_spa", *_FLAGS, "--task_types=", "--max_receptacles=8", f"--env={env}",
-        "--generate_train=4", "--iterations=1", "--context_length=2048", "--row_length=2048",
-        f"--workdir={tmp_path / 'run'}", f"--policy={tmp_path / 'policy'}", *_OTHERS[env],
-    )  # fmt: skip
+        "run_spa",
+        *_FLAGS,
+        "--task_types=",
+        "--max_receptacles=8",
+        f"--env={env}",
+        "--generate_train=4",
+        "--iterations=1",
+        "--context_length=2048",
+        "--row_length=2048",
+        f"--workdir={tmp_path / 'run'}",
+        f"--policy={tmp_path / 'policy'}",
+        *_OTHERS[env],
+    )
     assert re.search(r"RESULT base_success=\d\.\d{4} spa_success=\d\.\d{4} .* games=3 ", out)
     played = store.read(tmp_path / "run" / "eval" / "spa" / "trajectories.jsonl")
     assert [t.env for t in played] == [env] * 3
@@ -74,13 +100,19 @@ def test_the_whole_method_on_the_other_environments(env, tmp_path):
 
 def test_demonstrations_come_from_a_log(tmp_path):
     log = [
-        {"id": name, "conversations": [
-            {"from": "human", "value": f"Find the {name}."}, {"from": "gpt", "value": "OK"},
-            {"from": "human", "value": "A room."}, {"from": "gpt", "value": "Action: look"},
-            {"from": "human", "value": "You won."},
-        ], "reward": reward}
+        {
+            "id": name,
+            "conversations": [
+                {"from": "human", "value": f"Find the {name}."},
+                {"from": "gpt", "value": "OK"},
+                {"from": "human", "value": "A room."},
+                {"from": "gpt", "value": "Action: look"},
+                {"from": "human", "value": "You won."},
+            ],
+            "reward": reward,
+        }
         for name, reward in (("mug", 1), ("pan", 1), ("cup", 1), ("pot", 0.5))
-    ]  # fmt: skip
+    ]
     (tmp_path / "log.json").write_text(json.dumps(log))
     out = tmp_path / "run"
     said = stages.succeed(
@@ -104,8 +136,11 @@ def test_a_log_of_one_task_cannot_stop_sft(tmp_path):
 
 def test_what_an_environment_cannot_generate_is_refused(tmp_path):
     run = RunConfig(
-        generate_train=2, generate_valid=1, generate_explore=3, generate_heldout=4,
-    )  # fmt: skip
+        generate_train=2,
+        generate_valid=1,
+        generate_explore=3,
+        generate_heldout=4,
+    )
     (shop,) = generated.commands("webshop", run, tmp_path)
     assert shop[shop.index("--products") + 1] == "40"
     for bad, flag in (
@@ -124,8 +159,11 @@ def test_what_an_environment_cannot_generate_is_refused(tmp_path):
 
 def test_a_webshop_run_has_the_tasks_that_were_asked_for(tmp_path):
     run = RunConfig(
-        generate_train=3, generate_valid=2, generate_explore=7, generate_heldout=5,
-    )  # fmt: skip
+        generate_train=3,
+        generate_valid=2,
+        generate_explore=7,
+        generate_heldout=5,
+    )
     (command,) = generated.commands("webshop", run, tmp_path / "shop")
     assert not subprocess.run(command, capture_output=True).returncode
     index = tasks.GoalIndex(tmp_path / "shop")
@@ -167,9 +205,15 @@ def test_only_the_episodes_asked_for_are_annotated(finished, tmp_path):
     store.write(tmp_path / "bare.jsonl", bare)
     rows = RowsConfig(row_length=1024, policy_slots=256, rows_per_device=1)
     annotate.run(
-        tmp_path / "out.jsonl", str(folder / "sft" / "policy"), tmp_path / "bare.jsonl",
-        folder / "iteration_1" / "progress", CreditConfig(), rows, 0, {whole[1].key},
-    )  # fmt: skip
+        tmp_path / "out.jsonl",
+        str(folder / "sft" / "policy"),
+        tmp_path / "bare.jsonl",
+        folder / "iteration_1" / "progress",
+        CreditConfig(),
+        rows,
+        0,
+        {whole[1].key},
+    )
     first, second, third = store.read(tmp_path / "out.jsonl")
     assert (first, third) == (bare[0], bare[2])
     ours = [step.contribution for step in second.steps]
@@ -229,8 +273,12 @@ def test_a_base_whose_template_drops_thoughts(tmp_path):
     words = tiny.tiny_tokenizer(tmp_path / "words", DROPS_THOUGHTS)
     config = tiny.tiny_config()
     weights.save_pretrained(tmp_path / "base", config, tiny.tiny_params(config), words)
-    flags = (*_FLAGS, "--iterations=1", f"--base={tmp_path / 'base'}",
-             f"--workdir={tmp_path / 'run'}")  # fmt: skip
+    flags = (
+        *_FLAGS,
+        "--iterations=1",
+        f"--base={tmp_path / 'base'}",
+        f"--workdir={tmp_path / 'run'}",
+    )
     refused = stages.run("run_spa", *flags)
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "is not append-only" in refused.stderr and "--chat_format=chatml" in refused.stderr

@@ -125,10 +125,13 @@ setup.program(main, DistributedConfig())
 
 def test_an_ignored_ctrl_c_stays_ignored():
     """In a background job of a script a shell ignores it: such a job must live on."""
-    work = """
+    work = (
+        """
 import os, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-""" + _STAGE
+"""
+        + _STAGE
+    )
     work += """
 def main():
     os.kill(os.getpid(), signal.SIGINT)
