@@ -230,7 +230,7 @@ def run_program(
 def _start(main: Main, parse: Callable[[Sequence[str]], list[str]]) -> None:
     """`app.run`, with Ctrl-C answered from the first moment on."""
     interrupt.install()
-    with interrupt.answered_by(interrupt.Answer(interrupt.interrupt)):
+    with interrupt.answered_by(interrupt.Answer(interrupt.raise_interrupt)):
         app.run(main, flags_parser=parse)
 
 
@@ -270,7 +270,7 @@ def _parse(argv: Sequence[str], own: set[str], stage_policy: bool) -> list[str]:
         _parsed.given = {name for word, mine in words if mine and (name := _name(word))}
         words.sort(
             key=lambda word: word[1]
-        )  # what speaks of the program itself comes last, and wins
+        )  # what speaks of the program itself comes last: it wins
         plain = _without_stage_policy(words) if stage_policy else [word for word, _ in words]
         return flags.FLAGS([argv[0], *plain])
     except flags.UnrecognizedFlagError as error:

@@ -54,8 +54,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "memory_episodes", 1000, "env: episodes after which a worker's memory is read."
     )
-    flags.DEFINE_list("parts", ["step", "ragged", "scoring"], "ppo: what is timed, of these and "
-                      "quickstart.")  # fmt: skip
+    flags.DEFINE_list(
+        "parts", ["step", "ragged", "scoring"], "ppo: what is timed, of these and quickstart."
+    )
     flags.DEFINE_string("trajectories", "", "ppo: recorded episodes for the ragged mix.")
     flags.DEFINE_integer("layers", 0, "rollout: only this many layers of the model; 0: all.")
     flags.DEFINE_integer("episodes", 16, "rollout: episodes played at once.")

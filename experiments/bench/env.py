@@ -178,8 +178,10 @@ def run() -> None:
         grown = ", ".join(f"{mb:.0f} MB after {episodes}" for episodes, mb in sizes.items())
         print(f"a worker of {name}: {grown} episodes")
     print(f"protocol alone: {median * 1e3:.2f} ms a step, {p99 * 1e3:.2f} ms the 99th percentile")
-    print(f"floor: one in-process step, {step * 1e3:.2f} ms; a served step reaches "
-          f"{step / served_step:.0%} of its rate")  # fmt: skip
+    print(
+        f"floor: one in-process step, {step * 1e3:.2f} ms; a served step reaches "
+        f"{step / served_step:.0%} of its rate"
+    )
     print(
         f"RESULT steps_per_second={1 / served_step:.1f} in_process={1 / step:.1f} "
         f"stock={1 / stock_step:.1f} share_of_floor={step / served_step:.3f} "

@@ -49,9 +49,11 @@ class Rates:
     dtype: str
 
     def __str__(self) -> str:
-        return (f"machine: {self.matmul / 1e9:.0f} GFLOP/s in a {self.dtype} matrix product, "
-                f"{self.read / 1e9:.1f} GB/s read from memory, {jax.local_device_count()} x "
-                f"{jax.devices()[0].device_kind}")  # fmt: skip
+        return (
+            f"machine: {self.matmul / 1e9:.0f} GFLOP/s in a {self.dtype} matrix product, "
+            f"{self.read / 1e9:.1f} GB/s read from memory, {jax.local_device_count()} x "
+            f"{jax.devices()[0].device_kind}"
+        )
 
 
 def measure(dtype: str = "float32") -> Rates:

@@ -90,8 +90,10 @@ def run() -> None:
         ("decode", tokens, turn, turn_floor),
     ):
         print(f"{what:10}{count / took:10.0f}{count / least:10.0f}{least / took:8.0%}")
-    print(f"floor of a decoded token of all slots: products {products * 1e3:.1f} ms, reading the "
-          f"weights {traffic * 1e3:.1f} ms; it takes {turn / _NEW * 1e3:.1f} ms")  # fmt: skip
+    print(
+        f"floor of a decoded token of all slots: products {products * 1e3:.1f} ms, reading the "
+        f"weights {traffic * 1e3:.1f} ms; it takes {turn / _NEW * 1e3:.1f} ms"
+    )
     print(
         f"RESULT decode_tokens_per_second={tokens / turn:.1f} "
         f"prefill_tokens_per_second={_SLOTS * _PROMPT / prefill:.1f} "

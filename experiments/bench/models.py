@@ -67,21 +67,31 @@ def episodes(sizes: Sizes, share: float, vocab_size: int) -> list[Trajectory]:
     written = max(_STEPS, round(share * sizes.length))
     step_id: list[int] = []
     spans = np.array_split(np.arange(sizes.length), _STEPS)
-    for k, (span, wrote) in enumerate(zip(spans, np.array_split(np.arange(written), _STEPS),
-                                          strict=True)):  # fmt: skip
+    for k, (span, wrote) in enumerate(
+        zip(spans, np.array_split(np.arange(written), _STEPS), strict=True)
+    ):
         wrote = wrote[: len(span) - 1]  # something is read first
         step_id += [-1] * (len(span) - len(wrote)) + [k] * len(wrote)
     random = np.random.default_rng(0)
     return [
         Trajectory(
-            env="bench", task=str(i), split="bench", seed=0, attempt=0, policy="bench",
-            status=Status.SUCCESS, final_reward=1.0, instruction="", sampling=Sampling(),
-            steps=(Step("", "", "look", True, 0),) * _STEPS, step_id=tuple(step_id),
+            env="bench",
+            task=str(i),
+            split="bench",
+            seed=0,
+            attempt=0,
+            policy="bench",
+            status=Status.SUCCESS,
+            final_reward=1.0,
+            instruction="",
+            sampling=Sampling(),
+            steps=(Step("", "", "look", True, 0),) * _STEPS,
+            step_id=tuple(step_id),
             token_ids=tuple(random.integers(0, vocab_size, sizes.length).tolist()),
             log_probs=(0.0,) * sizes.length,
         )
         for i in range(sizes.rows)
-    ]  # fmt: skip
+    ]
 
 
 def pack(sizes: Sizes, share: float, vocab_size: int) -> PackedRows:
@@ -211,8 +221,9 @@ def forward_sides(
     torch = peers.torch()
     tokens = peers.tensor(rows.tokens, dtype=torch.long)
     here, given = jax.device_put(params), jax.device_put(rows)
-    everywhere = jax.jit(lambda params, rows: transformer.logits(
-        params, forward.rows_hidden(config, params, rows)))  # fmt: skip
+    everywhere = jax.jit(
+        lambda params, rows: transformer.logits(params, forward.rows_hidden(config, params, rows))
+    )
     at_policy = jax.jit(functools.partial(forward.score, config, temperature=1.0))
 
     def theirs() -> Any:
@@ -262,10 +273,12 @@ def run() -> None:
     config, params, name = model(sizes)
     params = jax.device_get(params)
     rows = pack(sizes, _SHARE, config.vocab_size)
-    print(f"model: {name}, {config.num_layers} layers, {config.dtype}; {sizes.rows} rows of "
-          f"{sizes.length} tokens, {rows.token_mask.mean():.0%} of their slots filled: "
-          f"{rows.token_mask.sum() / rows.tokens.size:.1%} of the tokens are the policy's; "
-          f"{peers.torch().get_num_threads()} threads")  # fmt: skip
+    print(
+        f"model: {name}, {config.num_layers} layers, {config.dtype}; {sizes.rows} rows of "
+        f"{sizes.length} tokens, {rows.token_mask.mean():.0%} of their slots filled: "
+        f"{rows.token_mask.sum() / rows.tokens.size:.1%} of the tokens are the policy's; "
+        f"{peers.torch().get_num_threads()} threads"
+    )
     trained: dict[str, Callable[[], float]] = {
         "ours": OurUpdate(config, params, rows),
         "theirs": TheirUpdate(config, params, rows, True),
@@ -297,8 +310,10 @@ def report(
             few = "only" in side or (what == "update" and side == "ours")
             flops = 2.0 * (layers * tokens + vocabulary * (written if few else tokens))
             least = flops * (3 if what == "update" else 1) / rates.matmul
-            print(f"{what + ', ' + side:36}{tokens / seconds:10.0f}{tokens / least:10.0f}"
-                  f"{least / seconds:8.0%}")  # fmt: skip
+            print(
+                f"{what + ', ' + side:36}{tokens / seconds:10.0f}{tokens / least:10.0f}"
+                f"{least / seconds:8.0%}"
+            )
     for name, (temporaries, peak) in memory.items():
         print(
             f"logits {name}: {temporaries:.2f} GiB of temporaries, process at most {peak:.2f} GiB"

@@ -59,8 +59,9 @@ TIMED = ModelConfig(
     intermediate_size=688,
     tie_embeddings=False,
 )
-_SMALL = dataclasses.replace(TIMED, vocab_size=512, hidden_size=64, num_layers=2, head_dim=8,
-                             intermediate_size=128)  # fmt: skip
+_SMALL = dataclasses.replace(
+    TIMED, vocab_size=512, hidden_size=64, num_layers=2, head_dim=8, intermediate_size=128
+)
 _PPO = PpoConfig(learning_rate=1e-5, kl_coef=0.05)
 _LORA = LoraConfig(rank=8, alpha=16.0, targets=("q", "v"))
 _OBSERVATION, _RESPONSE = 44, 20  # tokens of a step
@@ -162,8 +163,12 @@ def _rows_for(episodes: Sequence[Trajectory], row_length: int, rows_per_device: 
     share = max(sum(k >= 0 for k in t.step_id) / len(t.token_ids) for t in episodes)
     steps = max(len(t.steps) / len(t.token_ids) for t in episodes)
     slots = int(np.ceil(share * length / 32)) * 32
-    return RowsConfig(row_length=length, policy_slots=slots, rows_per_device=rows_per_device,
-                      step_slots=int(np.ceil(steps * length / 8)) * 8)  # fmt: skip
+    return RowsConfig(
+        row_length=length,
+        policy_slots=slots,
+        rows_per_device=rows_per_device,
+        step_slots=int(np.ceil(steps * length / 8)) * 8,
+    )
 
 
 def _written(episodes: Sequence[Trajectory]) -> int:
@@ -200,6 +205,7 @@ class Sides:
 def _sides(
     episodes: Sequence[Trajectory],
     rows: RowsConfig,
+    *,
     group: int,
     config: ModelConfig,
     params: Params,
@@ -217,14 +223,23 @@ def _sides(
         config, {"policy": policy, "value": value}, episodes, rows, temperature=1.0, title=""
     )
     base = scoring.score(config, {"policy": params}, episodes, rows, temperature=1.0, title="")
-    told = [
+    recorded = [
         dataclasses.replace(t, log_probs=tuple(a.tolist()), ref_log_probs=tuple(b.tolist()))
         for t, a, b in zip(episodes, played.log_probs, base.log_probs, strict=True)
     ]
-    table = ppo_data.make_table(told, played.values, _PPO)
-    order = np.random.default_rng(0).permutation(len(told))
-    groups = [order[i : i + group] for i in range(0, len(told), group)]
-    return Sides(config, params, value, told, table, groups, rows, adapter)
+    table = ppo_data.make_table(recorded, played.values, _PPO)
+    order = np.random.default_rng(0).permutation(len(recorded))
+    groups = [order[i : i + group] for i in range(0, len(recorded), group)]
+    return Sides(
+        config=config,
+        params=params,
+        value=value,
+        episodes=recorded,
+        table=table,
+        groups=groups,
+        rows=rows,
+        adapter=adapter,
+    )
 
 
 class Ours:
@@ -247,9 +262,13 @@ class Ours:
         """Log-probabilities, values and hidden states of the episodes."""
         params = {"policy": self._policy, "value": self._sides.value}
         return scoring.score(
-            self._sides.config, params, self._sides.episodes, self._sides.rows,
-            temperature=1.0, title="",
-        )  # fmt: skip
+            self._sides.config,
+            params,
+            self._sides.episodes,
+            self._sides.rows,
+            temperature=1.0,
+            title="",
+        )
 
     def update(self) -> float:
         """The optimiser steps, with the packing of their rows; the first gradient's norm."""
@@ -281,23 +300,29 @@ class Theirs:
             and so the released code does; else to the minibatch's own.
         """
         self._peer = ppo_peer.Peer(
-            sides.config, jax.device_get(sides.params), jax.device_get(sides.value), _PPO, _LORA,
-            sides.adapter,
-        )  # fmt: skip
+            sides.config,
+            jax.device_get(sides.params),
+            jax.device_get(sides.value),
+            ppo=_PPO,
+            lora=_LORA,
+            adapter=sides.adapter,
+        )
         self._groups = []
         for chosen in sides.groups:
             table = sides.table.take(chosen)
             given = ppo_data.by_place(table, _PPO)
             cuts = [slice(i, i + _MINIBATCH) for i in range(0, len(chosen), _MINIBATCH)]
             longest = max(len(sides.episodes[i].token_ids) for i in chosen)
-            self._groups.append([
-                ppo_peer.batch(
-                    [sides.episodes[i] for i in chosen[cut]],
-                    {name: array[cut] for name, array in given.items()},
-                    longest if whole else 0,
-                )
-                for cut in cuts
-            ])  # fmt: skip
+            self._groups.append(
+                [
+                    ppo_peer.batch(
+                        [sides.episodes[i] for i in chosen[cut]],
+                        {name: array[cut] for name, array in given.items()},
+                        longest if whole else 0,
+                    )
+                    for cut in cuts
+                ]
+            )
         self.padded = sum(one.tokens.numel() for group in self._groups for one in group)
 
     def forward(self, *, everywhere: bool) -> Any:
@@ -329,7 +354,7 @@ def _step(rate: float) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, lora in (("full", False), ("lora", True)):
         rows = _rows_for(episodes, 512, max(1, _MINIBATCH // jax.device_count()))
-        sides = _sides(episodes, rows, _MINIBATCH, config, params, lora)
+        sides = _sides(episodes, rows, group=_MINIBATCH, config=config, params=params, lora=lora)
         found |= _compare_step(name, sides, rate)
     return found
 
@@ -338,9 +363,11 @@ def _compare_step(name: str, sides: Sides, rate: float) -> dict[str, float]:
     """One kind of step: its passes on both sides, and what is made of them."""
     ours, theirs = Ours(sides), Theirs(sides)
     lengths = [len(t.token_ids) for t in sides.episodes]
-    print(f"step, {'LoRA' if name == 'lora' else 'all weights'}: {len(lengths)} rows of "
-          f"{lengths[0]}, {_written(sides.episodes)} tokens of the policy's, "
-          f"{len(sides.groups)} optimiser steps")  # fmt: skip
+    print(
+        f"step, {'LoRA' if name == 'lora' else 'all weights'}: {len(lengths)} rows of "
+        f"{lengths[0]}, {_written(sides.episodes)} tokens of the policy's, "
+        f"{len(sides.groups)} optimiser steps"
+    )
     _check(ours.update(), theirs.update(everywhere=False))
     times = updates.take_turns(
         {
@@ -385,9 +412,8 @@ def _pass(key: str) -> str:
 def _added(times: Mapping[str, list[float]], *what: tuple[str, int]) -> list[float]:
     """Round by round, the sum of some times, each so many times."""
     return [
-        sum(times[name][i] * count for name, count in what)
-        for i in range(len(times[what[0][0]]))
-    ]  # fmt: skip
+        sum(times[name][i] * count for name, count in what) for i in range(len(times[what[0][0]]))
+    ]
 
 
 def _ragged(rate: float) -> dict[str, float]:
@@ -402,11 +428,13 @@ def _ragged(rate: float) -> dict[str, float]:
     )
     lengths = [len(t.token_ids) for t in episodes]
     rows = _rows_for(episodes, 512, 1)
-    sides = _sides(episodes, rows, len(episodes), config, params, lora=False)
+    sides = _sides(episodes, rows, group=len(episodes), config=config, params=params, lora=False)
     ours, whole, theirs = Ours(sides), Theirs(sides, whole=True), Theirs(sides)
-    print(f"ragged: {len(lengths)} episodes of {min(lengths)} to {max(lengths)} tokens, "
-          f"{sum(lengths)} in all, {_written(episodes)} of the policy's; padded to the batch's "
-          f"longest row {whole.padded}, to each minibatch's {theirs.padded}")  # fmt: skip
+    print(
+        f"ragged: {len(lengths)} episodes of {min(lengths)} to {max(lengths)} tokens, "
+        f"{sum(lengths)} in all, {_written(episodes)} of the policy's; padded to the batch's "
+        f"longest row {whole.padded}, to each minibatch's {theirs.padded}"
+    )
     norm = ours.update()
     _check(norm, whole.update(everywhere=False))
     _check(norm, theirs.update(everywhere=False))
@@ -420,8 +448,9 @@ def _ragged(rate: float) -> dict[str, float]:
         flags.FLAGS.rounds or _ROUNDS,
     )
     forward = updates.forward_flops(config, params, lengths, _written(episodes))
-    _show(times, dict.fromkeys(times, updates.update_flops(forward, lora=False)), rate,
-          sum(lengths))  # fmt: skip
+    _show(
+        times, dict.fromkeys(times, updates.update_flops(forward, lora=False)), rate, sum(lengths)
+    )
     return {
         "ragged": updates.ratio(times["ours update"], times["plain update, whole"]),
         "ragged_minibatches": updates.ratio(times["ours update"], times["plain update"]),
@@ -445,8 +474,10 @@ def _scoring(rate: float) -> dict[str, float]:
         return np.asarray(heads.read(head, scores.end_hidden)) * scores.step_mask
 
     one_by_one = _one_by_one(config, params, head, episodes)
-    print(f"scoring: {len(lengths)} trajectories of {np.mean(lengths):.0f} tokens on average; "
-          f"PyTorch reads one after the other, without padding")  # fmt: skip
+    print(
+        f"scoring: {len(lengths)} trajectories of {np.mean(lengths):.0f} tokens on average; "
+        f"PyTorch reads one after the other, without padding"
+    )
     wanted, got = ours(), one_by_one(False)
     for row, values in zip(wanted, got, strict=True):
         np.testing.assert_allclose(values, row[: len(values)], atol=1e-3)
@@ -501,8 +532,10 @@ def _show(
     tokens: int | None = None,
 ) -> None:
     """A line for each time, with its floor and the share of it that is reached."""
-    print(f"  {'':22}{'seconds':>10}{'GFLOP':>8}{'floor':>8}{'share':>7}"
-          + (f"{'tokens/s':>10}" if tokens else ""))  # fmt: skip
+    print(
+        f"  {'':22}{'seconds':>10}{'GFLOP':>8}{'floor':>8}{'share':>7}"
+        + (f"{'tokens/s':>10}" if tokens else "")
+    )
     for name, seconds in times.items():
         took, least = statistics.median(seconds), flops[name] / rate
         line = f"  {name:22}{took:10.3f}{flops[name] / 1e9:8.1f}{least:8.3f}{least / took:7.0%}"
@@ -521,7 +554,14 @@ def _quickstart(rate: float) -> dict[str, float]:
     steps = len(played[0].steps)
     noise = np.random.default_rng(0).normal(size=(4, batch, steps)).astype(np.float32)
     mask = np.ones((batch, steps), np.float32)
-    table = ppo_data.Table(noise[0], noise[1], noise[2], noise[3], mask, mask)
+    table = ppo_data.Table(
+        rewards=noise[0],
+        values=noise[1],
+        advantages=noise[2],
+        returns=noise[3],
+        mask=mask,
+        ends=mask,
+    )
     made = ppo_data.make_update(
         played, table, np.arange(batch), updates.ROWS, ppo, devices=trainer.devices
     )

@@ -62,10 +62,8 @@ def batch(
     written, before = np.zeros(shape, bool), np.zeros(shape, bool)
     numbers: dict[str, list[Any]] = {
         name: []
-        for name in (
-            "targets", "log_probs", "ref_log_probs", "advantages", "returns", "old_values"
-        )
-    }  # fmt: skip
+        for name in ("targets", "log_probs", "ref_log_probs", "advantages", "returns", "old_values")
+    }
     for i, t in enumerate(trajectories):
         n, step = lengths[i], np.asarray(t.step_id)
         at = np.flatnonzero(step >= 0)
@@ -102,6 +100,7 @@ class Peer:
         config: ModelConfig,
         params: Params,
         value: Params,
+        *,
         ppo: PpoConfig,
         lora: LoraConfig,
         adapter: Params | None,
@@ -202,9 +201,12 @@ def _adapted(model: Any, lora: LoraConfig, adapter: Params) -> Any:
     """The model with PEFT's adapter in it, whose weights are ours; the rest is frozen."""
     peft, torch = peers.require("peft"), peers.torch()
     shape = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        bias="none",
         target_modules=peft_io.modules_of(lora.targets),
-    )  # fmt: skip
+    )
     adapted = peft.get_peft_model(model, shape)  # changes the model in place
     tensors = {
         f"base_model.model.{name}": torch.tensor(np.array(array))

@@ -74,9 +74,14 @@ class Ours:
     def __init__(self, config: ModelConfig, params: Params, load: Load) -> None:
         self._load = load
         self._engine = Engine(
-            config, params, slots=load.episodes, context_length=load.context,
-            sampling=Sampling(max_new_tokens=load.response), end_of_turn=(-1,), seed=0,
-        )  # fmt: skip
+            config,
+            params,
+            slots=load.episodes,
+            context_length=load.context,
+            sampling=Sampling(max_new_tokens=load.response),
+            end_of_turn=(-1,),
+            seed=0,
+        )
         self._engine.warm_up()
         self._vocabulary = config.vocab_size
         self.compiled = self._engine.compiled
@@ -159,10 +164,17 @@ class Theirs:
         ids = peers.tensor(conversation)
         with self._torch.inference_mode():
             made = self._model.generate(
-                input_ids=ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=tokens,
-                min_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                use_cache=True, pad_token_id=0,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=self._torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                use_cache=True,
+                pad_token_id=0,
+            )
         assert made.shape[1] == conversation.shape[1] + tokens
         return made.cpu().numpy()
 
@@ -209,9 +221,14 @@ def run() -> None:
     peers.torch()  # an error before anything is done
     given = flags.FLAGS
     load = Load(
-        given.episodes, given.turns, given.prompt, given.shared, given.observation,
-        given.response, given.decode,
-    )  # fmt: skip
+        episodes=given.episodes,
+        turns=given.turns,
+        prompt=given.prompt,
+        shared=given.shared,
+        observation=given.observation,
+        response=given.response,
+        decode=given.decode,
+    )
     config, params, name = _load()
     theirs, ours = Theirs(config, params, load), Ours(config, params, load)
     print(f"model: {name}; {load}")
@@ -223,13 +240,19 @@ def run() -> None:
     our_rate, their_rate = (float(np.mean(each)) for each in rates)
     our_time, their_time = float(np.mean(our_seconds)), float(np.mean(their_seconds))
     print(f"{'':28}{'ours':>10}{'transformers':>14}{'ratio':>8}   each time")
-    print(f"{'all turns, s':28}{our_time:10.1f}{their_time:14.1f}{their_time / our_time:8.2f}   "
-          f"{_list(our_seconds)}; {_list(their_seconds)}")  # fmt: skip
-    print(f"{'plain decoding, tokens/s':28}{our_rate:10.0f}{their_rate:14.0f}"
-          f"{our_rate / their_rate:8.2f}   {_list(rates[0])}; {_list(rates[1])}")  # fmt: skip
-    _against_floor(config, params, load, played[-1][1], our_seconds[-1], our_rate)
-    print(f"RESULT multiturn_ratio={their_time / our_time:.2f} "
-          f"decode_ratio={our_rate / their_rate:.2f}")  # fmt: skip
+    print(
+        f"{'all turns, s':28}{our_time:10.1f}{their_time:14.1f}{their_time / our_time:8.2f}   "
+        f"{_list(our_seconds)}; {_list(their_seconds)}"
+    )
+    print(
+        f"{'plain decoding, tokens/s':28}{our_rate:10.0f}{their_rate:14.0f}"
+        f"{our_rate / their_rate:8.2f}   {_list(rates[0])}; {_list(rates[1])}"
+    )
+    _against_floor(config, params, load, used=played[-1][1], seconds=our_seconds[-1], rate=our_rate)
+    print(
+        f"RESULT multiturn_ratio={their_time / our_time:.2f} "
+        f"decode_ratio={our_rate / their_rate:.2f}"
+    )
 
 
 def _list(numbers: list[float]) -> str:
@@ -237,7 +260,7 @@ def _list(numbers: list[float]) -> str:
 
 
 def _against_floor(
-    config: ModelConfig, params: Params, load: Load, used: Usage, seconds: float, rate: float
+    config: ModelConfig, params: Params, load: Load, *, used: Usage, seconds: float, rate: float
 ) -> None:
     """Prints what the machine allows, and our share of it.
 
@@ -251,8 +274,12 @@ def _against_floor(
     least = 2.0 * layers * used.prefilled / rates.matmul + step * load.turns * load.response
     most = load.episodes / step
     print(rates)
-    print(f"ours: {used.prefilled} tokens read in {used.prefill_s:.1f} s, {used.reused} copied, "
-          f"{used.generated} written in {used.decode_s:.1f} s, occupancy {used.occupancy:.0%}, "
-          f"host {seconds - used.prefill_s - used.decode_s:.2f} s")  # fmt: skip
-    print(f"floor: all turns {least:.1f} s (share {least / seconds:.0%}), plain decoding "
-          f"{most:.0f} tokens/s (share {rate / most:.0%})")  # fmt: skip
+    print(
+        f"ours: {used.prefilled} tokens read in {used.prefill_s:.1f} s, {used.reused} copied, "
+        f"{used.generated} written in {used.decode_s:.1f} s, occupancy {used.occupancy:.0%}, "
+        f"host {seconds - used.prefill_s - used.decode_s:.2f} s"
+    )
+    print(
+        f"floor: all turns {least:.1f} s (share {least / seconds:.0%}), plain decoding "
+        f"{most:.0f} tokens/s (share {rate / most:.0%})"
+    )

@@ -38,13 +38,22 @@ def episode(
       rewards: one a step.
     """
     return Trajectory(
-        env="bench", task=name, split="bench", seed=0, attempt=0, policy="bench",
-        status=Status.SUCCESS, final_reward=1.0, instruction="", sampling=Sampling(),
-        steps=tuple(Step("", "", "look", True, 0, 0.1, float(r)) for r in rewards),
+        env="bench",
+        task=name,
+        split="bench",
+        seed=0,
+        attempt=0,
+        policy="bench",
+        status=Status.SUCCESS,
+        final_reward=1.0,
+        instruction="",
+        sampling=Sampling(),
+        steps=tuple(Step("", "", "look", True, contribution=0.1, reward=float(r)) for r in rewards),
         step_id=tuple(int(k) for k in step_id),
         token_ids=tuple(int(i) for i in token_ids),
-        log_probs=(-1.0,) * len(step_id), ref_log_probs=(-1.0,) * len(step_id),
-    )  # fmt: skip
+        log_probs=(-1.0,) * len(step_id),
+        ref_log_probs=(-1.0,) * len(step_id),
+    )
 
 
 def episodes(count: int, vocab_size: int) -> list[Trajectory]:
@@ -162,12 +171,15 @@ def report(
     flops = 6.0 * (layers * tokens + vocabulary * written)
     least = flops / rates.matmul
     count, length = packed.tokens.shape
-    print(f"model: {name}; {count} rows of {length}, {tokens:.0f} tokens, {written:.0f} of them "
-          "written by the policy")  # fmt: skip
+    print(
+        f"model: {name}; {count} rows of {length}, {tokens:.0f} tokens, {written:.0f} of them "
+        "written by the policy"
+    )
     print(rates)
-    print(f"update {seconds:.2f} s, {tokens / seconds:.0f} tokens/s; floor {least:.2f} s, "
-          f"{tokens / least:.0f} tokens/s ({flops / 1e12:.2f} TFLOP); share {least / seconds:.0%}"
-          )  # fmt: skip
+    print(
+        f"update {seconds:.2f} s, {tokens / seconds:.0f} tokens/s; floor {least:.2f} s, "
+        f"{tokens / least:.0f} tokens/s ({flops / 1e12:.2f} TFLOP); share {least / seconds:.0%}"
+    )
     return {
         "tokens_per_second": tokens / seconds,
         "floor": tokens / least,

@@ -33,7 +33,7 @@ def leave() -> NoReturn:
     os._exit(EXIT_CODE)
 
 
-def interrupt() -> NoReturn:
+def raise_interrupt() -> NoReturn:
     """Ends what the main thread does, as Python does without this module."""
     raise KeyboardInterrupt
 

@@ -26,9 +26,13 @@ def start(stage: str, *flags: str, devices: int = 1) -> subprocess.Popen:
     """Starts `python -m experiments.STAGE`, in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{stage}", *flags],
-        cwd=ROOT, env=environment(devices), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(devices),
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def free_port() -> int:

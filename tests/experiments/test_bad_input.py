@@ -81,9 +81,16 @@ def test_a_half_written_game(policy, games, tmp_path):
 
 def test_a_prompt_longer_than_the_context(policy, games, tmp_path):
     said = _refused(
-        tmp_path / "w", "explore", f"--policy={policy}", f"--alfworld_data={games}",
-        "--context_length=64", "--max_new_tokens=8", "--slots=2", "--games=1", "--rollouts=1",
-    )  # fmt: skip
+        tmp_path / "w",
+        "explore",
+        f"--policy={policy}",
+        f"--alfworld_data={games}",
+        "--context_length=64",
+        "--max_new_tokens=8",
+        "--slots=2",
+        "--games=1",
+        "--rollouts=1",
+    )
     assert "--context_length=64" in said and "tokens" in said
     assert not list((tmp_path / "w").rglob("trajectories.jsonl"))
 
@@ -144,8 +151,9 @@ def test_missing_records(policy, tmp_path):
 def test_an_episode_that_no_row_holds(policy, tmp_path):
     file = tmp_path / "iteration_0" / "annotated.jsonl"
     store.write(file, _episodes())
-    said = _refused(tmp_path, "train_ppo", f"--policy={policy}", "--row_length=16",
-                    "--policy_slots=16")  # fmt: skip
+    said = _refused(
+        tmp_path, "train_ppo", f"--policy={policy}", "--row_length=16", "--policy_slots=16"
+    )
     assert "--row_length" in said and "task_" in said
 
 
@@ -223,8 +231,11 @@ assert run.rows.row_length >= run.sampling.context_length, "a full episode fits 
 def test_every_preset_parses(preset):
     done = subprocess.run(
         [sys.executable, "-c", _PARSE, str(preset)],
-        cwd=stages.ROOT, env=stages.environment(), capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=stages.ROOT,
+        env=stages.environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -72,21 +72,34 @@ def _purchase(catalogue: Catalogue, number: int) -> dict[str, Any]:
     record = goal_record(goal)
     del record["category"], record["weight"]
     return {
-        "id": number, "kind": "any", "product": _product_record(product), "goal": record,
-        "price": product.price, "options": options, "reward": result.reward, "info": result.info,
-        "error": None, "purchased_nouns": nouns(product.title), "desired_nouns": nouns(goal.name),
-        "reward_if_every_token_is_noun": result.reward, "tagger_insensitive": True,
-    }  # fmt: skip
+        "id": number,
+        "kind": "any",
+        "product": _product_record(product),
+        "goal": record,
+        "price": product.price,
+        "options": options,
+        "reward": result.reward,
+        "info": result.info,
+        "error": None,
+        "purchased_nouns": nouns(product.title),
+        "desired_nouns": nouns(goal.name),
+        "reward_if_every_token_is_noun": result.reward,
+        "tagger_insensitive": True,
+    }
 
 
 def _product_record(product: Product) -> dict[str, Any]:
     return {
-        "asin": product.asin, "name": product.title, "Title": product.title,
-        "query": product.query, "product_category": product.product_category,
-        "Attributes": list(product.attributes), "BulletPoints": list(product.bullets),
+        "asin": product.asin,
+        "name": product.title,
+        "Title": product.title,
+        "query": product.query,
+        "product_category": product.product_category,
+        "Attributes": list(product.attributes),
+        "BulletPoints": list(product.bullets),
         "Description": product.description,
         "options": {name: list(values) for name, values in product.options.items()},
-    }  # fmt: skip
+    }
 
 
 def _episode(catalogue: Catalogue, number: int, wins: bool) -> dict[str, Any]:
@@ -110,8 +123,9 @@ def _episode(catalogue: Catalogue, number: int, wins: bool) -> dict[str, Any]:
 
 def _step(shop: Shop) -> dict[str, Any]:
     available = {
-        "has_search_bar": shop.page.has_search_bar, "clickables": list(shop.page.clickables),
-    }  # fmt: skip
+        "has_search_bar": shop.page.has_search_bar,
+        "clickables": list(shop.page.clickables),
+    }
     return {"obs": shop.page.text, "avail": available}
 
 
@@ -119,9 +133,10 @@ def _step(shop: Shop) -> dict[str, Any]:
 def data_1000(data: Path, tmp_path: Path) -> Path:
     """The same catalogue under the names of the 1,000-product files."""
     for name, other in (
-        ("items_shuffle", "items_shuffle_1000"), ("items_ins_v2", "items_ins_v2_1000"),
+        ("items_shuffle", "items_shuffle_1000"),
+        ("items_ins_v2", "items_ins_v2_1000"),
         ("items_human_ins", "items_human_ins"),
-    ):  # fmt: skip
+    ):
         (tmp_path / f"{other}.json").symlink_to(data / f"{name}.json")
     return tmp_path
 

@@ -116,9 +116,17 @@ def test_episodes_remember_their_chat_format(thinking, folder, tmp_path):
 def test_sft_trains_in_the_format_that_it_is_given(thinking, tmp_path):
     steps = (Step("You see a mug.", "<think>\nMug.\n</think>\n\ntake mug", "take mug", True),) * 2
     demo = Trajectory(
-        env="alfworld", task="game", split="train", seed=0, attempt=0, policy="expert",
-        status=Status.SUCCESS, final_reward=1.0, instruction="Do it.", steps=steps,
-    )  # fmt: skip
+        env="alfworld",
+        task="game",
+        split="train",
+        seed=0,
+        attempt=0,
+        policy="expert",
+        status=Status.SUCCESS,
+        final_reward=1.0,
+        instruction="Do it.",
+        steps=steps,
+    )
     settings, rows = SftConfig(updates=1, batch_size=1), RowsConfig(128, 64, 16, 1)
     with pytest.raises(UserError, match="--chat_format=chatml"):
         sft.run(tmp_path / "sft", str(thinking), [demo], [], settings, rows, 0, LoraConfig())

@@ -32,9 +32,14 @@ def homes(tmp_path_factory):
 def test_the_expert_wins_through_the_server(env, shop, homes, tmp_path):
     data = {"webshop": shop, "virtualhome": homes}[env]
     said = stages.succeed(
-        "evaluate", f"--env={env}", f"--{env}_data={data}", "--split=test", "--games=4",
-        "--policy=expert", f"--workdir={tmp_path}",
-    )  # fmt: skip
+        "evaluate",
+        f"--env={env}",
+        f"--{env}_data={data}",
+        "--split=test",
+        "--games=4",
+        "--policy=expert",
+        f"--workdir={tmp_path}",
+    )
     assert re.search(r"RESULT success=1.0000 grounding=1.0000 games=4 ", said)
     played = store.read(tmp_path / "eval" / "policy" / "trajectories.jsonl")
     assert {(t.env, t.status, t.final_reward) for t in played} == {(env, Status.SUCCESS, 1.0)}

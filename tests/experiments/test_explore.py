@@ -34,9 +34,12 @@ def flags(tmp_path_factory) -> tuple[str, ...]:
     return (
         f"--policy={tiny.tiny_policy(root / 'tiny')}",
         f"--alfworld_data={root / 'games'}",
-        f"--rollouts={ROLLOUTS}", "--slots=3", "--max_steps=6", "--max_new_tokens=12",
+        f"--rollouts={ROLLOUTS}",
+        "--slots=3",
+        "--max_steps=6",
+        "--max_new_tokens=12",
         "--context_length=512",
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +127,17 @@ def _compare_with_failures(workdir: pathlib.Path, unbroken: list[Trajectory]) ->
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_environments_killed_and_stopped_at_random_moments(flags, unbroken, tmp_path, seed):
     rng, sent = random.Random(seed), []
-    config = ServerConfig(_games(flags), prompt="short", max_sessions=3, step_deadline_s=3.0,
-                          reset_deadline_s=20.0)  # fmt: skip
+    config = ServerConfig(
+        _games(flags), prompt="short", max_sessions=3, step_deadline_s=3.0, reset_deadline_s=20.0
+    )
     with LocalServer(config, start_deadline_s=120) as server:
-        command = ("explore", f"--workdir={tmp_path}", *flags, "--max_retries=1000",
-                   f"--env_address={server.address}")  # fmt: skip
+        command = (
+            "explore",
+            f"--workdir={tmp_path}",
+            *flags,
+            "--max_retries=1000",
+            f"--env_address={server.address}",
+        )
         process = stages.start(*command)
         while process.poll() is None and len(sent) < 10:
             if workers := _workers(server.pid):
@@ -148,10 +157,19 @@ def test_environments_killed_and_stopped_at_random_moments(flags, unbroken, tmp_
 def _serve(flags: tuple[str, ...], port: int) -> tuple[subprocess.Popen, int]:
     """A server on that port, and the port."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.serve_env", f"--alfworld_data={_games(flags)}",
-         "--prompt=short", f"--port={port}"],
-        cwd=stages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "experiments.serve_env",
+            f"--alfworld_data={_games(flags)}",
+            "--prompt=short",
+            f"--port={port}",
+        ],
+        cwd=stages.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert process.stdout is not None
     match = re.search(r":(\d+)$", process.stdout.readline().strip())
     assert match
@@ -163,8 +181,13 @@ def test_the_server_killed_and_started_again(flags, unbroken, tmp_path):
     server, port = _serve(flags, 0)
     file = tmp_path / "iteration_0" / "explore" / "trajectories.jsonl"
     try:
-        process = stages.start("explore", f"--workdir={tmp_path}", *flags, "--max_retries=20",
-                               f"--env_address=http://127.0.0.1:{port}")  # fmt: skip
+        process = stages.start(
+            "explore",
+            f"--workdir={tmp_path}",
+            *flags,
+            "--max_retries=20",
+            f"--env_address=http://127.0.0.1:{port}",
+        )
         for enough in (1, 5):
             while stages.lines(file) < enough and process.poll() is None:
                 time.sleep(0.002)
@@ -188,9 +211,16 @@ def test_an_environment_that_always_fails_is_tried_so_often_and_is_nobodys_failu
     tiny_flags = [f for f in flags if "alfworld" not in f and "rollouts" not in f]
     chosen = ["--policy=expert"] if policy == "expert" else tiny_flags
     said = stages.succeed(
-        "explore", "--env=custom", "--custom_data=tests.envs.odd:Doomed", "--rollouts=1",
-        "--max_retries=2", "--max_steps=3", f"--out={tmp_path}", *chosen, "--games=3",
-    )  # fmt: skip
+        "explore",
+        "--env=custom",
+        "--custom_data=tests.envs.odd:Doomed",
+        "--rollouts=1",
+        "--max_retries=2",
+        "--max_steps=3",
+        f"--out={tmp_path}",
+        *chosen,
+        "--games=3",
+    )
     assert "RESULT success=1.0000" in said and "episodes=1" in said
     assert [t.task for t in store.read(tmp_path / "trajectories.jsonl")] == ["train_13"]
     failures = [json.loads(line) for line in (tmp_path / "failures.jsonl").open()]

@@ -26,9 +26,7 @@ LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "down"))
 
 
 def _read_demos(root: pathlib.Path):
-    return [
-        store.read(root / "demos" / name / "trajectories.jsonl") for name in ("train", "valid")
-    ]
+    return [store.read(root / "demos" / name / "trajectories.jsonl") for name in ("train", "valid")]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +42,15 @@ def finished(tmp_path_factory) -> pathlib.Path:
         episodes = [tiny.random_trajectory(rng, f"task_{i}", context=8) for i in range(8)]
         store.write(folder / "annotated.jsonl", episodes)
         train_ppo.run(
-            folder / "ppo", str(train_ppo.policy_before(root, iteration)),
-            folder / "annotated.jsonl", PPO, ROWS, iteration, LORA, root / "sft" / "policy",
-        )  # fmt: skip
+            folder / "ppo",
+            str(train_ppo.policy_before(root, iteration)),
+            folder / "annotated.jsonl",
+            PPO,
+            ROWS,
+            iteration,
+            LORA,
+            root / "sft" / "policy",
+        )
     return root
 
 

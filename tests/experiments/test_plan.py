@@ -38,12 +38,21 @@ def test_a_model_is_a_folder_a_config_or_a_name(tmp_path):
 def test_the_whole_method_prints_both_tables(tmp_path):
     folder = _written(tmp_path / "model", tiny.tiny_config())
     done = stages.run(
-        "plan", f"--model={folder}", "--devices=4", "--hbm_gib=0.1", "--row_length=128",
-        "--policy_slots=64", "--step_slots=16",
-    )  # fmt: skip
+        "plan",
+        f"--model={folder}",
+        "--devices=4",
+        "--hbm_gib=0.1",
+        "--row_length=128",
+        "--policy_slots=64",
+        "--step_slots=16",
+    )
     assert done.returncode == 0, done.stderr
-    for words in ("--partition=pmap, 4 devices, parameters whole", "data:1,fsdp:4",
-                  "products bfloat16", "RESULT sft_pmap_gib="):  # fmt: skip
+    for words in (
+        "--partition=pmap, 4 devices, parameters whole",
+        "data:1,fsdp:4",
+        "products bfloat16",
+        "RESULT sft_pmap_gib=",
+    ):
         assert words in done.stdout
     for stage in ("sft", "explore", "train_progress", "train_ppo"):
         assert sum(line.startswith(stage) for line in done.stdout.splitlines()) == 2

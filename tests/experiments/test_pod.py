@@ -28,13 +28,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.pod]
 GAMES, ROLLOUTS, RATE = 5, 2, 1e-3
 MANY = 600  # rollouts a game: more than are played before a signal comes
 ENV = ("--env=custom", "--custom_data=tests.envs.odd:Split")
-PLAY = (*ENV, f"--games={GAMES}", f"--rollouts={ROLLOUTS}", "--slots=3", "--max_steps=4",
-        "--max_new_tokens=12", "--context_length=512")  # fmt: skip
+PLAY = (
+    *ENV,
+    f"--games={GAMES}",
+    f"--rollouts={ROLLOUTS}",
+    "--slots=3",
+    "--max_steps=4",
+    "--max_new_tokens=12",
+    "--context_length=512",
+)
 LONG = (*PLAY, f"--rollouts={MANY}")
 ROWS = ("--row_length=256", "--policy_slots=96", "--step_slots=16", "--rows_per_device=1")
 PROGRESS = ("--progress_epochs=6", "--progress_batch_size=4", "--progress_width=16")
-PPO = ("--ppo_epochs=4", "--ppo_batch_size=4", f"--ppo_learning_rate={RATE}",
-       "--ppo_checkpoint_every=3")  # fmt: skip
+PPO = (
+    "--ppo_epochs=4",
+    "--ppo_batch_size=4",
+    f"--ppo_learning_rate={RATE}",
+    "--ppo_checkpoint_every=3",
+)
 UPDATES = 4 * 3
 WEIGHTS = pathlib.Path("iteration_0/ppo/policy/model.safetensors")
 
@@ -57,9 +68,17 @@ def policy(tmp_path_factory) -> pathlib.Path:
 def _whole(policy: pathlib.Path, workdir: pathlib.Path) -> tuple[str, ...]:
     """explore -> progress -> annotate -> PPO -> evaluate twice -> report."""
     return (
-        "run_spa", f"--workdir={workdir}", f"--policy={policy}", f"--base={policy}", *PLAY, *ROWS,
-        *PROGRESS, *PPO, "--heldout_split=other", "--heldout_games=3",
-    )  # fmt: skip
+        "run_spa",
+        f"--workdir={workdir}",
+        f"--policy={policy}",
+        f"--base={policy}",
+        *PLAY,
+        *ROWS,
+        *PROGRESS,
+        *PPO,
+        "--heldout_split=other",
+        "--heldout_games=3",
+    )
 
 
 def _ppo(policy: pathlib.Path, workdir: pathlib.Path, single: pathlib.Path) -> tuple[str, ...]:
@@ -162,20 +181,22 @@ def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
         assert ours[name].tobytes() == value.tobytes(), name
 
 
-def test_sigterm_while_playing_ends_all_at_once(policy, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_playing_ends_all_at_once(how, policy, tmp_path):
     command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *LONG)
     processes = stages.start_all(2, *command)
     files = [
         tmp_path / "iteration_0" / "explore" / f"trajectories.process_{i}.jsonl" for i in (0, 1)
     ]
     _wait_for(processes, lambda: all(stages.lines(file) >= 3 for file in files))
-    os.kill(processes[0].pid, signal.SIGTERM)
+    os.kill(processes[0].pid, how)
     started = time.monotonic()
     ended = stages.finish_all(processes)
     assert time.monotonic() - started < 30
-    assert [done.returncode for done in ended] == [143, 143], ended[0].stderr + ended[1].stderr
-    assert "stopped by SIGTERM" in ended[0].stderr
-    assert "process 0 ended: was stopped by SIGTERM" in ended[1].stderr
+    assert [done.returncode for done in ended] == [128 + how] * 2, ended[0].stderr + ended[1].stderr
+    said = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "stopped by Ctrl-C"}[how]
+    assert said in ended[0].stderr
+    assert f"process 0 ended: was {said}" in ended[1].stderr
     before = sum(stages.lines(file) for file in files)
     assert before < MANY * GAMES, "stopped too late to mean anything"
     # One process goes on where two were.

@@ -44,16 +44,27 @@ def run(tmp_path):
 def _annotate(root):
     folder = root / "iteration_0"
     return annotate.run(
-        folder / "annotated.jsonl", str(root / "sft" / "policy"),
-        folder / "explore" / "trajectories.jsonl", folder / "progress", CreditConfig(), ROWS, 0,
-    )  # fmt: skip
+        folder / "annotated.jsonl",
+        str(root / "sft" / "policy"),
+        folder / "explore" / "trajectories.jsonl",
+        folder / "progress",
+        CreditConfig(),
+        ROWS,
+        0,
+    )
 
 
 def _train(root, name="ppo"):
     train_ppo.run(
-        root / name, str(root / "sft" / "policy"), root / "iteration_0" / "annotated.jsonl", PPO,
-        ROWS, 0, LoraConfig(), root / "sft" / "policy",
-    )  # fmt: skip
+        root / name,
+        str(root / "sft" / "policy"),
+        root / "iteration_0" / "annotated.jsonl",
+        PPO,
+        ROWS,
+        0,
+        LoraConfig(),
+        root / "sft" / "policy",
+    )
 
 
 def _replace(base):

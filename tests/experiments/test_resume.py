@@ -1,7 +1,7 @@
 """A training stage killed and run again ends bit for bit as an unbroken one.
 
 SIGKILL loses the updates since the checkpoint; SIGTERM, which a scheduler sends before it takes
-the machine away, loses none.
+the machine away, loses none, and nor does SIGINT, which is Ctrl-C.
 """
 
 import pathlib
@@ -12,37 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spa_jax import store
 from spa_jax.training import metrics
-from spa_jax.trajectory import Status, Step, Trajectory
 from tests import tiny
-from tests.experiments import stages
+from tests.experiments import small, stages
 
-ROWS = ("--row_length=128", "--policy_slots=64", "--step_slots=16", "--rows_per_device=2")
 CLOCK = ("time", "tokens_per_second", "seconds")  # what a clock says differs
-
-
-def _demos(folder: pathlib.Path) -> None:
-    for split, count in (("train", 8), ("valid", 2)):
-        demos = [
-            Trajectory(
-                env="alfworld",
-                task=f"{split}_{i}",
-                split=split,
-                seed=0,
-                attempt=0,
-                policy="expert",
-                status=Status.SUCCESS,
-                final_reward=1.0,
-                instruction="Do it.",
-                steps=tuple(
-                    Step(f"You see a mug {i}.", f"take mug {i}", f"take mug {i}", True)
-                    for _ in range(1 + i % 2)
-                ),
-            )  # fmt: skip
-            for i in range(count)
-        ]
-        store.write(folder / split / "trajectories.jsonl", demos)
 
 
 @pytest.fixture(scope="module")
@@ -50,45 +24,48 @@ def policy(tmp_path_factory) -> pathlib.Path:
     return tiny.tiny_policy(tmp_path_factory.mktemp("policy") / "tiny")
 
 
-def _prepare(stage: str, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes what the stage reads; returns the folder that it writes."""
-    rng = np.random.default_rng(1)
-    episodes = [
-        tiny.random_trajectory(rng, f"task_{i}", steps=1 + i % 3, context=8) for i in range(12)
-    ]
-    if stage == "sft":
-        _demos(workdir / "demos")
-        return workdir / "sft"
-    if stage == "train_progress":
-        store.write(workdir / "iteration_0" / "explore" / "trajectories.jsonl", episodes)
-        return workdir / "iteration_0" / "progress"
-    store.write(workdir / "iteration_0" / "annotated.jsonl", episodes)
-    return workdir / "iteration_0" / "ppo"
-
-
 # Stage, and what it trains: its flags, and how many lines of metrics there are when it is killed:
 # behind its checkpoint, so that updates are lost and made again.
 STAGES = {
     "sft": (
-        ("--sft_updates=24", "--sft_batch_size=4", "--sft_checkpoint_every=5",
-         "--sft_learning_rate=1e-2", "--sft_eval_every=3", "--sft_patience=20",
-         "--sft_train_layers=1", "--sft_ema=0.9"),
+        (
+            "--sft_updates=24",
+            "--sft_batch_size=4",
+            "--sft_checkpoint_every=5",
+            "--sft_learning_rate=1e-2",
+            "--sft_eval_every=3",
+            "--sft_patience=20",
+            "--sft_train_layers=1",
+            "--sft_ema=0.9",
+        ),
         8,
     ),
     "train_progress": (
-        ("--progress_epochs=40", "--progress_batch_size=4", "--progress_width=16"), 23,
+        ("--progress_epochs=40", "--progress_batch_size=4", "--progress_width=16"),
+        23,
     ),
     "train_ppo": (
-        ("--ppo_epochs=8", "--ppo_batch_size=4", "--ppo_checkpoint_every=5",
-         "--ppo_learning_rate=1e-2", "--ppo_kl_coef=0.1"),
+        (
+            "--ppo_epochs=8",
+            "--ppo_batch_size=4",
+            "--ppo_checkpoint_every=5",
+            "--ppo_learning_rate=1e-2",
+            "--ppo_kl_coef=0.1",
+        ),
         8,
     ),
     "train_ppo adapters": (
-        ("--ppo_epochs=8", "--ppo_batch_size=4", "--ppo_checkpoint_every=5",
-         "--ppo_learning_rate=1e-2", "--lora_rank=2", "--lora_targets=v,up"),
+        (
+            "--ppo_epochs=8",
+            "--ppo_batch_size=4",
+            "--ppo_checkpoint_every=5",
+            "--ppo_learning_rate=1e-2",
+            "--lora_rank=2",
+            "--lora_targets=v,up",
+        ),
         8,
     ),
-}  # fmt: skip
+}
 
 
 def _weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -114,7 +91,7 @@ def unbroken(policy, tmp_path_factory) -> Run:
     def run(name: str) -> pathlib.Path:
         if name not in found:
             workdir = tmp_path_factory.mktemp("unbroken")
-            found[name] = _prepare(name.split()[0], workdir)
+            found[name] = small.prepare(name.split()[0], workdir)
             stages.succeed(*_command(name, workdir, policy))
         return found[name]
 
@@ -123,7 +100,7 @@ def unbroken(policy, tmp_path_factory) -> Run:
 
 def _command(name: str, workdir: pathlib.Path, policy: pathlib.Path) -> tuple[str, ...]:
     flags, _ = STAGES[name]
-    return (name.split()[0], f"--workdir={workdir}", f"--policy={policy}", *ROWS, *flags)
+    return (name.split()[0], f"--workdir={workdir}", f"--policy={policy}", *small.ROWS, *flags)
 
 
 # Fast: every stage killed, one told to stop; training adapters differs in its state only.
@@ -133,6 +110,7 @@ KILLS = [
     for how, fast in (
         (signal.SIGKILL, name != "train_ppo adapters"),
         (signal.SIGTERM, name == "train_ppo"),
+        (signal.SIGINT, False),
     )
 ]
 
@@ -141,7 +119,7 @@ KILLS = [
 def test_a_killed_run_ends_as_an_unbroken_one(name_of_stage, how, unbroken, policy, tmp_path):
     kill_at, stage = STAGES[name_of_stage][1], name_of_stage.split()[0]
     command = _command(name_of_stage, tmp_path, policy)
-    outs = {"unbroken": unbroken(name_of_stage), "broken": _prepare(stage, tmp_path)}
+    outs = {"unbroken": unbroken(name_of_stage), "broken": small.prepare(stage, tmp_path)}
     file = outs["broken"] / "metrics.jsonl"
     process = stages.start(*command)
     said = stages.kill_when(process, lambda: stages.lines(file) >= kill_at, how=how)
@@ -149,15 +127,16 @@ def test_a_killed_run_ends_as_an_unbroken_one(name_of_stage, how, unbroken, poli
     # One that was being written when the kill came has a longer name, and is no checkpoint.
     names = [p.name for p in (outs["broken"] / "checkpoints").iterdir()]
     steps = [int(name) for name in names if name.isdigit()]
-    if how is signal.SIGTERM:
-        assert process.returncode == 128 + signal.SIGTERM, said
-        assert "stopped by SIGTERM after update" in said and "Traceback" not in said
+    if how is not signal.SIGKILL:
+        assert process.returncode == 128 + how, said
+        name = "SIGTERM" if how is signal.SIGTERM else "Ctrl-C"
+        assert f"stopped by {name} after update" in said and "Traceback" not in said
         saved = f"after update {max(steps)} of"
         assert saved in said, "what is saved is not what was said"
     written = metrics.read_metrics(file)[-1]["update"]
     assert steps and 0 < max(steps), "nothing to resume from"
     if stage != "train_progress":  # which writes a line an epoch
-        assert max(steps) == written if how is signal.SIGTERM else max(steps) <= written
+        assert max(steps) == written if how is not signal.SIGKILL else max(steps) <= written
     stages.succeed(*command)
 
     ours, theirs = _weights(outs["broken"]), _weights(outs["unbroken"])

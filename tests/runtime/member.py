@@ -88,10 +88,13 @@ def main() -> None:
     folder, port, count, index = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:5])
     distributed.initialize(
         DistributedConfig(
-            coordinator_address=f"127.0.0.1:{port}", num_processes=count, process_id=index,
-            connect_timeout_s=120, meet_timeout_s=120,
+            coordinator_address=f"127.0.0.1:{port}",
+            num_processes=count,
+            process_id=index,
+            connect_timeout_s=120,
+            meet_timeout_s=120,
         )
-    )  # fmt: skip
+    )
     with distributed.ending_together():
         distributed.check_devices()
         talk(index, count)

@@ -26,13 +26,24 @@ def _members(folder: pathlib.Path, count: int, devices: int, *more: str):
     environment = stages.environment(devices)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.runtime.member", str(folder), str(port), str(count),
-             str(index), *more],
-            cwd=stages.ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [
+                sys.executable,
+                "-m",
+                "tests.runtime.member",
+                str(folder),
+                str(port),
+                str(count),
+                str(index),
+                *more,
+            ],
+            cwd=stages.ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for index in range(count)
-    ]  # fmt: skip
+    ]
     try:
         said = [process.communicate(timeout=600)[0] for process in processes]
     finally:
@@ -86,9 +97,11 @@ def test_a_full_disk_of_one_process_ends_both_without_a_traceback(tmp_path):
 @pytest.mark.parametrize(("process", "words"), [(1, "nothing answers there after 1 s")])
 def test_a_coordinator_that_is_not_there(process, words):
     config = DistributedConfig(
-        coordinator_address=f"127.0.0.1:{stages.free_port()}", num_processes=2,
-        process_id=process, connect_timeout_s=1,
-    )  # fmt: skip
+        coordinator_address=f"127.0.0.1:{stages.free_port()}",
+        num_processes=2,
+        process_id=process,
+        connect_timeout_s=1,
+    )
     with pytest.raises(UserError, match=words):
         distributed.initialize(config)
 

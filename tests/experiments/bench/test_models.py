@@ -31,8 +31,11 @@ def test_sides_that_compute_something_else_are_not_timed():
 def test_without_pytorch_it_says_what_to_install():
     done = subprocess.run(
         [sys.executable, "-m", "experiments.bench", "models", "--rehearsal"],
-        cwd=stages.ROOT, env=stages.environment(), text=True, capture_output=True,
-    )  # fmt: skip
+        cwd=stages.ROOT,
+        env=stages.environment(),
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 2
     assert "make setup-peers" in done.stderr and "Traceback" not in done.stderr
 

@@ -23,9 +23,12 @@ CONFIG = dataclasses.replace(tiny.tiny_config(), tie_embeddings=False)
 def parts():
     """The flags of the program, with the rehearsal's parts."""
     for name, value in {
-        "parts": ["step", "ragged", "scoring"], "timing_inputs": str(INPUTS), "trajectories": "",
-        "rounds": 1, "rehearsal": True,
-    }.items():  # fmt: skip
+        "parts": ["step", "ragged", "scoring"],
+        "timing_inputs": str(INPUTS),
+        "trajectories": "",
+        "rounds": 1,
+        "rehearsal": True,
+    }.items():
         if name not in flags.FLAGS:
             kind = {list: flags.DEFINE_list, bool: flags.DEFINE_bool, int: flags.DEFINE_integer}
             kind.get(type(value), flags.DEFINE_string)(name, value, "")
@@ -52,8 +55,12 @@ def test_inputs_that_are_none_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", ids=np.zeros((2, 4), int))
     with pytest.raises(UserError, match="array frag_mask is missing"):
         ppo.timing_inputs(tmp_path / "other.npz", 8192)
-    np.savez(tmp_path / "odd.npz", ids=np.zeros((2, 4), int), frag_mask=np.array([0, 1, 0, 1]),
-             scores=np.zeros((2, 3)))  # fmt: skip
+    np.savez(
+        tmp_path / "odd.npz",
+        ids=np.zeros((2, 4), int),
+        frag_mask=np.array([0, 1, 0, 1]),
+        scores=np.zeros((2, 3)),
+    )
     with pytest.raises(UserError, match="do not fit each other"):
         ppo.timing_inputs(tmp_path / "odd.npz", 8192)
 
@@ -120,7 +127,7 @@ def test_both_sides_compute_the_same(lora):
     params = jax.tree.map(lambda x: 0.2 * x, tiny.random_params(CONFIG))
     episodes = [ppo.of_length(f"t{i}", n, CONFIG.vocab_size) for i, n in enumerate((70, 130, 64))]
     rows = ppo._rows_for(episodes, 128, 2)
-    sides = ppo._sides(episodes, rows, 2, CONFIG, params, lora)
+    sides = ppo._sides(episodes, rows, group=2, config=CONFIG, params=params, lora=lora)
     ours, theirs = ppo.Ours(sides), ppo.Theirs(sides)
     scores = ours.forward()
     for everywhere in (False, True):
@@ -162,7 +169,11 @@ def test_a_rehearsal_ends_with_the_ratios(parts, capsys):
     figures = dict(part.split("=") for part in last.split()[1:])
     assert last.startswith("RESULT ")
     for name in (
-        "full_step", "full_update", "lora_step", "ragged", "ragged_minibatches",
+        "full_step",
+        "full_update",
+        "lora_step",
+        "ragged",
+        "ragged_minibatches",
         "scoring_time_of_plain",
-    ):  # fmt: skip
+    ):
         assert float(figures[name]) > 0

@@ -1,0 +1,143 @@
+"""Ctrl-C in small programs: at once, in the middle of a long call, deferred, pressed twice."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.experiments import stages
+
+# One call of the C library for minutes; Python handles no signal meanwhile.
+_STUCK = """
+import hashlib, os
+def stick():
+    os.write(1, b"stuck\\n")
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+_BARE = """
+from spa_jax.runtime import interrupt
+interrupt.install()
+interrupt.watch()
+"""
+_STAGE = """
+from spa_jax.config import DistributedConfig
+from spa_jax.runtime import interrupt, preemption, setup
+interrupt.install()
+"""
+_DEFERRED = """
+def main():
+    with preemption.deferred():
+        stick()
+setup.program(main, DistributedConfig())
+"""
+
+
+def _start(program: str, wait_for: str = "stuck") -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=stages.ROOT,
+        env=stages.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == wait_for
+    return process
+
+
+def _end(process: subprocess.Popen) -> str:
+    """What it said on the standard error, once it has ended with 130."""
+    try:
+        said = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (_BARE + _STUCK + "stick()", "stopped by Ctrl-C\n"),
+        (
+            _STAGE + _STUCK + "setup.program(stick, DistributedConfig())",
+            "stopped by Ctrl-C; run the same command again to continue\n",
+        ),
+    ],
+    ids=["a program", "a stage"],
+)
+def test_one_press_ends_a_program_in_the_middle_of_a_long_call(program, said):
+    process = _start(program)
+    process.send_signal(signal.SIGINT)
+    assert _end(process) == said
+
+
+def test_a_stage_cleans_up_at_the_first_press():
+    work = """
+def main():
+    import time
+    try:
+        print("busy", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+setup.program(main, DistributedConfig())
+"""
+    process = _start(_STAGE + work, "busy")
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "cleaned up\n"), said
+    assert said == "stopped by Ctrl-C; run the same command again to continue\n"
+
+
+def test_an_update_that_hangs_ends_at_the_second_press():
+    process = _start(_STAGE + _STUCK + _DEFERRED)
+    process.send_signal(signal.SIGINT)
+    time.sleep(2.5)
+    assert process.poll() is None  # one press waits for the update
+    process.send_signal(signal.SIGINT)
+    assert _end(process).splitlines() == [
+        "Ctrl-C: ends after this update, which is saved; press again to end at once",
+        "ended at once: Ctrl-C was pressed again",
+    ]
+
+
+def test_an_update_that_ends_ends_the_stage():
+    work = """
+import os, signal
+def main():
+    with preemption.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.asked()
+        print("asked", flush=True)
+        preemption.stop(3, 9)
+setup.program(main, DistributedConfig())
+"""
+    said = _end(_start(_STAGE + work, "asked"))
+    assert said.splitlines()[-1] == (
+        "stopped by Ctrl-C after update 3 of 9, which is saved; run the same command again to "
+        "continue"
+    )
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    """In a background job of a script a shell ignores it: such a job must live on."""
+    work = (
+        """
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+"""
+        + _STAGE
+    )
+    work += """
+def main():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("alive", flush=True)
+setup.program(main, DistributedConfig())
+"""
+    process = _start(work, "alive")
+    assert process.wait(timeout=20) == 0
+    process.communicate()
