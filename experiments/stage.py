@@ -40,7 +40,7 @@ def run(
 
         def recorded() -> None:
             if flags_lib.redo():
-                number = int(flags.FLAGS[ROUND].value) if ROUND in flags.FLAGS else 0
+                number: int = getattr(flags.FLAGS, ROUND, 0)
                 provenance.redo(made, flags_lib.redo(), number)
             provenance.record_run(made, program, argv)
             main(made)
