@@ -76,7 +76,7 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
         recording.stage,
         folder,
         inputs={
-            "the policy's weights": EXPERT
+            "policy": EXPERT
             if expert
             else provenance.policy_digest(pretrained.resolve(recording.policy))
         },

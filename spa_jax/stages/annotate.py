@@ -34,14 +34,15 @@ def run(
     """
     files = run.round(number)
     data, base = data or files.episodes, base or str(run.base)
+    estimator = annotation.head_folder(files.progress, base)
     provenance.check_stage(
         run,
         "annotate",
         files.annotated,
         inputs={
-            "the base policy's weights": provenance.policy_digest(base),
-            "the estimator's weights": provenance.estimator_digest(files.progress),
-            "the episodes": provenance.file_digest(data),
+            "base policy": provenance.policy_digest(base),
+            "estimator": provenance.estimator_digest(estimator),
+            "episodes": provenance.file_digest(data),
         },
     )
     return annotate_file(run, data, out=files.annotated, progress=files.progress, base=base)
