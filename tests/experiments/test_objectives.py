@@ -11,15 +11,14 @@ import pytest
 from experiments import common, train_ppo, train_progress
 from spa_jax import store
 from spa_jax.attribution import credit
-from spa_jax.config import (ComputeConfig, LoraConfig, RowsConfig)
+from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig
 from spa_jax.models import tree
 from spa_jax.models.io import huggingface, tensors
 from spa_jax.rl.objectives import OBJECTIVES
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import metrics as metrics_lib
 from spa_jax.training import partition, ppo_data, scoring
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 
 ROWS = RowsConfig(row_length=128, policy_slots=64, step_slots=16, rows_per_device=1)
 CREDITS = ("spa", "terminal", "uniform", "shuffled", "random")
@@ -230,13 +229,13 @@ def test_the_whole_method_runs_with(objective, kind, tmp_path):
     tiny.tiny_policy(tmp_path / "policy")
     flags = (*_FLAGS, f"--workdir={tmp_path / 'run'}", f"--policy={tmp_path / 'policy'}")
     chosen = (f"--objective={objective}", f"--credit={kind}", "--rollouts=2")
-    out = stages.succeed("run_spa", *flags, *chosen)
+    out = programs.succeed("run_spa", *flags, *chosen)
     assert re.search(r"^RESULT base_success=", out, re.M)
     assert not (tmp_path / "run" / "iteration_0" / "ppo" / "policy" / "heads.safetensors").exists()
 
 
 def _refused(workdir, stage: str, *flags: str) -> str:
-    done = stages.run(stage, f"--workdir={workdir}", *flags)
+    done = programs.run(stage, f"--workdir={workdir}", *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert not list(workdir.rglob("done.json")) + list(workdir.rglob("*.safetensors"))
     return done.stderr
