@@ -12,9 +12,9 @@ import jinja2
 import numpy as np
 
 from spa_jax import evaluation
-from spa_jax.evaluation import BASE, SPA
 from spa_jax.report import figures, transcripts
 from spa_jax.report.workdir import StageMetrics, Workdir, read_workdir
+from spa_jax.run import BASE, SPA
 from spa_jax.trajectory import Status, Trajectory
 
 _NAMES = {BASE: "Base (SFT)", SPA: "SPA"}

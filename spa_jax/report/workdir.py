@@ -7,18 +7,19 @@ W/eval/NAME/trajectories.jsonl
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spa_jax import evaluation, store
 from spa_jax.errors import UserError
+from spa_jax.run import BASE, EPISODES, SPA, Round, Run
+from spa_jax.stage_config import Settings
 from spa_jax.training import metrics
 from spa_jax.trajectory import Trajectory
 
 # The order of the rows: the base, what it became, then the others by name.
-_FIRST_EVALUATIONS = (evaluation.BASE, evaluation.SPA)
+_FIRST_EVALUATIONS = (BASE, SPA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +56,17 @@ def read_workdir(folder: Path) -> Workdir:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--workdir={folder}: no such folder; give the --workdir of a run")
-    rounds = sorted(
-        (int(match[1]), path)
-        for path in folder.iterdir()
-        if (match := re.fullmatch(r"iteration_(\d+)", path.name))
-    )
+    run = Run(folder, policy="", seed=0, settings=Settings())
+    rounds = run.rounds()
     found = Workdir(
         name=folder.resolve().name,
-        played=_played(folder, rounds),
+        played=_played(run, rounds),
         stages={
-            "sft": _metrics([(0, folder / "sft")]),
-            "progress": _metrics([(i, path / "progress") for i, path in rounds]),
-            "ppo": _metrics([(i, path / "ppo") for i, path in rounds]),
+            "sft": _metrics([(0, run.sft)]),
+            "progress": _metrics([(r.number, r.progress) for r in rounds]),
+            "ppo": _metrics([(r.number, r.ppo) for r in rounds]),
         },
-        evaluations=_evaluations(folder / "eval"),
+        evaluations=_evaluations(run),
     )
     if not (found.played or found.evaluations or any(found.stages.values())):
         raise UserError(
@@ -78,14 +76,14 @@ def read_workdir(folder: Path) -> Workdir:
     return found
 
 
-def _played(folder: Path, rounds: list[tuple[int, Path]]) -> dict[str, evaluation.Summary]:
+def _played(run: Run, rounds: list[Round]) -> dict[str, evaluation.Summary]:
     paths = {
-        "Demonstrations": folder / "demos" / "train" / "trajectories.jsonl",
-        "Demonstrations held out": folder / "demos" / "valid" / "trajectories.jsonl",
+        "Demonstrations": run.demonstrations("train"),
+        "Demonstrations held out": run.demonstrations("valid"),
     }
-    for number, path in rounds:
-        name = "Exploration" if len(rounds) == 1 else f"Exploration, round {number + 1}"
-        paths[name] = path / "explore" / "trajectories.jsonl"
+    for r in rounds:
+        name = "Exploration" if len(rounds) == 1 else f"Exploration, round {r.number + 1}"
+        paths[name] = r.episodes
     return {
         name: evaluation.summarize(store.read(path))
         for name, path in paths.items()
@@ -103,9 +101,9 @@ def _metrics(folders: list[tuple[int, Path]]) -> list[StageMetrics]:
     return found
 
 
-def _evaluations(folder: Path) -> dict[str, list[Trajectory]]:
-    names = {path.parent.name for path in folder.glob("*/trajectories.jsonl")}
+def _evaluations(run: Run) -> dict[str, list[Trajectory]]:
+    names = {path.parent.name for path in run.evaluations.glob(f"*/{EPISODES}")}
     ordered = [name for name in _FIRST_EVALUATIONS if name in names]
     ordered += sorted(names - set(ordered))
-    read = {name: store.read(folder / name / "trajectories.jsonl") for name in ordered}
+    read = {name: store.read(run.evaluation(name) / EPISODES) for name in ordered}
     return {name: trajectories for name, trajectories in read.items() if trajectories}
