@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -49,6 +49,7 @@ class Recording:
       games: which games, and how often.
       sampling: how the policy writes.
       title: of the progress bar.
+      names: the flags that set the games and the temperature, where they are not exploration's.
     """
 
     stage: str
@@ -57,6 +58,7 @@ class Recording:
     games: ExploreConfig
     sampling: SamplingConfig
     title: str
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def record(run: Run, recording: Recording) -> list[Trajectory]:
@@ -87,6 +89,7 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
             "first_game": games.first_game,
             "temperature": recording.sampling.temperature,
         },
+        names=recording.names,
     )
     if same and files.has_all(folder, recording.title):
         return store.read(folder / run_lib.EPISODES)

@@ -229,6 +229,7 @@ def check_stage(
     *,
     inputs: Mapping[str, str],
     settings: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> bool:
     """Refuses to go on in a folder that was made from other settings or inputs.
 
@@ -244,6 +245,7 @@ def check_stage(
         for weights, the others are in the plural ("episodes").  What the environment plays is
         added for the stages that play.
       settings: values by flag name, `seed` among them, where they are not the run's.
+      names: the flags that those are told by, where they have others in this stage.
 
     Returns:
       Whether the folder says that it was made from just these: what is in it can be used as it is.
@@ -254,7 +256,9 @@ def check_stage(
     distributed = _distributed()
     return distributed.broadcast(
         f"{stage} {folder}: the fingerprint",
-        lambda: _check_stage(run, stage, folder, inputs, settings or {}),
+        lambda: _check_stage(
+            run, stage, folder, inputs, settings=settings or {}, names=names or {}
+        ),
     )
 
 
@@ -263,7 +267,9 @@ def _check_stage(
     stage: str,
     folder: pathlib.Path,
     inputs: Mapping[str, str],
+    *,
     settings: Mapping[str, Any],
+    names: Mapping[str, str],
 ) -> bool:
     global _warned
     now = fingerprint(run, stage, inputs=inputs, settings=settings)
@@ -280,7 +286,7 @@ def _check_stage(
                 flush=True,
             )
         return False
-    found = _differences(json.loads(path.read_text()), now, _defaults(run))
+    found = _differences(json.loads(path.read_text()), now, _defaults(run), names)
     if not found:
         return True
     if not _has_results(folder):  # it was refused before it had any
@@ -331,9 +337,7 @@ def _defaults(run: Run) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def _differences(
-    was: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> list[str]:
+def _differences(was: dict, now: dict, defaults: dict, names: Mapping[str, str]) -> list[str]:
     """Every difference of two fingerprints in words.
 
     A setting that the older one does not name is newer than it, and had its default.
@@ -342,7 +346,7 @@ def _differences(
     for flag, value in now["settings"].items():
         before = was["settings"].get(flag, defaults.get(flag))
         if before != value:
-            found.append(f"--{flag} was {_shown(before)}, is {_shown(value)}")
+            found.append(f"--{names.get(flag, flag)} was {_shown(before)}, is {_shown(value)}")
     if was["seed"] != now["seed"]:
         found.append(f"--seed was {was['seed']}, is {now['seed']}")
     for name in sorted(was["inputs"].keys() | now["inputs"].keys()):
@@ -422,9 +426,7 @@ def redo(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
         raise UserError(f"--redo={stage}: no such stage; {_redo_help()}")
     if in_a_round and which and not which.isdecimal():
         raise UserError(f"--redo={stage}: {which!r} is no round; {_redo_help()}")
-    if (
-        which == ".." or pathlib.Path(which).name != which
-    ):  # it would leave the folder of the evaluations
+    if which == ".." or pathlib.Path(which).name != which:  # it leaves the evaluations' folder
         raise UserError(f"--redo={stage}: {which!r} is no evaluation; {_redo_help()}")
     doomed = _followers(run, name, int(which) if in_a_round and which else number, which)
 

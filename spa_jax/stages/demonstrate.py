@@ -20,10 +20,10 @@ def run(run: Run) -> None:
         _import(run)
         return
     chosen = {
-        "train": (data.demo_split, data.demo_games),
-        "valid": (data.demo_valid_split, data.demo_valid_games),
+        "train": (data.demo_split, data.demo_games, "demo"),
+        "valid": (data.demo_valid_split, data.demo_valid_games, "demo_valid"),
     }
-    for part, (split, games) in chosen.items():
+    for part, (split, games, flags) in chosen.items():
         play.record(
             run,
             Recording(
@@ -33,6 +33,7 @@ def run(run: Run) -> None:
                 games=ExploreConfig(rollouts=1, split=split, games=games),
                 sampling=run.settings.sampling,
                 title=f"demos {part}",
+                names={"split": f"{flags}_split", "games": f"{flags}_games"},
             ),
         )
 

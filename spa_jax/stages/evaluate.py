@@ -4,6 +4,7 @@ Writes W/eval/NAME/{trajectories.jsonl,summary.json}.  Run again, it plays what 
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from spa_jax import evaluation, files, play
 from spa_jax.config import SamplingConfig
@@ -28,13 +29,33 @@ def run(run: Run, name: str, *, policy: str) -> Summary:
         policy=policy,
         games=ExploreConfig(split=data.heldout_split, games=data.heldout_games),
         sampling=dataclasses.replace(sampling, temperature=method.eval_temperature),
+        names={
+            "split": "heldout_split",
+            "games": "heldout_games",
+            "temperature": "eval_temperature",
+        },
     )
 
 
 def play_games(
-    run: Run, name: str, *, policy: str, games: ExploreConfig, sampling: SamplingConfig
+    run: Run,
+    name: str,
+    *,
+    policy: str,
+    games: ExploreConfig,
+    sampling: SamplingConfig,
+    names: Mapping[str, str] | None = None,
 ) -> Summary:
-    """Plays one episode of each chosen game, and writes the summary."""
+    """Plays one episode of each chosen game, and writes the summary.
+
+    Args:
+      run: the run.
+      name: below W/eval.
+      policy: who plays.
+      games: which games.
+      sampling: how the policy writes.
+      names: the flags that set these, see `play.Recording`.
+    """
     folder = run.evaluation(name)
     played = play.record(
         run,
@@ -45,6 +66,7 @@ def play_games(
             games=dataclasses.replace(games, rollouts=1),
             sampling=sampling,
             title=f"evaluate {name}",
+            names=names or {},
         ),
     )
     summary = evaluation.summarize(played)
