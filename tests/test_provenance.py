@@ -207,7 +207,6 @@ def test_how_it_runs_may_change(stage, sections, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "sections", "flag"),
     [
-        ("demos", {"data": DataConfig(demo_games=3)}, "--demo_games"),
         ("demos", {"env": EnvConfig(max_steps=3)}, "--max_steps"),
         ("sft", {"sft": SftConfig(ema=0.9)}, "--sft_ema"),
         ("explore", {"sampling": SamplingConfig(temperature=0.5)}, "--temperature"),
