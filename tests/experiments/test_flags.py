@@ -42,7 +42,7 @@ flags_lib.run_program(main, reads=(EnvConfig, SamplingConfig, ExploreConfig), st
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
+def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     for name, text in (("whole", _WHOLE), ("stage", _STAGE)):
         (folder / f"{name}.py").write_text(text)
@@ -60,8 +60,8 @@ def _run(program, *flags, columns="100"):
     )
 
 
-def _said(programs, *flags):
-    done = _run(programs / "stage.py", *flags)
+def _said(written, *flags):
+    done = _run(written / "stage.py", *flags)
     assert done.returncode == 0, done.stderr
     return eval(done.stdout)
 
@@ -70,8 +70,8 @@ def _said(programs, *flags):
 
 
 @pytest.mark.parametrize("columns", ["100", "60"])
-def test_help_of_a_run_is_short(programs, columns):
-    done = _run(programs / "whole.py", "--help", columns=columns)
+def test_help_of_a_run_is_short(written, columns):
+    done = _run(written / "whole.py", "--help", columns=columns)
     assert done.returncode == 0 and not done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) < 120 and max(map(len, lines)) <= int(columns)
@@ -84,17 +84,17 @@ def test_help_of_a_run_is_short(programs, columns):
     assert any("--ppo_learning_rate=1e-05" in flag for flag in flags)
 
 
-def test_helpfull_lists_every_flag_with_its_range(programs):
+def test_helpfull_lists_every_flag_with_its_range(written):
     for program in ("whole", "stage"):
-        done = _run(programs / f"{program}.py", "--helpfull")
+        done = _run(written / f"{program}.py", "--helpfull")
         assert done.returncode == 0
         assert "The rest:" in done.stdout and "--ppo_value_clip=0.2" in done.stdout
         text = " ".join(done.stdout.split())
         assert "It is at least 0 and below 1." in text and "One of loss, reward." in text
 
 
-def test_help_of_a_stage_shows_its_own_flags(programs):
-    done = _run(programs / "stage.py", "--help")
+def test_help_of_a_stage_shows_its_own_flags(written):
+    done = _run(written / "stage.py", "--help")
     assert done.returncode == 0
     for flag in ("--name=policy", "--temperature=1.0", "--top_k=0", "--redo=", "--policy= "):
         assert f"\n  {flag}" in done.stdout
@@ -121,21 +121,21 @@ def test_help_of_a_stage_shows_its_own_flags(programs):
         (["--flagfile=/no/such/file"], "/no/such/file"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(programs, flags, words):
-    done = _run(programs / "stage.py", "--workdir=W", *flags)
+def test_a_mistake_is_told_in_one_line(written, flags, words):
+    done = _run(written / "stage.py", "--workdir=W", *flags)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: ") and words in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_misspelt_flag_in_a_flagfile_is_refused(programs, tmp_path):
+def test_a_misspelt_flag_in_a_flagfile_is_refused(written, tmp_path):
     (tmp_path / "f").write_text("--workdir=W\n--ppo_learning_rat=1\n")
-    done = _run(programs / "stage.py", f"--flagfile={tmp_path / 'f'}")
+    done = _run(written / "stage.py", f"--flagfile={tmp_path / 'f'}")
     assert done.returncode == 2 and "did you mean --ppo_learning_rate?" in done.stderr
 
 
-def test_the_workdir_has_no_default(programs):
-    done = _run(programs / "stage.py")
+def test_the_workdir_has_no_default(written):
+    done = _run(written / "stage.py")
     assert done.returncode == 2
     assert done.stderr == (
         "error: --workdir is not set: name the folder of the run, for example "
@@ -147,40 +147,40 @@ def test_the_workdir_has_no_default(programs):
 
 
 @pytest.mark.parametrize("preset", ["quickstart", "webshop_llama3.2_3b"])
-def test_a_stage_reads_a_whole_runs_flagfile(programs, preset):
+def test_a_stage_reads_a_whole_runs_flagfile(written, preset):
     file = PRESETS / f"{preset}.flags"
-    said = _said(programs, f"--flagfile={file}")
+    said = _said(written, f"--flagfile={file}")
     assert f"--policy={said['run']}" in file.read_text()
     assert f"--workdir={said['workdir']}" in file.read_text()
     assert f"--split={said['split']}" in file.read_text()
     assert said["stage"] == "" and not said["own split"]
 
 
-def test_a_policy_of_the_command_line_is_the_stages(programs):
+def test_a_policy_of_the_command_line_is_the_stages(written):
     """What is given for the stage wins, wherever the run's flagfile stands."""
     file = PRESETS / "quickstart.flags"
     for flags in (["--policy=mine"], ["--policy", "mine"], ["-policy=mine"]):
-        said = _said(programs, *flags, f"--flagfile={file}", "--split=heldout", "--redo=evaluate")
+        said = _said(written, *flags, f"--flagfile={file}", "--split=heldout", "--redo=evaluate")
         assert (said["stage"], said["run"]) == ("mine", "models/smollm2-135m-instruct")
         assert (said["split"], said["own split"], said["redo"]) == ("heldout", True, "evaluate")
-    said = _said(programs, f"--flagfile={file}", "--workdir=other")
+    said = _said(written, f"--flagfile={file}", "--workdir=other")
     assert (said["split"], said["workdir"], said["stage"]) == ("explore", "other", "")
 
 
-def test_a_policy_in_a_flagfile_of_the_stages_own_is_the_stages(programs, tmp_path):
+def test_a_policy_in_a_flagfile_of_the_stages_own_is_the_stages(written, tmp_path):
     (tmp_path / "inner").write_text("--split=valid\n")
     (tmp_path / "own").write_text(
         f"# a comment\n--policy=mine\n--workdir=W\n--name=x\n--flagfile={tmp_path / 'inner'}\n"
     )
-    said = _said(programs, "--flagfile", tmp_path / "own")
+    said = _said(written, "--flagfile", tmp_path / "own")
     assert (said["stage"], said["run"]) == ("mine", "models/smollm2-135m-instruct")
     assert (said["split"], said["own split"], said["name"]) == ("valid", True, "x")
     (tmp_path / "inner").write_text("--nocredit_residual\n--split=valid\n")
-    said = _said(programs, f"--flagfile={tmp_path / 'own'}")
+    said = _said(written, f"--flagfile={tmp_path / 'own'}")
     assert (said["stage"], said["run"], said["own split"]) == ("", "mine", False)
 
 
-def test_a_runs_policy_is_the_pretrained_one(programs):
-    done = _run(programs / "whole.py", "--workdir=W", "--policy=mine", "--seed=3")
+def test_a_runs_policy_is_the_pretrained_one(written):
+    done = _run(written / "whole.py", "--workdir=W", "--policy=mine", "--seed=3")
     assert done.returncode == 0, done.stderr
     assert "policy='mine', seed=3" in done.stdout
