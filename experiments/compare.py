@@ -8,6 +8,7 @@ its games.  The arms see the same held-out games in every seed.  Writes W/compar
 """
 
 import dataclasses
+import sys
 
 import numpy as np
 from absl import flags
@@ -30,7 +31,7 @@ def main(run: Run) -> None:
     found: dict[str, dict[str, dict]] = {}
     for seed in map(int, flags.FLAGS.seeds):
         one = dataclasses.replace(run, workdir=run.workdir / f"seed_{seed}", seed=seed)
-        provenance.record_run(one, "compare", [])
+        provenance.record_run(one, "compare", sys.argv)
         summaries = comparison.run_seed(one)
         print(f"\nseed {seed}\n{evaluation.table(summaries)}")
         found[str(seed)] = {arm: s.to_dict() for arm, s in summaries.items()}

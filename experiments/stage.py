@@ -1,5 +1,6 @@
 """What every program that takes a run does: reads it from the flags, records it, prepares JAX."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,13 +37,14 @@ def run(
     """
 
     def with_run(argv: Sequence[str]) -> None:
+        del argv
         made = flags_lib.from_flags()
 
         def recorded() -> None:
             if flags_lib.redo():
                 number: int = getattr(flags.FLAGS, ROUND, 0)
                 provenance.redo(made, flags_lib.redo(), number)
-            provenance.record_run(made, program, argv)
+            provenance.record_run(made, program, sys.argv)
             main(made)
 
         setup.program(recorded, flags_lib.read(DistributedConfig))

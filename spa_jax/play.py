@@ -25,7 +25,6 @@ from spa_jax.envs.openenv import OPENENV, OpenEnvClient
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.models import limits
-from spa_jax.models.io import pretrained
 from spa_jax.policy import EXPERT, Policy
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
@@ -75,11 +74,7 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
         run,
         recording.stage,
         folder,
-        inputs={
-            "the policy's weights": EXPERT
-            if expert
-            else provenance.policy_digest(pretrained.resolve(recording.policy))
-        },
+        inputs={"policy": EXPERT if expert else provenance.policy_digest(recording.policy)},
         settings={
             "rollouts": games.rollouts,
             "split": games.split,

@@ -78,11 +78,7 @@ def record_run(run: Run, program: str, argv: Sequence[str]) -> None:
         **machine.commit(),
         "versions": machine.versions(),
         "machine": machine.describe(),
-        "environment": {
-            "name": run.settings.env.env,
-            "data": run.settings.env.data,
-            "identity": environment_identity(run.settings.env, run.games),
-        },
+        "environment": _environment(run),
         "settings": {
             flag: {
                 "value": _redacted(value),
@@ -94,6 +90,18 @@ def record_run(run: Run, program: str, argv: Sequence[str]) -> None:
     }
     now["earlier"] = _earlier(run.json)
     write_json(run.json, now)
+
+
+def record_environment(run: Run) -> None:
+    """Says in W/run.json what is played, once the run's own games are there."""
+    if _distributed().is_first() and run.json.exists():
+        write_json(run.json, json.loads(run.json.read_text()) | {"environment": _environment(run)})
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    env = run.settings.env
+    identity = environment_identity(env, run.games)
+    return {"name": env.env, "data": env.data, "identity": identity}
 
 
 def _earlier(path: pathlib.Path) -> list[dict[str, Any]]:

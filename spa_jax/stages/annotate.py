@@ -39,9 +39,9 @@ def run(
         "annotate",
         files.annotated,
         inputs={
-            "the base policy's weights": provenance.policy_digest(base),
-            "the estimator's weights": provenance.estimator_digest(files.progress),
-            "the episodes": provenance.file_digest(data),
+            "base policy": provenance.policy_digest(base),
+            "estimator": provenance.estimator_digest(files.progress),
+            "episodes": provenance.file_digest(data),
         },
     )
     return annotate_file(run, data, out=files.annotated, progress=files.progress, base=base)

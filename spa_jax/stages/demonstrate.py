@@ -41,7 +41,7 @@ def _import(run: Run) -> None:
     """Writes the solved episodes of the log at --demonstrations."""
     log, env = run.settings.method.demonstrations, run.settings.env.env
     provenance.check_stage(
-        run, "demos", run.demos, inputs={"the log's records": provenance.file_digest(log)}
+        run, "demos", run.demos, inputs={"log's records": provenance.file_digest(log)}
     )
 
     def write() -> None:

@@ -44,9 +44,9 @@ def train(run: Run, *, out: pathlib.Path, start: str, sft: SftConfig, seed: int)
         "sft",
         out,
         inputs={
-            "the policy's weights": provenance.policy_digest(start),
+            "policy": provenance.policy_digest(start),
             **{
-                f"the {part} demonstrations": provenance.file_digest(run.demonstrations(part))
+                f"{part} demonstrations": provenance.file_digest(run.demonstrations(part))
                 for part in ("train", "valid")
                 if run.demonstrations(part).exists()
             },

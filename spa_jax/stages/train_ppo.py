@@ -41,9 +41,9 @@ def run(run: Run, number: int, *, policy: str = "") -> None:
         "ppo",
         here.ppo,
         inputs={
-            "the policy's weights": provenance.policy_digest(played),
-            "the base policy's weights": provenance.policy_digest(reference),
-            "the annotated episodes": provenance.file_digest(here.annotated),
+            "policy": provenance.policy_digest(played),
+            "base policy": provenance.policy_digest(reference),
+            "annotated episodes": provenance.file_digest(here.annotated),
         },
     )
     if files.is_done(here.ppo, "ppo"):

@@ -38,9 +38,9 @@ def run(run: Run, number: int, *, trunk: str = "") -> None:
         "progress",
         out,
         inputs={
-            "the base policy's weights": provenance.policy_digest(trunk),
+            "base policy": provenance.policy_digest(trunk),
             **{
-                f"the episodes of {path.parent.parent.name}": provenance.file_digest(path)
+                f"episodes of {path.parent.parent.name}": provenance.file_digest(path)
                 for path in explored
             },
         },
