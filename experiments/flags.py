@@ -189,7 +189,7 @@ def run(main: Main, *shared: flags.FlagHolder, words: int = 0) -> None:
       *shared: those of `WORKDIR` and `SEED` that it reads: --help shows them.
       words: how many arguments it takes that are no flags.
     """
-    own = {flag.name for flag in shared} | _program_flags()
+    own = {flag.name for flag in shared} | _program_flags() | set(help_pages.SETTINGS)
     app.run(
         lambda argv: _guarded(main, argv, words), flags_parser=lambda argv: _parse(argv, own, False)
     )

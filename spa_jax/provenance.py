@@ -421,7 +421,7 @@ def redo(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
         raise UserError(f"--redo={stage}: no such stage; {_redo_help()}")
     if in_a_round and which and not which.isdecimal():
         raise UserError(f"--redo={stage}: {which!r} is no round; {_redo_help()}")
-    if which == ".." or pathlib.Path(which).name != which:  # it would leave the folder of the evaluations
+    if which == ".." or pathlib.Path(which).name != which:  # would leave W/eval
         raise UserError(f"--redo={stage}: {which!r} is no evaluation; {_redo_help()}")
     doomed = _followers(run, name, int(which) if in_a_round and which else number, which)
 

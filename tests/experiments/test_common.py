@@ -47,7 +47,8 @@ def test_nothing_longer_than_the_model_can_attend_over(folder):
     common.check_lengths(policy, [short], "x.jsonl", RowsConfig())
     with pytest.raises(UserError, match=r"x.jsonl: task 'b' \(seed 0, attempt 0\): \d+ tokens"):
         common.check_lengths(policy, [short, long], "x.jsonl", RowsConfig())
-    rows = RowsConfig(row_length=len(short.token_ids) - 1)
+    length = len(short.token_ids) - 1
+    rows = RowsConfig(row_length=length, policy_slots=length)
     with pytest.raises(UserError, match="task 'a'.*--row_length"):
         common.check_lengths(policy, [short], "x.jsonl", rows)
 
