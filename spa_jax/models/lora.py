@@ -156,6 +156,6 @@ def targets_of(modules: Sequence[str]) -> tuple[Target, ...]:
     return tuple(ours[module] for module in modules)
 
 
-def modules_of(targets: Sequence[str]) -> list[str]:
+def modules_of(targets: Sequence[Target]) -> list[str]:
     """PEFT's names of our `targets`, as `targets_of` reads them."""
     return [MODULES[name].split(".")[-1] for name in targets]
