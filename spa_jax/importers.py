@@ -63,7 +63,13 @@ def read_sharegpt(
         where = f"{path}: record {number}"
         texts = _texts(where, record)
         task = str(record.get("game_file") or record.get("id", number))
-        trajectories.append(_trajectory(where, record, texts, env, split, task, attempts[task]))
+        names: dict[str, Any] = {
+            "env": env,
+            "split": split,
+            "task": task,
+            "attempt": attempts[task],
+        }
+        trajectories.append(_trajectory(where, record, texts, **names))
         attempts[task] += 1
     return trajectories
 
@@ -91,7 +97,7 @@ def _texts(where: str, record: Any) -> list[str]:
 
 
 def _trajectory(
-    where: str, record: Any, texts: list[str], env: str, split: str, task: str, attempt: int
+    where: str, record: Any, texts: list[str], *, env: str, split: str, task: str, attempt: int
 ) -> Trajectory:
     instruction = ""
     if len(texts) > 2 and _ACKNOWLEDGEMENT.fullmatch(texts[1].strip()):
