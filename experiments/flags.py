@@ -37,8 +37,7 @@ _STAGE_POLICY_HELP = (
     "in a whole run's flagfile (one that sets flags which this stage does not read) is the "
     "pretrained policy of the run, and not this stage's."
 )
-_SHARED = ("workdir", "seed")  # of many programs
-_RUN = ("policy", "redo")  # of all that take a run
+_SHARED = ("workdir", "seed")
 _GIVEN = re.compile(r"--?([^=]+)(?:=(.*))?", re.DOTALL)
 
 WORKDIR = flags.DEFINE_string(
@@ -192,7 +191,7 @@ def run(main: Main, *shared: flags.FlagHolder, words: int = 0) -> None:
       *shared: those of `WORKDIR` and `SEED` that it reads: --help shows them.
       words: how many arguments it takes that are no flags.
     """
-    own = {flag.name for flag in shared} | _program_flags()
+    own = {flag.name for flag in shared} | _program_flags() | set(help_pages.SETTINGS)
     _start(lambda argv: _guarded(main, argv, words), lambda argv: _parse(argv, own, False))
 
 
@@ -200,6 +199,7 @@ def run_program(
     main: Main,
     *,
     reads: Sequence[type | str] = (),
+    stage: bool = True,
     stage_policy: bool = False,
     needs_workdir: bool = True,
 ) -> None:
@@ -207,15 +207,17 @@ def run_program(
 
     Args:
       main: the program.
-      reads: the dataclasses of settings, or single flags, that it reads; its own flags and those
-        of every run are added.
+      reads: the dataclasses of settings, or single flags, that it reads; --workdir, --seed and
+        the flags that it defines itself are added.
+      stage: it plays or trains: it heeds --policy and --redo, and several processes can share it.
       stage_policy: its --policy is the stage's, see `stage_policy`.
       needs_workdir: it uses the run's folder.
     """
     define_run()
     if stage_policy:
         flags.FLAGS["policy"].help = _STAGE_POLICY_HELP
-    own = {*_SHARED, *_RUN} | _program_flags() | _names(DistributedConfig)
+    own = {*_SHARED} | _program_flags()
+    own |= {"policy", "redo"} | _names(DistributedConfig) if stage else set()
     for part in reads:
         own |= {part} if isinstance(part, str) else _names(part)
 

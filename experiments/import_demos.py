@@ -37,4 +37,4 @@ if __name__ == "__main__":
     _VALID = flags.DEFINE_float(
         "valid_share", importers.VALID_SHARE, "Share of the tasks for the held-out loss."
     )
-    flags_lib.run_program(main, reads=("env",))
+    flags_lib.run_program(main, reads=("env",), stage=False)

@@ -16,8 +16,6 @@ import numpy as np
 
 from spa_jax.trajectory import Status, Trajectory
 
-# The evaluations of a whole run: the base policy's, and that of the policy that SPA made.
-BASE, SPA = "sft", "spa"
 EXAMPLES = 4  # won episodes, and as many lost ones, that are annotated and shown
 # A final reward this close to 1 is the full reward (rewards travel as JSON floats).
 _FULL_REWARD = 1.0 - 1e-6

@@ -17,12 +17,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spa_jax import machine
+from spa_jax import files, machine
 from spa_jax import run as run_lib
 from spa_jax import settings as settings_lib
 from spa_jax.config import EnvConfig, LoraConfig
 from spa_jax.errors import UserError
 from spa_jax.run import Run
+from spa_jax.runtime import distributed
 
 VERSION = 1  # of the fingerprints
 SERVED = "served"  # the identity of an environment that runs elsewhere: not compared
@@ -63,7 +64,6 @@ def record_run(run: Run, program: str, argv: Sequence[str]) -> None:
       program: the program's name, such as "run_spa".
       argv: its arguments, the program's own name first.
     """
-    distributed = _distributed()
     if not distributed.is_first():
         return
     settings = settings_lib.by_flag(run.settings)
@@ -89,13 +89,14 @@ def record_run(run: Run, program: str, argv: Sequence[str]) -> None:
         },
     }
     now["earlier"] = _earlier(run.json)
-    write_json(run.json, now)
+    files.write_json(run.json, now)
 
 
 def record_environment(run: Run) -> None:
     """Says in W/run.json what is played, once the run's own games are there."""
-    if _distributed().is_first() and run.json.exists():
-        write_json(run.json, json.loads(run.json.read_text()) | {"environment": _environment(run)})
+    if distributed.is_first() and run.json.exists():
+        noted = json.loads(run.json.read_text())
+        files.write_json(run.json, noted | {"environment": _environment(run)})
 
 
 def _environment(run: Run) -> dict[str, Any]:
@@ -151,8 +152,8 @@ def policy_digest(policy: str | os.PathLike[str]) -> str:
     """
     from spa_jax.models.io import pretrained, tensors
 
-    files = pretrained.weight_files(pretrained.resolve(policy))
-    return _digest_of(file for file in files if file.name != tensors.HEADS)
+    found = pretrained.weight_files(pretrained.resolve(policy))
+    return _digest_of(file for file in found if file.name != tensors.HEADS)
 
 
 def estimator_digest(folder: str | os.PathLike[str]) -> str:
@@ -164,9 +165,9 @@ def estimator_digest(folder: str | os.PathLike[str]) -> str:
     return _digest_of(sorted(pathlib.Path(folder).rglob("*.safetensors")))
 
 
-def _digest_of(files: Iterable[pathlib.Path]) -> str:
+def _digest_of(paths: Iterable[pathlib.Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file in paths:
         digest.update(bytes.fromhex(file_digest(file)))
     return digest.hexdigest()[:16]
 
@@ -259,7 +260,6 @@ def check_stage(
     Raises:
       UserError: names every difference, and how to go on.
     """
-    distributed = _distributed()
     return distributed.broadcast(
         f"{stage} {folder}: the fingerprint",
         lambda: _check_stage(run, stage, folder, inputs, settings or {}),
@@ -278,7 +278,7 @@ def _check_stage(
     path = run_lib.fingerprint(folder)
     if not path.exists():
         if not _has_results(folder):
-            write_json(path, now)
+            files.write_json(path, now)
         elif not _warned:
             _warned = True
             print(
@@ -292,7 +292,7 @@ def _check_stage(
     if not found:
         return True
     if not _has_results(folder):  # it was refused before it had any
-        write_json(path, now)
+        files.write_json(path, now)
         return False
     raise UserError(
         f"{folder} was made with other settings: {'; '.join(found)}. Give another --workdir, or "
@@ -430,9 +430,7 @@ def redo(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
         raise UserError(f"--redo={stage}: no such stage; {_redo_help()}")
     if in_a_round and which and not which.isdecimal():
         raise UserError(f"--redo={stage}: {which!r} is no round; {_redo_help()}")
-    if (
-        which == ".." or pathlib.Path(which).name != which
-    ):  # it would leave the folder of the evaluations
+    if which == ".." or pathlib.Path(which).name != which:  # would leave W/eval
         raise UserError(f"--redo={stage}: {which!r} is no evaluation; {_redo_help()}")
     doomed = _followers(run, name, int(which) if in_a_round and which else number, which)
 
@@ -445,7 +443,7 @@ def redo(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
             print(f"--redo={stage}: nothing to remove", flush=True)
         return [str(path) for path in there]
 
-    return [pathlib.Path(path) for path in _distributed().broadcast(f"--redo={stage}", remove)]
+    return [pathlib.Path(path) for path in distributed.broadcast(f"--redo={stage}", remove)]
 
 
 def _redo_help() -> str:
@@ -482,24 +480,3 @@ def _followers(run: Run, stage: str, number: int, name: str) -> list[pathlib.Pat
     arms = [run.continued_sft, run.terminal] if stage == "explore" else [run.continued_sft]
     this = [path for s, paths in parts.items() if order <= STAGES.index(s) for path in paths]
     return [*judged, *sorted(trained), *arms, *reversed(later), *this]
-
-
-# --- files ------------------------------------------------------------------------------------
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _distributed() -> Any:
-    """The module of the processes that share a run; JAX comes with it."""
-    from spa_jax.runtime import distributed
-
-    return distributed

@@ -197,7 +197,7 @@ def test_adapters_can_be_computed_again():
 
 
 def test_each_choice_keeps_less_than_the_one_before():
-    rows = RowsConfig(row_length=128, rows_per_device=2)
+    rows = RowsConfig(row_length=128, policy_slots=128, rows_per_device=2)
     kept = [
         memory.residual_bytes(_computed(remat=remat), rows)
         for remat in ("none", "dots", "attention", "layer")
