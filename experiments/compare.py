@@ -21,13 +21,17 @@ from spa_jax.settings import sections
 from spa_jax.stage_config import Settings
 
 
-def main(run: Run) -> None:
+def check(run: Run) -> None:
+    """Refuses a base that no demonstrations of this run made."""
     base = run.settings.method.base
     if base:
         raise UserError(
             f"--base={base}: continued SFT goes on with the demonstrations that made the base, so "
             "every seed makes its own; drop --base"
         )
+
+
+def main(run: Run) -> None:
     found: dict[str, dict[str, dict]] = {}
     for seed in map(int, flags.FLAGS.seeds):
         one = dataclasses.replace(run, workdir=run.workdir / f"seed_{seed}", seed=seed)
@@ -46,4 +50,4 @@ def main(run: Run) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the comparison.")
     reads: list[type | str] = [type(part) for _, part in sections(Settings())]
-    stage.run("compare", main, reads=reads)
+    stage.run("compare", main, reads=reads, check=check)

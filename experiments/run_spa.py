@@ -34,4 +34,5 @@ def main(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    stage.run("run_spa", main, reads=[type(part) for _, part in sections(Settings())])
+    reads: list[type | str] = [type(part) for _, part in sections(Settings())]
+    stage.run("run_spa", main, reads=reads, check=method.check)

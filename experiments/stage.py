@@ -26,6 +26,7 @@ def run(
     *,
     reads: Sequence[type | str],
     stage_policy: bool = False,
+    check: Callable[[Run], None] | None = None,
 ) -> None:
     """Runs a program: in W/run.json stands what it ran with before its `main` begins.
 
@@ -34,6 +35,7 @@ def run(
       main: takes the run.
       reads: the dataclasses of settings, and single flags, that it shows with --help.
       stage_policy: its --policy is this stage's alone, see `flags.stage_policy`.
+      check: refuses a run that cannot be, before anything is written.
     """
 
     def with_run(argv: Sequence[str]) -> None:
@@ -41,6 +43,8 @@ def run(
         made = flags_lib.from_flags()
 
         def recorded() -> None:
+            if check:
+                check(made)
             if flags_lib.redo():
                 number: int = getattr(flags.FLAGS, ROUND, 0)
                 provenance.redo(made, flags_lib.redo(), number)

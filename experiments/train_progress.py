@@ -4,8 +4,8 @@
 
 The trunk is the frozen base policy (W/sft/policy); a head reads its last hidden state at the
 last token of every step.  With --lora_rank the trunk gets adapters, which are trained with the
-head (in a whole run if --lora_stages names progress).  Reads W/iteration_I/explore of all rounds up to --iteration;
-writes W/iteration_I/progress/{heads.safetensors,metrics.jsonl} and adapter/.
+head (in a whole run if --lora_stages names progress).  Reads W/iteration_I/explore of all rounds
+up to --iteration; writes W/iteration_I/progress/{heads.safetensors,metrics.jsonl} and adapter/.
 """
 
 import dataclasses

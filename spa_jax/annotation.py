@@ -13,7 +13,7 @@ from spa_jax.errors import UserError
 from spa_jax.models import heads
 from spa_jax.models import lora as lora_lib
 from spa_jax.models.config import Params
-from spa_jax.models.io import peft, tensors
+from spa_jax.models.io import peft, pretrained, tensors
 from spa_jax.policy import ADAPTER, Policy
 from spa_jax.stage_config import CreditConfig
 from spa_jax.training import scoring
@@ -101,6 +101,24 @@ def contributions(
     if peft.is_adapter(progress / ADAPTER):
         hidden = _adapted_hidden(base, progress / ADAPTER, trajectories, rows)
     return np.asarray(heads.read(head, hidden)) * scores.step_mask
+
+
+def head_folder(progress: pathlib.Path, base: str) -> pathlib.Path:
+    """The folder of the head that is read: the estimator's, or else the policy's.
+
+    Args:
+      progress: the folder of the estimator.
+      base: the policy beside which a head may lie.
+
+    Raises:
+      UserError: there is none in either.
+    """
+    for folder in (progress, pretrained.resolve(base)):
+        if (folder / tensors.HEADS).is_file():
+            return folder
+    raise UserError(
+        f"{progress}: holds no progress head, nor does {base}; run train_progress first"
+    )
 
 
 def progress_head(base: Policy, progress: pathlib.Path) -> Params:

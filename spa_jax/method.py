@@ -44,10 +44,19 @@ class Result:
     validity: dict[str, float]
 
 
-def run(run: Run) -> Result:
-    """All stages; each that has ended is passed by."""
+def check(run: Run) -> None:
+    """Refuses a policy that has no chat format, before anything is done with it.
+
+    Raises:
+      UserError: says which --chat_format would do.
+    """
     first = run.base if run.settings.method.base or run.base.exists() else run.policy
     policy.check_chat_format(first, run.settings.chat.chat_format)
+
+
+def run(run: Run) -> Result:
+    """All stages; each that has ended is passed by."""
+    check(run)
     run = prepare.run(run)
     demonstrate.run(run)
     sft.run(run)

@@ -15,8 +15,7 @@ from spa_jax.envs.protocol import Observation, Task
 from spa_jax.rollout import Job, Player, Rollout, Timing, _Episode, _final_reward, _outcome
 from spa_jax.sampling.engine import Engine, Usage
 from spa_jax.trajectory import Sampling, Status, Step
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 
 
 def _observation(**changes) -> Observation:
@@ -82,7 +81,7 @@ def chat(tmp_path_factory) -> ChatFormat:
 def client():
     """A server of an environment that takes 30 ms for each step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{stages.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        patch.setenv("PYTHONPATH", f"{programs.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         config = ServerConfig("tests.envs.odd:Slow", env="custom", max_sessions=4)
         with LocalServer(config, start_deadline_s=120) as server:
             yield EnvClient(server.address)

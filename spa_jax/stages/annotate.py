@@ -34,13 +34,14 @@ def run(
     """
     files = run.round(number)
     data, base = data or files.episodes, base or str(run.base)
+    estimator = annotation.head_folder(files.progress, base)
     provenance.check_stage(
         run,
         "annotate",
         files.annotated,
         inputs={
             "base policy": provenance.policy_digest(base),
-            "estimator": provenance.estimator_digest(files.progress),
+            "estimator": provenance.estimator_digest(estimator),
             "episodes": provenance.file_digest(data),
         },
     )

@@ -36,16 +36,13 @@ def run(run: Run, number: int, *, policy: str = "") -> None:
     here, settings = run.round(number), run.settings
     ppo, rows, reference = settings.ppo, settings.rows, run.base
     played = policy or str(run.newest_policy(number))
-    provenance.check_stage(
-        run,
-        "ppo",
-        here.ppo,
-        inputs={
-            "policy": provenance.policy_digest(played),
-            "base policy": provenance.policy_digest(reference),
-            "annotated episodes": provenance.file_digest(here.annotated),
-        },
-    )
+    inputs = {
+        "policy": provenance.policy_digest(played),
+        "annotated episodes": provenance.file_digest(here.annotated),
+    }
+    if settings.method.base or reference.exists():  # --policy needs none
+        inputs["base policy"] = provenance.policy_digest(reference)
+    provenance.check_stage(run, "ppo", here.ppo, inputs=inputs)
     if files.is_done(here.ppo, "ppo"):
         return
     started, seed = time.time(), run.seed + number

@@ -14,7 +14,7 @@ from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
 from spa_jax.errors import UserError
 from spa_jax.trajectory import Status
-from tests.experiments import stages
+from tests import programs
 
 _PAGE = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
 
@@ -25,7 +25,7 @@ def guess(tmp_path, monkeypatch) -> str:
     example = re.search(r"```python\n(.*?)```", _PAGE, re.DOTALL)
     assert example and "class Guess" in example[1]
     (tmp_path / "guess.py").write_text(example[1])
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{stages.ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{programs.ROOT}")
     monkeypatch.syspath_prepend(tmp_path)
     return "guess:Guess"
 
@@ -44,8 +44,8 @@ def test_the_commands_of_the_page(guess, tmp_path, monkeypatch):
     command = re.search(r"python -m experiments\.(explore --env=custom .*?)\n```", _PAGE, re.DOTALL)
     assert command
     words = command[1].replace("\\\n", " ").replace("=W", f"={tmp_path}").split()
-    monkeypatch.setattr(stages, "environment", lambda devices: dict(os.environ))
-    said = stages.succeed(*words)
+    monkeypatch.setattr(programs, "environment", lambda devices: dict(os.environ))
+    said = programs.succeed(*words)
     assert "success=1.0000" in said and "episodes=20" in said
     played = store.read(tmp_path / "demos" / "train" / "trajectories.jsonl")
     assert {(t.env, t.status, t.final_reward) for t in played} == {("custom", Status.SUCCESS, 1.0)}

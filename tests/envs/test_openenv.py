@@ -25,7 +25,7 @@ from spa_jax.envs.openenv import (
 )
 from spa_jax.envs.protocol import EnvError
 from spa_jax.errors import UserError
-from tests.experiments import stages
+from tests import programs
 
 _REPOSITORY = Path(__file__).parents[2]
 
@@ -221,7 +221,7 @@ def test_exploring_an_environment_that_the_package_serves(echo, tmp_path):
         "--context_length=256",
         f"--workdir={tmp_path}",
     )
-    assert "episodes=6" in stages.succeed("explore", *flags)
+    assert "episodes=6" in programs.succeed("explore", *flags)
     played = store.read(tmp_path / "iteration_0" / "explore" / "trajectories.jsonl")
     assert {t.task for t in played} == {"explore-0", "explore-1", "explore-2"}
     assert all(t.env == "openenv" and t.steps[0].observation.startswith("say ") for t in played)

@@ -18,8 +18,7 @@ from spa_jax.models import transformer
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.trajectory import Trajectory
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 
 ROWS = ("--row_length=128", "--policy_slots=64", "--step_slots=16")
 
@@ -43,7 +42,7 @@ def _episodes(count: int = 4) -> list[Trajectory]:
 
 def _refused(workdir: pathlib.Path, stage: str, *flags: str) -> str:
     """Runs a stage that must refuse; its one line of complaint."""
-    done = stages.run(stage, f"--workdir={workdir}", *flags)
+    done = programs.run(stage, f"--workdir={workdir}", *flags)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -109,7 +108,7 @@ def test_serving_a_missing_folder_or_an_unknown_flag(tmp_path):
         (["--alfworld=x"], "alfworld"),
         ([], "--alfworld_data"),
     ):
-        done = stages.run("serve_env", *flags)
+        done = programs.run("serve_env", *flags)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert done.stderr.startswith("error: ") and word in done.stderr
 
@@ -209,7 +208,7 @@ def test_greedy_episodes_are_not_ppos(policy, tmp_path):
 
 # --- presets --------------------------------------------------------------------------------
 
-PRESETS = sorted((stages.ROOT / "experiments" / "presets").glob("*.flags"))
+PRESETS = sorted((programs.ROOT / "experiments" / "presets").glob("*.flags"))
 
 
 def test_there_are_presets():
@@ -231,8 +230,8 @@ assert run.rows.row_length >= run.sampling.context_length, "a full episode fits 
 def test_every_preset_parses(preset):
     done = subprocess.run(
         [sys.executable, "-c", _PARSE, str(preset)],
-        cwd=stages.ROOT,
-        env=stages.environment(),
+        cwd=programs.ROOT,
+        env=programs.environment(),
         capture_output=True,
         text=True,
     )

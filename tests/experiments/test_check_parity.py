@@ -6,13 +6,13 @@ import shutil
 
 import numpy as np
 
-from tests.experiments import stages
+from tests import programs
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "released"
 
 
 def test_the_authors_numbers_are_reproduced():
-    said = stages.succeed("check_parity", f"--golden={GOLDEN}").splitlines()
+    said = programs.succeed("check_parity", f"--golden={GOLDEN}").splitlines()
     cases = [re.fullmatch(r"(\w+): \d+ arrays, largest error .* at .*: ok", line) for line in said]
     names = ["gae", "rewards", "progress", "ppo_lora", "ppo_right"]
     assert [m.group(1) for m in cases if m] == names
@@ -29,7 +29,7 @@ def test_a_number_that_was_changed_is_a_miss(tmp_path):
         arrays = dict(file)
     arrays["c07/returns"][0, 11] += 1e-3
     np.savez(tmp_path / "gae.npz", **arrays)
-    done = stages.run("check_parity", f"--golden={tmp_path}")
+    done = programs.run("check_parity", f"--golden={tmp_path}")
     assert done.returncode == 1, done.stderr
     assert re.search(r"^gae: .*: MISS$", done.stdout, re.M)
     assert re.search(r"^  MISS c07/returns\[0, 11\]: error 1\.0", done.stdout, re.M)
@@ -38,7 +38,7 @@ def test_a_number_that_was_changed_is_a_miss(tmp_path):
 
 
 def _refused(folder) -> str:
-    done = stages.run("check_parity", f"--golden={folder}")
+    done = programs.run("check_parity", f"--golden={folder}")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "RESULT" not in done.stdout

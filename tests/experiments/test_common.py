@@ -7,7 +7,7 @@ import pytest
 
 from experiments import common, sft
 from spa_jax import chat, tokenizer
-from spa_jax.config import (EnvConfig, LoraConfig, RowsConfig, SamplingConfig)
+from spa_jax.config import EnvConfig, LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.errors import UserError
 from spa_jax.models.io import huggingface
 from spa_jax.models.kernels import choice

@@ -12,9 +12,9 @@ from spa_jax import store
 from spa_jax.envs.client import EnvClient, Session
 from spa_jax.envs.protocol import EnvError
 from spa_jax.training import metrics
-from tests import tiny
-from tests.experiments import small, stages
-from tests.experiments.terminal import Terminal
+from tests import programs, tiny
+from tests.experiments import small
+from tests.terminal import Terminal
 
 # More updates than a test waits for, and no checkpoint but the one that Ctrl-C asks for.
 STAGES = {
@@ -57,9 +57,9 @@ def test_a_training_stage_saves_the_update_and_goes_on_from_it(stage, workdir):
     file = out / "metrics.jsonl"
     saved = [0]
     for _ in range(2):
-        before = stages.lines(file)
+        before = programs.lines(file)
         terminal = _program(stage, workdir, *small.ROWS, *STAGES[stage])
-        terminal.wait_until(lambda least=before + 2: stages.lines(file) >= least)
+        terminal.wait_until(lambda least=before + 2: programs.lines(file) >= least)
         terminal.press_ctrl_c()
         terminal.end_by_ctrl_c()
         # What another Ctrl-C would do is said at once, how to go on at the end.
@@ -115,7 +115,7 @@ def test_exploration_ends_at_once_and_its_server_with_it(workdir, tmp_path):
         "--max_new_tokens=12",
         "--context_length=512",
     )
-    terminal.wait_until(lambda: stages.lines(file) >= 3)
+    terminal.wait_until(lambda: programs.lines(file) >= 3)
     others = psutil.Process(terminal.process.pid).children(recursive=True)
     assert len(others) >= 3, "no server, fork server and worker"
     terminal.press_ctrl_c()

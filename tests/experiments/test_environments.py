@@ -9,7 +9,7 @@ from spa_jax.config import ServerConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.trajectory import Status
-from tests.experiments import stages
+from tests import programs
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def homes(tmp_path_factory):
 @pytest.mark.parametrize("env", ["webshop", "virtualhome"])
 def test_the_expert_wins_through_the_server(env, shop, homes, tmp_path):
     data = {"webshop": shop, "virtualhome": homes}[env]
-    said = stages.succeed(
+    said = programs.succeed(
         "evaluate",
         f"--env={env}",
         f"--{env}_data={data}",
@@ -63,5 +63,5 @@ def test_a_purchase_that_is_nearly_right_is_paid_in_part(shop):
 
 
 def test_an_environment_without_data_names_its_flag(tmp_path):
-    done = stages.run("explore", "--env=webshop", "--policy=expert", f"--workdir={tmp_path}")
+    done = programs.run("explore", "--env=webshop", "--policy=expert", f"--workdir={tmp_path}")
     assert done.returncode == 2 and "--webshop_data is not set" in done.stderr

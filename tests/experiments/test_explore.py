@@ -20,8 +20,7 @@ from spa_jax.config import ServerConfig
 from spa_jax.envs.alfworld.generate import generate
 from spa_jax.envs.local import LocalServer
 from spa_jax.trajectory import Status, Trajectory, from_json
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 
 GAMES, ROLLOUTS = 3, 4
 KEYS = GAMES * ROLLOUTS
@@ -45,7 +44,7 @@ def flags(tmp_path_factory) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def unbroken(flags, tmp_path_factory) -> list[Trajectory]:
     workdir = tmp_path_factory.mktemp("unbroken")
-    said = stages.succeed("explore", f"--workdir={workdir}", *flags)
+    said = programs.succeed("explore", f"--workdir={workdir}", *flags)
     assert f"episodes={KEYS}" in said
     played = store.read(workdir / "iteration_0" / "explore" / "trajectories.jsonl")
     assert len(played) == KEYS
@@ -62,13 +61,13 @@ def _kill_and_resume(workdir: pathlib.Path, flags, kills: int, seed: int) -> lis
     rng = random.Random(seed)
     command = ("explore", f"--workdir={workdir}", *flags)
     for _ in range(kills):
-        enough = stages.lines(file) + rng.randint(1, max(1, KEYS // (kills + 2)))
-        stages.kill_when(stages.start(*command), lambda n=enough: stages.lines(file) >= n)
-        assert stages.lines(file) < KEYS, "killed too late to mean anything"
+        enough = programs.lines(file) + rng.randint(1, max(1, KEYS // (kills + 2)))
+        programs.kill_when(programs.start(*command), lambda n=enough: programs.lines(file) >= n)
+        assert programs.lines(file) < KEYS, "killed too late to mean anything"
         if rng.random() < 0.5:  # what a kill inside a write would leave behind
             with file.open("ab") as torn:
                 torn.write(b'{"env": "alfworld", "ta')
-    stages.succeed(*command)
+    programs.succeed(*command)
     return store.read(file)  # refuses a key that is there twice
 
 
@@ -95,7 +94,7 @@ def test_killed_at_several_random_moments(flags, unbroken, tmp_path, seed):
 def test_the_tokens_do_not_depend_on_how_many_episodes_are_played_at_once(
     flags, unbroken, tmp_path
 ):
-    stages.succeed("explore", f"--workdir={tmp_path}", *flags, "--slots=5")
+    programs.succeed("explore", f"--workdir={tmp_path}", *flags, "--slots=5")
     _compare(store.read(tmp_path / "iteration_0" / "explore" / "trajectories.jsonl"), unbroken)
 
 
@@ -138,7 +137,7 @@ def test_environments_killed_and_stopped_at_random_moments(flags, unbroken, tmp_
             "--max_retries=1000",
             f"--env_address={server.address}",
         )
-        process = stages.start(*command)
+        process = programs.start(*command)
         while process.poll() is None and len(sent) < 10:
             if workers := _workers(server.pid):
                 # The first two are one of each kind.
@@ -148,7 +147,7 @@ def test_environments_killed_and_stopped_at_random_moments(flags, unbroken, tmp_
                     os.kill(rng.choice(workers), how)
                     sent.append(how)
             time.sleep(rng.uniform(0.05, 0.5))
-        done = stages.finish(process)
+        done = programs.finish(process)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(sent) == {signal.SIGKILL, signal.SIGSTOP}
     _compare_with_failures(tmp_path, unbroken)
@@ -165,7 +164,7 @@ def _serve(flags: tuple[str, ...], port: int) -> tuple[subprocess.Popen, int]:
             "--prompt=short",
             f"--port={port}",
         ],
-        cwd=stages.ROOT,
+        cwd=programs.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -181,7 +180,7 @@ def test_the_server_killed_and_started_again(flags, unbroken, tmp_path):
     server, port = _serve(flags, 0)
     file = tmp_path / "iteration_0" / "explore" / "trajectories.jsonl"
     try:
-        process = stages.start(
+        process = programs.start(
             "explore",
             f"--workdir={tmp_path}",
             *flags,
@@ -189,14 +188,14 @@ def test_the_server_killed_and_started_again(flags, unbroken, tmp_path):
             f"--env_address=http://127.0.0.1:{port}",
         )
         for enough in (1, 5):
-            while stages.lines(file) < enough and process.poll() is None:
+            while programs.lines(file) < enough and process.poll() is None:
                 time.sleep(0.002)
             server.kill()
             server.wait()
-            assert process.poll() is None and stages.lines(file) < KEYS, "killed too late"
+            assert process.poll() is None and programs.lines(file) < KEYS, "killed too late"
             time.sleep(1)
             server, _ = _serve(flags, port)
-        done = stages.finish(process)
+        done = programs.finish(process)
         assert done.returncode == 0, done.stdout + done.stderr
         _compare_with_failures(tmp_path, unbroken)
     finally:
@@ -210,7 +209,7 @@ def test_an_environment_that_always_fails_is_tried_so_often_and_is_nobodys_failu
 ):
     tiny_flags = [f for f in flags if "alfworld" not in f and "rollouts" not in f]
     chosen = ["--policy=expert"] if policy == "expert" else tiny_flags
-    said = stages.succeed(
+    said = programs.succeed(
         "explore",
         "--env=custom",
         "--custom_data=tests.envs.odd:Doomed",

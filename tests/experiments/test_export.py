@@ -15,13 +15,12 @@ import safetensors.numpy
 
 from experiments import annotate, common, export
 from spa_jax import store
-from spa_jax.config import (LORA_TARGETS, LoraConfig, RowsConfig)
+from spa_jax.config import LORA_TARGETS, LoraConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, lora, transformer
 from spa_jax.models.io import huggingface, tensors
 from spa_jax.stage_config import CreditConfig
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 
 ROWS = RowsConfig(row_length=128, policy_slots=64, step_slots=16, rows_per_device=1)
 MODELS = {
@@ -195,8 +194,8 @@ def test_the_estimator_comes_back_in_with_its_trunk(plain, tmp_path):
 def test_the_program_and_what_it_refuses(plain, tmp_path):
     out = tmp_path / "out"
     flags = (f"--checkpoint={plain / 'sft'}", f"--out={out}")
-    assert f"RESULT out={out} heads=none" in stages.succeed("export", *flags)
-    done = stages.run("export", *flags)
+    assert f"RESULT out={out} heads=none" in programs.succeed("export", *flags)
+    done = programs.run("export", *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith(f"error: --out={out}: is there already")
     new = tmp_path / "new"

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from tests.experiments import stages
+from tests import programs
 
-PRESETS = stages.ROOT / "experiments" / "presets"
+PRESETS = programs.ROOT / "experiments" / "presets"
 _WHOLE = '''"""All of it.
 
     python -m a.program
@@ -51,10 +51,10 @@ def programs(tmp_path_factory):
 
 
 def _run(program, *flags, columns="100"):
-    environment = stages.environment() | {"COLUMNS": columns}
+    environment = programs.environment() | {"COLUMNS": columns}
     return subprocess.run(
         [sys.executable, str(program), *map(str, flags)],
-        cwd=stages.ROOT,
+        cwd=programs.ROOT,
         env=environment,
         capture_output=True,
         text=True,

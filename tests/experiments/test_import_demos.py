@@ -3,7 +3,7 @@
 import json
 
 from spa_jax import store
-from tests.experiments import stages
+from tests import programs
 
 
 def test_demonstrations_come_from_a_log(tmp_path):
@@ -23,7 +23,7 @@ def test_demonstrations_come_from_a_log(tmp_path):
     ]
     (tmp_path / "log.json").write_text(json.dumps(log))
     out = tmp_path / "run"
-    said = stages.succeed(
+    said = programs.succeed(
         "import_demos", f"--file={tmp_path / 'log.json'}", "--env=virtualhome", f"--workdir={out}"
     )
     assert said.endswith(f"RESULT train=2 valid=1 out={out / 'demos'}\n")
@@ -31,5 +31,5 @@ def test_demonstrations_come_from_a_log(tmp_path):
     assert [len(d) for d in demos] == [2, 1]
     assert {t.task for d in demos for t in d} == {"mug", "pan", "cup"}
     assert {(t.env, t.split) for t in demos[1]} == {("virtualhome", "valid")}
-    again = stages.run("import_demos", f"--file={tmp_path / 'log.json'}", f"--workdir={out}")
+    again = programs.run("import_demos", f"--file={tmp_path / 'log.json'}", f"--workdir={out}")
     assert again.returncode == 2 and "is there already" in again.stderr

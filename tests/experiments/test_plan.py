@@ -5,13 +5,12 @@ import json
 import pytest
 
 from experiments import plan, run_spa
-from spa_jax.config import (LoraConfig, RowsConfig, RunConfig)
+from spa_jax.config import LoraConfig, RowsConfig, RunConfig
 from spa_jax.errors import UserError
 from spa_jax.models import shapes
 from spa_jax.models.io import huggingface
 from spa_jax.training.memory import Need
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 
 
 def _run(**settings) -> run_spa.Run:
@@ -37,7 +36,7 @@ def test_a_model_is_a_folder_a_config_or_a_name(tmp_path):
 
 def test_the_whole_method_prints_both_tables(tmp_path):
     folder = _written(tmp_path / "model", tiny.tiny_config())
-    done = stages.run(
+    done = programs.run(
         "plan",
         f"--model={folder}",
         "--devices=4",
@@ -68,7 +67,7 @@ def test_the_whole_method_prints_both_tables(tmp_path):
 )
 def test_bad_input_is_refused(tmp_path, flags, words):
     folder = _written(tmp_path / "model", tiny.tiny_config())
-    done = stages.run("plan", f"--model={folder}", *flags)
+    done = programs.run("plan", f"--model={folder}", *flags)
     assert done.returncode == 2 and words in done.stderr
     assert "Traceback" not in done.stderr and "RESULT" not in done.stdout
 

@@ -20,8 +20,7 @@ from spa_jax import store
 from spa_jax.config import ServerConfig
 from spa_jax.envs.local import LocalServer
 from spa_jax.training import metrics
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.pod]
 
@@ -93,7 +92,7 @@ def _ppo(policy: pathlib.Path, workdir: pathlib.Path, single: pathlib.Path) -> t
 @pytest.fixture(scope="module")
 def single(policy, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("single")
-    stages.succeed(*_whole(policy, workdir))
+    programs.succeed(*_whole(policy, workdir))
     return workdir
 
 
@@ -136,13 +135,13 @@ def test_processes_end_as_one(count, devices, single, policy, tmp_path):
     (tests/runtime/test_distributed.py has the update on a mesh across processes.)
     """
     command = _whole(policy, tmp_path)
-    stages.succeed_all(count, *command, devices=devices)
+    programs.succeed_all(count, *command, devices=devices)
     _one_writer(tmp_path, count)
     _same_run(tmp_path, single, policy)
     assert (tmp_path / "report.html").exists()
     assert len(store.read(tmp_path / "eval" / "spa" / "trajectories.jsonl")) == 3
     if count == 4:
-        again = stages.finish_all(stages.start_all(2, *command))
+        again = programs.finish_all(programs.start_all(2, *command))
         assert [done.returncode for done in again] == [0, 0], again[0].stderr + again[1].stderr
         assert "already done" in again[1].stdout
 
@@ -161,12 +160,12 @@ def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
     for name in ("unbroken", "broken"):
         command = _ppo(policy, tmp_path / name, single)
         if name == "broken":
-            processes = stages.start_all(2, *command)
+            processes = programs.start_all(2, *command)
             file = tmp_path / name / "iteration_0" / "ppo" / "metrics.jsonl"
-            _wait_for(processes, lambda f=file: stages.lines(f) >= 4)
+            _wait_for(processes, lambda f=file: programs.lines(f) >= 4)
             os.kill(processes[1].pid, signal.SIGTERM)
             started = time.monotonic()
-            ended = stages.finish_all(processes)
+            ended = programs.finish_all(processes)
             assert time.monotonic() - started < 30
             for done in ended:
                 assert done.returncode == 143, done.stderr
@@ -175,7 +174,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
             written = metrics.read_metrics(file)[-1]["update"]
             assert 4 <= written < UPDATES, "stopped too late to mean anything"
             assert f"after update {written} of {UPDATES}" in ended[0].stderr
-        stages.succeed_all(2, *command)
+        programs.succeed_all(2, *command)
     ours, theirs = _weights(tmp_path / "broken"), _weights(tmp_path / "unbroken")
     for name, value in theirs.items():
         assert ours[name].tobytes() == value.tobytes(), name
@@ -184,23 +183,23 @@ def test_sigterm_to_one_process_saves_and_ends_all(single, policy, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_playing_ends_all_at_once(how, policy, tmp_path):
     command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *LONG)
-    processes = stages.start_all(2, *command)
+    processes = programs.start_all(2, *command)
     files = [
         tmp_path / "iteration_0" / "explore" / f"trajectories.process_{i}.jsonl" for i in (0, 1)
     ]
-    _wait_for(processes, lambda: all(stages.lines(file) >= 3 for file in files))
+    _wait_for(processes, lambda: all(programs.lines(file) >= 3 for file in files))
     os.kill(processes[0].pid, how)
     started = time.monotonic()
-    ended = stages.finish_all(processes)
+    ended = programs.finish_all(processes)
     assert time.monotonic() - started < 30
     assert [done.returncode for done in ended] == [128 + how] * 2, ended[0].stderr + ended[1].stderr
     said = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "stopped by Ctrl-C"}[how]
     assert said in ended[0].stderr
     assert f"process 0 ended: was {said}" in ended[1].stderr
-    before = sum(stages.lines(file) for file in files)
+    before = sum(programs.lines(file) for file in files)
     assert before < MANY * GAMES, "stopped too late to mean anything"
     # One process goes on where two were.
-    stages.succeed(*command)
+    programs.succeed(*command)
     assert len(store.read(files[0].with_name("trajectories.jsonl"))) == MANY * GAMES
 
 
@@ -211,27 +210,27 @@ def test_a_server_that_dies_for_good_ends_all_with_the_reason(policy, tmp_path):
     file = tmp_path / "iteration_0" / "explore" / "trajectories.process_1.jsonl"
     command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *LONG)
     with LocalServer(config) as server:
-        port = f"--coordinator_address=127.0.0.1:{stages.free_port()}"
+        port = f"--coordinator_address=127.0.0.1:{programs.free_port()}"
         shared = (port, "--num_processes=2", "--env_wait_s=3")
         processes = [
-            stages.start(*command, *shared, "--process_id=0"),
-            stages.start(*command, *shared, "--process_id=1", f"--env_address={server.address}"),
+            programs.start(*command, *shared, "--process_id=0"),
+            programs.start(*command, *shared, "--process_id=1", f"--env_address={server.address}"),
         ]
-        _wait_for(processes, lambda: stages.lines(file) >= 2)
+        _wait_for(processes, lambda: programs.lines(file) >= 2)
         os.kill(server.pid, signal.SIGKILL)
-        ended = stages.finish_all(processes, timeout=90)
+        ended = programs.finish_all(processes, timeout=90)
     assert [done.returncode for done in ended] == [2, 2], ended[0].stderr + ended[1].stderr
     assert "no environment server answers" in ended[1].stderr
     assert "process 1 ended: no environment server answers" in ended[0].stderr
     assert "Traceback" not in ended[0].stderr + ended[1].stderr
-    stages.succeed_all(2, *command)  # each with a server of its own
+    programs.succeed_all(2, *command)  # each with a server of its own
     assert len(store.read(file.with_name("trajectories.jsonl"))) == MANY * GAMES
 
 
 def test_a_process_that_is_killed_while_training_ends_the_other(single, policy, tmp_path):
-    processes = stages.start_all(2, *_ppo(policy, tmp_path, single), "--ppo_epochs=400")
+    processes = programs.start_all(2, *_ppo(policy, tmp_path, single), "--ppo_epochs=400")
     file = tmp_path / "iteration_0" / "ppo" / "metrics.jsonl"
-    _wait_for(processes, lambda: stages.lines(file) >= 4)
+    _wait_for(processes, lambda: programs.lines(file) >= 4)
     os.kill(processes[1].pid, signal.SIGKILL)
-    ended = stages.finish_all(processes, timeout=150)
+    ended = programs.finish_all(processes, timeout=150)
     assert ended[0].returncode not in (0, -signal.SIGKILL), ended[0].stderr

@@ -13,8 +13,8 @@ import pytest
 import safetensors.numpy
 
 from spa_jax.training import metrics
-from tests import tiny
-from tests.experiments import small, stages
+from tests import programs, tiny
+from tests.experiments import small
 
 CLOCK = ("time", "tokens_per_second", "seconds")  # what a clock says differs
 
@@ -92,7 +92,7 @@ def unbroken(policy, tmp_path_factory) -> Run:
         if name not in found:
             workdir = tmp_path_factory.mktemp("unbroken")
             found[name] = small.prepare(name.split()[0], workdir)
-            stages.succeed(*_command(name, workdir, policy))
+            programs.succeed(*_command(name, workdir, policy))
         return found[name]
 
     return run
@@ -121,8 +121,8 @@ def test_a_killed_run_ends_as_an_unbroken_one(name_of_stage, how, unbroken, poli
     command = _command(name_of_stage, tmp_path, policy)
     outs = {"unbroken": unbroken(name_of_stage), "broken": small.prepare(stage, tmp_path)}
     file = outs["broken"] / "metrics.jsonl"
-    process = stages.start(*command)
-    said = stages.kill_when(process, lambda: stages.lines(file) >= kill_at, how=how)
+    process = programs.start(*command)
+    said = programs.kill_when(process, lambda: programs.lines(file) >= kill_at, how=how)
     assert not (outs["broken"] / "done.json").exists()
     # One that was being written when the kill came has a longer name, and is no checkpoint.
     names = [p.name for p in (outs["broken"] / "checkpoints").iterdir()]
@@ -137,7 +137,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(name_of_stage, how, unbroken, poli
     assert steps and 0 < max(steps), "nothing to resume from"
     if stage != "train_progress":  # which writes a line an epoch
         assert max(steps) == written if how is not signal.SIGKILL else max(steps) <= written
-    stages.succeed(*command)
+    programs.succeed(*command)
 
     ours, theirs = _weights(outs["broken"]), _weights(outs["unbroken"])
     assert ours and ours.keys() == theirs.keys()
@@ -159,5 +159,5 @@ def test_a_killed_run_ends_as_an_unbroken_one(name_of_stage, how, unbroken, poli
         assert not any("layers.1." in name or "model.norm" in name for name in kept)
         # The three ask the same function whether they are done.
         before = outs["broken"].stat().st_mtime_ns
-        assert "already done" in stages.succeed(*command)
+        assert "already done" in programs.succeed(*command)
         assert outs["broken"].stat().st_mtime_ns == before

@@ -18,8 +18,7 @@ from spa_jax.errors import UserError
 from spa_jax.models.io import huggingface
 from spa_jax.stage_config import CreditConfig
 from spa_jax.training.metrics import read_metrics
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 from tests.test_chat import DROPS_THOUGHTS
 
 _FLAGS = (
@@ -38,7 +37,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("run_spa")
     tiny.tiny_policy(root / "policy")
     flags = (*_FLAGS, f"--workdir={root / 'run'}", f"--policy={root / 'policy'}")
-    return root / "run", flags, stages.succeed("run_spa", *flags)
+    return root / "run", flags, programs.succeed("run_spa", *flags)
 
 
 def test_it_ends_with_a_table_and_a_result_line(finished):
@@ -63,7 +62,7 @@ _OTHERS = {
 @pytest.mark.parametrize("env", ["webshop", "virtualhome"])
 def test_the_whole_method_on_the_other_environments(env, tmp_path):
     tiny.tiny_policy(tmp_path / "policy")
-    out = stages.succeed(
+    out = programs.succeed(
         "run_spa", *_FLAGS, "--task_types=", "--max_receptacles=8", f"--env={env}",
         "--generate_train=4", "--iterations=1", "--context_length=2048", "--row_length=2048",
         f"--workdir={tmp_path / 'run'}", f"--policy={tmp_path / 'policy'}", *_OTHERS[env],
@@ -84,7 +83,7 @@ def test_demonstrations_come_from_a_log(tmp_path):
     ]  # fmt: skip
     (tmp_path / "log.json").write_text(json.dumps(log))
     out = tmp_path / "run"
-    said = stages.succeed(
+    said = programs.succeed(
         "import_demos", f"--file={tmp_path / 'log.json'}", "--env=virtualhome", f"--workdir={out}"
     )
     assert said.endswith(f"RESULT train=2 valid=1 out={out / 'demos'}\n")
@@ -92,7 +91,7 @@ def test_demonstrations_come_from_a_log(tmp_path):
     assert [len(d) for d in demos] == [2, 1]
     assert {t.task for d in demos for t in d} == {"mug", "pan", "cup"}
     assert {(t.env, t.split) for t in demos[1]} == {("virtualhome", "valid")}
-    again = stages.run("import_demos", f"--file={tmp_path / 'log.json'}", f"--workdir={out}")
+    again = programs.run("import_demos", f"--file={tmp_path / 'log.json'}", f"--workdir={out}")
     assert again.returncode == 2 and "is there already" in again.stderr
 
 
@@ -137,7 +136,7 @@ def test_every_stage_left_its_files(finished):
     folder, _, _ = finished
     for stage in ("sft", "iteration_0/ppo", "iteration_1/ppo"):
         assert (folder / stage / "policy" / "config.json").exists()
-        assert stages.lines(folder / stage / "metrics.jsonl") >= 1
+        assert programs.lines(folder / stage / "metrics.jsonl") >= 1
     for name in ("sft", "spa"):
         played = store.read(folder / "eval" / name / "trajectories.jsonl")
         assert len(played) == 3
@@ -180,7 +179,7 @@ def test_only_the_episodes_asked_for_are_annotated(finished, tmp_path):
 def test_run_again_it_is_done(finished):
     folder, flags, _ = finished
     before = (folder / "iteration_1" / "ppo" / "policy" / "model.safetensors").stat().st_mtime_ns
-    again = stages.succeed("run_spa", *flags)
+    again = programs.succeed("run_spa", *flags)
     assert "already done" in again
     after = (folder / "iteration_1" / "ppo" / "policy" / "model.safetensors").stat().st_mtime_ns
     assert before == after
@@ -192,11 +191,11 @@ def test_a_comparison_stops_when_told_and_its_arms_see_as_many_tokens(finished, 
     seed = tmp_path / "seed_0"
     shutil.copytree(folder, seed)
     command = ("compare", *flags, f"--workdir={tmp_path}", "--seeds=0")
-    going = stages.start(*command)
+    going = programs.start(*command)
     begun = seed / "continued_sft" / "metrics.jsonl"
-    said = stages.kill_when(going, lambda: stages.lines(begun) > 0, how=signal.SIGTERM)
+    said = programs.kill_when(going, lambda: programs.lines(begun) > 0, how=signal.SIGTERM)
     assert going.returncode == 143 and "stopped by SIGTERM" in said, said
-    out = stages.succeed(*command)
+    out = programs.succeed(*command)
     assert re.search(
         r"RESULT sft=\d\.\d{4} continued_sft=\d\.\d{4} terminal=\d\.\d{4} spa=\d\.\d{4}\n$", out
     ), out
@@ -232,11 +231,11 @@ def test_a_base_whose_template_drops_thoughts(tmp_path):
     huggingface.save_pretrained(tmp_path / "base", config, tiny.tiny_params(config), words)
     flags = (*_FLAGS, "--iterations=1", f"--base={tmp_path / 'base'}",
              f"--workdir={tmp_path / 'run'}")  # fmt: skip
-    refused = stages.run("run_spa", *flags)
+    refused = programs.run("run_spa", *flags)
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "is not append-only" in refused.stderr and "--chat_format=chatml" in refused.stderr
     assert not (tmp_path / "run").exists()  # at once
-    stages.succeed("run_spa", *flags, "--chat_format=chatml")
+    programs.succeed("run_spa", *flags, "--chat_format=chatml")
     trained = common.load_policy(tmp_path / "run" / "iteration_0" / "ppo" / "policy")
     assert trained.chat_format == "chatml"
     for played in ("iteration_0/explore", "eval/sft", "eval/spa"):

@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from spa_jax.runtime import children
-from tests.experiments import stages
-from tests.experiments.terminal import Terminal
+from tests import programs
+from tests.terminal import Terminal
 
 # A program of ours that runs one that has started a third; each is named by its process id.
 _CHILD = """
@@ -57,7 +57,7 @@ def test_ctrl_c_on_the_terminal_reaches_only_the_parent_which_ends_the_child():
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_child_ends_when_the_parent_is_killed(how):
     parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT], cwd=stages.ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _PARENT], cwd=programs.ROOT, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
     pids = [int(word) for word in parent.stdout.readline().split() if word.isdigit()]

@@ -14,7 +14,7 @@ import pytest
 from spa_jax.config import DistributedConfig
 from spa_jax.errors import UserError
 from spa_jax.runtime import distributed
-from tests.experiments import stages
+from tests import programs
 from tests.runtime import member
 
 RATE = 1e-2  # of `member.OPTIMIZER`
@@ -22,8 +22,8 @@ RATE = 1e-2  # of `member.OPTIMIZER`
 
 def _members(folder: pathlib.Path, count: int, devices: int, *more: str):
     """Runs `member` in so many processes with so many devices each; (exit code, output) of each."""
-    port = stages.free_port()
-    environment = stages.environment(devices)
+    port = programs.free_port()
+    environment = programs.environment(devices)
     processes = [
         subprocess.Popen(
             [
@@ -36,7 +36,7 @@ def _members(folder: pathlib.Path, count: int, devices: int, *more: str):
                 str(index),
                 *more,
             ],
-            cwd=stages.ROOT,
+            cwd=programs.ROOT,
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
@@ -97,7 +97,7 @@ def test_a_full_disk_of_one_process_ends_both_without_a_traceback(tmp_path):
 @pytest.mark.parametrize(("process", "words"), [(1, "nothing answers there after 1 s")])
 def test_a_coordinator_that_is_not_there(process, words):
     config = DistributedConfig(
-        coordinator_address=f"127.0.0.1:{stages.free_port()}",
+        coordinator_address=f"127.0.0.1:{programs.free_port()}",
         num_processes=2,
         process_id=process,
         connect_timeout_s=1,

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.experiments import stages
+from tests import programs
 
 # One call of the C library for minutes; Python handles no signal meanwhile.
 _STUCK = """
@@ -37,8 +37,8 @@ setup.program(main, DistributedConfig())
 def _start(program: str, wait_for: str = "stuck") -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", program],
-        cwd=stages.ROOT,
-        env=stages.environment(),
+        cwd=programs.ROOT,
+        env=programs.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import generation
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 
 
 def test_prompts_that_the_caches_hold_are_not_timed():
@@ -19,5 +18,5 @@ def test_prompts_that_the_caches_hold_are_not_timed():
 
 
 def test_the_subject_runs_to_its_result(tmp_path):
-    said = stages.succeed("bench", "generation", f"--policy={tiny.tiny_policy(tmp_path / 'p')}")
+    said = programs.succeed("bench", "generation", f"--policy={tiny.tiny_policy(tmp_path / 'p')}")
     assert "RESULT decode_tokens_per_second=" in said.splitlines()[-1]

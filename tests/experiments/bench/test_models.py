@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import models
-from tests import tiny
-from tests.experiments import stages
+from tests import programs, tiny
 
 
 def test_the_policy_wrote_its_share_of_every_row():
@@ -31,8 +30,8 @@ def test_sides_that_compute_something_else_are_not_timed():
 def test_without_pytorch_it_says_what_to_install():
     done = subprocess.run(
         [sys.executable, "-m", "experiments.bench", "models", "--rehearsal"],
-        cwd=stages.ROOT,
-        env=stages.environment(),
+        cwd=programs.ROOT,
+        env=programs.environment(),
         text=True,
         capture_output=True,
     )
@@ -59,7 +58,7 @@ def test_all_sides_take_the_same_steps():
 @pytest.mark.slow
 def test_the_rehearsal_runs_to_its_result():
     pytest.importorskip("torch")
-    said = stages.succeed("bench", "models", "--rehearsal", "--policy=none")
+    said = programs.succeed("bench", "models", "--rehearsal", "--policy=none")
     last = said.splitlines()[-1]
     assert last.startswith("RESULT update_tokens_per_second=")
     found = dict(part.split("=") for part in last.split()[1:])

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def environment(devices: int = 1) -> dict[str, str]:

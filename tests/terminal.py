@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from tests.experiments import stages
+from tests import programs
 
 # Makes the terminal that is standard input the one that controls this session.
 _TAKE_TERMINAL = (
@@ -32,8 +32,8 @@ class Terminal:
         termios.tcsetwinsize(theirs, (24, 120))  # without a size tqdm draws no bar
         self.process = subprocess.Popen(
             [sys.executable, "-c", _TAKE_TERMINAL, *args],
-            cwd=stages.ROOT,
-            env=environment or stages.environment(),
+            cwd=programs.ROOT,
+            env=environment or programs.environment(),
             start_new_session=True,
             stdin=theirs,
             stdout=theirs,

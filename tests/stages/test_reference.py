@@ -7,64 +7,38 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import annotate, train_ppo
-from spa_jax import store
-from spa_jax.config import LoraConfig, RowsConfig
+from spa_jax import provenance, store
+from spa_jax import run as run_lib
 from spa_jax.errors import UserError
 from spa_jax.models import heads
 from spa_jax.models.io import huggingface, tensors
-from spa_jax.stage_config import CreditConfig, PpoConfig
-from spa_jax.training import scoring
-from tests import tiny
+from spa_jax.run import Run
+from spa_jax.stage_config import PpoConfig
+from spa_jax.stages import annotate, train_ppo
+from spa_jax.training import behaviour, scoring
+from tests import runs, tiny
 
-ROWS = RowsConfig(row_length=128, policy_slots=64, step_slots=16, rows_per_device=1)
 PPO = PpoConfig(objective="grpo", batch_size=4, learning_rate=1e-3, kl_coef=0.1)
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A folder with a base policy and annotated episodes of two tasks."""
-    base = tiny.tiny_policy(tmp_path / "sft" / "policy")
+def run(tmp_path) -> Run:
+    """A base policy and annotated episodes of two tasks."""
+    run = runs.make(tmp_path, ppo=PPO)
+    first = run.round(0)
+    tiny.tiny_policy(run.base)
     rng = np.random.default_rng(0)
     played = [
         tiny.random_trajectory(rng, f"task_{i // 2}", i % 2, context=8, final_reward=i % 2)
         for i in range(4)
     ]
-    played = [dataclasses.replace(t, ref_log_probs=None) for t in played]
-    folder = tmp_path / "iteration_0"
-    store.write(folder / "explore" / "trajectories.jsonl", played)
-    config, _ = huggingface.load_pretrained(base)
+    store.write(first.episodes, [dataclasses.replace(t, ref_log_probs=None) for t in played])
+    config, _ = huggingface.load_pretrained(run.base)
     head = heads.Head(width=8).init(jax.random.key(0), np.zeros((1, config.hidden_size)))
-    (folder / "progress").mkdir()
-    tensors.save_heads(folder / "progress", {"progress": head["params"]})
-    _annotate(tmp_path)
-    return tmp_path
-
-
-def _annotate(root):
-    folder = root / "iteration_0"
-    return annotate.run(
-        folder / "annotated.jsonl",
-        str(root / "sft" / "policy"),
-        folder / "explore" / "trajectories.jsonl",
-        folder / "progress",
-        CreditConfig(),
-        ROWS,
-        0,
-    )
-
-
-def _train(root, name="ppo"):
-    train_ppo.run(
-        root / name,
-        str(root / "sft" / "policy"),
-        root / "iteration_0" / "annotated.jsonl",
-        PPO,
-        ROWS,
-        0,
-        LoraConfig(),
-        root / "sft" / "policy",
-    )
+    first.progress.mkdir()
+    tensors.save_heads(first.progress, {"progress": head["params"]})
+    annotate.run(run, 0)
+    return run
 
 
 def _replace(base):
@@ -86,48 +60,51 @@ def test_recorded_log_probs_need_no_forward_of_their_own(run, monkeypatch):
 
     computed = scoring.score
     monkeypatch.setattr(scoring, "score", score)
-    monkeypatch.setattr(train_ppo, "_MISMATCH_EPISODES", 1)
-    _train(run)
-    assert (run / "ppo" / "done.json").exists()
+    monkeypatch.setattr(behaviour, "_MISMATCH_EPISODES", 1)
+    train_ppo.run(run, 0)
+    assert run_lib.done(run.round(0).ppo).exists()
     assert scored == [1]
 
 
 def test_the_references_pass_is_made_once(run, monkeypatch):
-    first = store.read(run / "iteration_0" / "annotated.jsonl")
+    first = store.read(run.round(0).annotated)
     monkeypatch.setattr(scoring, "score", None)  # the estimator's pass is there already
-    again = _annotate(run)
+    again = annotate.run(run, 0)
     assert [t.ref_log_probs for t in again] == [t.ref_log_probs for t in first]
-    assert {t.ref_policy for t in again} == {scoring.policy_key(run / "sft" / "policy")} != {""}
+    assert {t.ref_policy for t in again} == {scoring.policy_key(run.base)} != {""}
 
 
 def test_those_of_another_reference_are_refused_and_made_again(run):
-    before = store.read(run / "iteration_0" / "annotated.jsonl")
-    _replace(run / "sft" / "policy")
+    before = store.read(run.round(0).annotated)
+    _replace(run.base)
     with pytest.raises(UserError, match=r"annotated.jsonl: its reference .* annotate again"):
-        _train(run)
-    after = _annotate(run)
+        train_ppo.run(run, 0)
+    with pytest.raises(UserError, match="base policy's weights are others.*--redo=annotate:0"):
+        annotate.run(run, 0)
+    provenance.redo(run, "annotate:0")
+    after = annotate.run(run, 0)
     assert all(a.ref_policy != b.ref_policy for a, b in zip(after, before, strict=True))
-    _train(run)
+    train_ppo.run(run, 0)
 
 
 def test_a_policy_has_one_name_wherever_it_lies_and_whatever_heads_it_has(run):
-    base = run / "sft" / "policy"
+    base, moved = run.base, run.workdir / "moved"
     name = scoring.policy_key(base)
-    shutil.copytree(base, run / "moved")
-    tensors.save_heads(run / "moved", tensors.load_heads(run / "iteration_0" / "progress"))
-    assert scoring.policy_key(run / "moved") == name
-    _replace(run / "moved")
-    assert scoring.policy_key(run / "moved") != name
+    shutil.copytree(base, moved)
+    tensors.save_heads(moved, tensors.load_heads(run.round(0).progress))
+    assert scoring.policy_key(moved) == name
+    _replace(moved)
+    assert scoring.policy_key(moved) != name
 
 
 def test_a_kl_to_nothing_is_refused(run):
-    path = run / "iteration_0" / "annotated.jsonl"
+    path = run.round(0).annotated
     store.write(path, [dataclasses.replace(t, ref_log_probs=None) for t in store.read(path)])
     with pytest.raises(UserError, match="no reference log-probabilities"):
-        _train(run)
+        train_ppo.run(run, 0)
 
 
 def test_episodes_annotated_before_their_reference_was_noted_are_taken(run):
-    path = run / "iteration_0" / "annotated.jsonl"
+    path = run.round(0).annotated
     store.write(path, [dataclasses.replace(t, ref_policy="") for t in store.read(path)])
-    _train(run)
+    train_ppo.run(run, 0)
