@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spa_jax.config import (ComputeConfig, RowsConfig, fit_attention)
+from spa_jax.config import ComputeConfig, RowsConfig, fit_attention
 from spa_jax.errors import UserError
 from spa_jax.models import lora, transformer, tree
 from spa_jax.models.kernels import choice, fused, native, products, xla
