@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -48,6 +48,7 @@ class Recording:
       games: which games, and how often.
       sampling: how the policy writes.
       title: of the progress bar.
+      flags: the flags that give `split` and `games`, where they have other names.
     """
 
     stage: str
@@ -56,6 +57,7 @@ class Recording:
     games: ExploreConfig
     sampling: SamplingConfig
     title: str
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def record(run: Run, recording: Recording) -> list[Trajectory]:
@@ -82,6 +84,7 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
             "first_game": games.first_game,
             "temperature": recording.sampling.temperature,
         },
+        flags=recording.flags,
     )
     if same and files.has_all(folder, recording.title):
         return store.read(folder / run_lib.EPISODES)

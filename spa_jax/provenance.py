@@ -238,6 +238,7 @@ def check_stage(
     *,
     inputs: Mapping[str, str],
     settings: Mapping[str, Any] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> bool:
     """Refuses to go on in a folder that was made from other settings or inputs.
 
@@ -253,6 +254,7 @@ def check_stage(
         for weights, the others are in the plural ("episodes").  What the environment plays is
         added for the stages that play.
       settings: values by flag name, `seed` among them, where they are not the run's.
+      flags: by a name in `settings`, the flag that gives it, where it is another.
 
     Returns:
       Whether the folder says that it was made from just these: what is in it can be used as it is.
@@ -262,7 +264,9 @@ def check_stage(
     """
     return distributed.broadcast(
         f"{stage} {folder}: the fingerprint",
-        lambda: _check_stage(run, stage, folder, inputs, settings or {}),
+        lambda: _check_stage(
+            run, stage, folder, inputs=inputs, settings=settings or {}, flags=flags or {}
+        ),
     )
 
 
@@ -270,8 +274,10 @@ def _check_stage(
     run: Run,
     stage: str,
     folder: pathlib.Path,
+    *,
     inputs: Mapping[str, str],
     settings: Mapping[str, Any],
+    flags: Mapping[str, str],
 ) -> bool:
     global _warned
     now = fingerprint(run, stage, inputs=inputs, settings=settings)
@@ -288,7 +294,7 @@ def _check_stage(
                 flush=True,
             )
         return False
-    found = _differences(json.loads(path.read_text()), now, _defaults(run))
+    found = _differences(json.loads(path.read_text()), now, _defaults(run), flags)
     if not found:
         return True
     if not _has_results(folder):  # it was refused before it had any
@@ -340,7 +346,10 @@ def _defaults(run: Run) -> dict[str, Any]:
 
 
 def _differences(
-    was: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+    was: Mapping[str, Any],
+    now: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    flags: Mapping[str, str],
 ) -> list[str]:
     """Every difference of two fingerprints in words.
 
@@ -350,7 +359,8 @@ def _differences(
     for flag, value in now["settings"].items():
         before = was["settings"].get(flag, defaults.get(flag))
         if before != value:
-            found.append(f"--{flag} was {_shown(before)}, is {_shown(value)}")
+            given = flags.get(flag, flag)
+            found.append(f"--{given} was {_shown(before)}, is {_shown(value)}")
     if was["seed"] != now["seed"]:
         found.append(f"--seed was {was['seed']}, is {now['seed']}")
     for name in sorted(was["inputs"].keys() | now["inputs"].keys()):

@@ -207,7 +207,6 @@ def test_how_it_runs_may_change(stage, sections, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "sections", "flag"),
     [
-        ("demos", {"data": DataConfig(demo_games=3)}, "--demo_games"),
         ("demos", {"env": EnvConfig(max_steps=3)}, "--max_steps"),
         ("sft", {"sft": SftConfig(ema=0.9)}, "--sft_ema"),
         ("explore", {"sampling": SamplingConfig(temperature=0.5)}, "--temperature"),
@@ -224,6 +223,15 @@ def test_what_is_computed_may_not(stage, sections, flag, tmp_path):
     _touch(folder / "metrics.jsonl")
     with pytest.raises(UserError, match=flag):
         provenance.check_stage(_run(tmp_path, **sections), stage, folder, inputs={})
+
+
+def test_a_setting_of_a_stage_is_told_by_the_flag_that_gives_it(tmp_path):
+    run, folder = _run(tmp_path), tmp_path / "folder"
+    provenance.check_stage(run, "demos", folder, inputs={}, settings={"games": 16})
+    _touch(folder / "metrics.jsonl")
+    flags = {"games": "demo_games"}
+    with pytest.raises(UserError, match="--demo_games was 16, is 3"):
+        provenance.check_stage(run, "demos", folder, inputs={}, settings={"games": 3}, flags=flags)
 
 
 def test_another_environment_is_told_and_a_served_one_is_not(tmp_path):

@@ -21,10 +21,10 @@ def run(run: Run) -> None:
         import_log(run, method.demonstrations)
         return
     chosen = {
-        "train": (data.demo_split, data.demo_games),
-        "valid": (data.demo_valid_split, data.demo_valid_games),
+        "train": ("demo", data.demo_split, data.demo_games),
+        "valid": ("demo_valid", data.demo_valid_split, data.demo_valid_games),
     }
-    for part, (split, games) in chosen.items():
+    for part, (flag, split, games) in chosen.items():
         play.record(
             run,
             Recording(
@@ -34,6 +34,7 @@ def run(run: Run) -> None:
                 games=ExploreConfig(rollouts=1, split=split, games=games),
                 sampling=run.settings.sampling,
                 title=f"demos {part}",
+                flags={"split": f"{flag}_split", "games": f"{flag}_games"},
             ),
         )
 
