@@ -11,7 +11,7 @@ from collections.abc import Collection
 from spa_jax import annotation, episodes, policy, provenance, store
 from spa_jax.config import fit_attention
 from spa_jax.errors import UserError
-from spa_jax.run import Run
+from spa_jax.run import EPISODES, Run
 from spa_jax.runtime import distributed
 from spa_jax.store import Key
 from spa_jax.training import estimator_data, scoring
@@ -56,7 +56,7 @@ def run_evaluation(run: Run, name: str, keys: Collection[Key] | None = None) -> 
       name: of the evaluation.
       keys: the episodes that are annotated; None: all.  The others are written as they are.
     """
-    path = run.evaluation(name) / "trajectories.jsonl"
+    path = run.evaluation(name) / EPISODES
     last = run.round(run.settings.method.iterations - 1)
     return annotate_file(run, path, out=path, progress=last.progress, base=str(run.base), keys=keys)
 

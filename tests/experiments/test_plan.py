@@ -4,18 +4,14 @@ import json
 
 import pytest
 
-from experiments import plan, run_spa
-from spa_jax.config import LoraConfig, RowsConfig, RunConfig
+from experiments import plan
+from spa_jax.config import LoraConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import shapes
 from spa_jax.models.io import huggingface
+from spa_jax.stage_config import MethodConfig, Settings
 from spa_jax.training.memory import Need
 from tests import programs, tiny
-
-
-def _run(**settings) -> run_spa.Run:
-    made = {name: kind() for name, kind in run_spa.CONFIGS.items()}
-    return run_spa.Run(**{"workdir": None, "policy": "", "seed": 0} | made | settings)
 
 
 def _written(folder, config):
@@ -75,7 +71,7 @@ def test_bad_input_is_refused(tmp_path, flags, words):
 def test_a_3b_model_on_devices_of_80_gib():
     """Full fine-tuning takes 3.2e9 x (4 + 4 + 4 + 8) bytes: one device is too small."""
     rows = RowsConfig(row_length=4096, policy_slots=4096, step_slots=80, rows_per_device=1)
-    whole, cut = (plan.stages(_run(rows=rows), shapes.LLAMA_3_2_3B, fsdp) for fsdp in (1, 8))
+    whole, cut = (plan.stages(Settings(rows=rows), shapes.LLAMA_3_2_3B, fsdp) for fsdp in (1, 8))
     assert whole["sft"].parameters == pytest.approx(3.213e9 * 4, rel=1e-3)
     assert whole["sft"].optimizer == 2 * whole["sft"].parameters
     assert cut["sft"].optimizer == pytest.approx(whole["sft"].optimizer / 8, rel=1e-3)
@@ -86,8 +82,8 @@ def test_a_3b_model_on_devices_of_80_gib():
 def test_adapters_need_no_second_set_of_weights():
     rows = RowsConfig(row_length=1024, rows_per_device=1)
     lora = LoraConfig(rank=8)
-    run = _run(rows=rows, lora=lora, run=RunConfig(lora_stages=("ppo",)))
-    found = plan.stages(run, shapes.SMOLLM2_135M, 1)
+    settings = Settings(rows=rows, lora=lora, method=MethodConfig(lora_stages=("ppo",)))
+    found = plan.stages(settings, shapes.SMOLLM2_135M, 1)
     assert found["train_ppo"].optimizer < 0.01 * found["sft"].optimizer
     assert found["train_ppo"].gradients < 0.01 * found["sft"].gradients
 

@@ -5,30 +5,43 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 
 import pytest
 
-from experiments import common, compare, generated, import_demos
-from spa_jax import store
-from spa_jax.config import RowsConfig, RunConfig
-from spa_jax.envs.protocol import Task
-from spa_jax.envs.webshop import tasks
-from spa_jax.errors import UserError
+from spa_jax import comparison, policy, store
+from spa_jax.config import RowsConfig
 from spa_jax.models.io import huggingface
-from spa_jax.stage_config import CreditConfig
+from spa_jax.stage_config import MethodConfig
+from spa_jax.stages import annotate
 from spa_jax.training.metrics import read_metrics
-from tests import programs, tiny
+from tests import programs, runs, tiny
 from tests.test_chat import DROPS_THOUGHTS
 
 _FLAGS = (
-    "--generate_train=6", "--generate_valid=2", "--generate_explore=8", "--generate_heldout=3",
-    "--task_types=pick_and_place_simple", "--max_receptacles=4", "--max_steps=15",
-    "--max_new_tokens=6", "--context_length=1024", "--row_length=1024", "--policy_slots=256",
-    "--rows_per_device=1", "--slots=4", "--sft_epochs=1", "--sft_batch_size=3", "--games=4",
-    "--rollouts=1", "--split=explore", "--iterations=2", "--progress_epochs=2",
-    "--ppo_batch_size=4", "--ppo_train_layers=1", "--give_up_after=2",
-)  # fmt: skip
+    "--generate_train=6",
+    "--generate_valid=2",
+    "--generate_explore=8",
+    "--generate_heldout=3",
+    "--task_types=pick_and_place_simple",
+    "--max_receptacles=4",
+    "--max_steps=15",
+    "--max_new_tokens=6",
+    "--context_length=1024",
+    "--row_length=1024",
+    "--policy_slots=256",
+    "--rows_per_device=1",
+    "--slots=4",
+    "--sft_epochs=1",
+    "--sft_batch_size=3",
+    "--games=4",
+    "--rollouts=1",
+    "--split=explore",
+    "--iterations=2",
+    "--progress_epochs=2",
+    "--ppo_batch_size=4",
+    "--ppo_train_layers=1",
+    "--give_up_after=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,73 +76,22 @@ _OTHERS = {
 def test_the_whole_method_on_the_other_environments(env, tmp_path):
     tiny.tiny_policy(tmp_path / "policy")
     out = programs.succeed(
-        "run_spa", *_FLAGS, "--task_types=", "--max_receptacles=8", f"--env={env}",
-        "--generate_train=4", "--iterations=1", "--context_length=2048", "--row_length=2048",
-        f"--workdir={tmp_path / 'run'}", f"--policy={tmp_path / 'policy'}", *_OTHERS[env],
-    )  # fmt: skip
+        "run_spa",
+        *_FLAGS,
+        "--task_types=",
+        "--max_receptacles=8",
+        f"--env={env}",
+        "--generate_train=4",
+        "--iterations=1",
+        "--context_length=2048",
+        "--row_length=2048",
+        f"--workdir={tmp_path / 'run'}",
+        f"--policy={tmp_path / 'policy'}",
+        *_OTHERS[env],
+    )
     assert re.search(r"RESULT base_success=\d\.\d{4} spa_success=\d\.\d{4} .* games=3 ", out)
     played = store.read(tmp_path / "run" / "eval" / "spa" / "trajectories.jsonl")
     assert [t.env for t in played] == [env] * 3
-
-
-def test_demonstrations_come_from_a_log(tmp_path):
-    log = [
-        {"id": name, "conversations": [
-            {"from": "human", "value": f"Find the {name}."}, {"from": "gpt", "value": "OK"},
-            {"from": "human", "value": "A room."}, {"from": "gpt", "value": "Action: look"},
-            {"from": "human", "value": "You won."},
-        ], "reward": reward}
-        for name, reward in (("mug", 1), ("pan", 1), ("cup", 1), ("pot", 0.5))
-    ]  # fmt: skip
-    (tmp_path / "log.json").write_text(json.dumps(log))
-    out = tmp_path / "run"
-    said = programs.succeed(
-        "import_demos", f"--file={tmp_path / 'log.json'}", "--env=virtualhome", f"--workdir={out}"
-    )
-    assert said.endswith(f"RESULT train=2 valid=1 out={out / 'demos'}\n")
-    demos = [store.read(out / "demos" / s / "trajectories.jsonl") for s in ("train", "valid")]
-    assert [len(d) for d in demos] == [2, 1]
-    assert {t.task for d in demos for t in d} == {"mug", "pan", "cup"}
-    assert {(t.env, t.split) for t in demos[1]} == {("virtualhome", "valid")}
-    again = programs.run("import_demos", f"--file={tmp_path / 'log.json'}", f"--workdir={out}")
-    assert again.returncode == 2 and "is there already" in again.stderr
-
-
-def test_a_log_of_one_task_cannot_stop_sft(tmp_path):
-    turns = [{"from": "human", "value": "A room."}, {"from": "gpt", "value": "Action: look"}]
-    (tmp_path / "log.json").write_text(json.dumps([{"id": "a", "conversations": turns}] * 2))
-    with pytest.raises(UserError, match="log.json: holds 1 tasks"):
-        import_demos.run(tmp_path / "demos", str(tmp_path / "log.json"), "alfworld", 0.1, 0)
-
-
-def test_what_an_environment_cannot_generate_is_refused(tmp_path):
-    run = RunConfig(
-        generate_train=2, generate_valid=1, generate_explore=3, generate_heldout=4,
-    )  # fmt: skip
-    (shop,) = generated.commands("webshop", run, tmp_path)
-    assert shop[shop.index("--products") + 1] == "40"
-    for bad, flag in (
-        ({"task_types": "look"}, "--task_types=look"),
-        ({"generate_products": 9}, "--generate_products=9"),
-        ({"generate_valid": 0}, "--generate_valid=0"),
-    ):
-        with pytest.raises(UserError, match=flag):
-            generated.commands("webshop", dataclasses.replace(run, **bad), tmp_path)
-    for env, flag in (("openenv", "--env_address"), ("custom", "--custom_data")):
-        with pytest.raises(UserError, match=f"--env={env} has no generator.*{flag}"):
-            generated.commands(env, run, tmp_path)
-    log = dataclasses.replace(run, demonstrations="log.json", generate_train=0, generate_valid=0)
-    assert len(generated.commands("virtualhome", log, tmp_path)) == 2
-
-
-def test_a_webshop_run_has_the_tasks_that_were_asked_for(tmp_path):
-    run = RunConfig(
-        generate_train=3, generate_valid=2, generate_explore=7, generate_heldout=5,
-    )  # fmt: skip
-    (command,) = generated.commands("webshop", run, tmp_path / "shop")
-    assert not subprocess.run(command, capture_output=True).returncode
-    index = tasks.GoalIndex(tmp_path / "shop")
-    assert [len(index.tasks(split)[0]) for split in generated.SPLITS] == [3, 2, 7, 5]
 
 
 def test_every_stage_left_its_files(finished):
@@ -154,8 +116,6 @@ def test_rounds_play_different_games_with_the_newest_policy(finished):
 
 
 def test_only_the_episodes_asked_for_are_annotated(finished, tmp_path):
-    from experiments import annotate
-
     folder, _, _ = finished
     whole = store.read(folder / "eval" / "sft" / "trajectories.jsonl")
     bare = [
@@ -166,10 +126,15 @@ def test_only_the_episodes_asked_for_are_annotated(finished, tmp_path):
     ]
     store.write(tmp_path / "bare.jsonl", bare)
     rows = RowsConfig(row_length=1024, policy_slots=256, rows_per_device=1)
-    annotate.run(
-        tmp_path / "out.jsonl", str(folder / "sft" / "policy"), tmp_path / "bare.jsonl",
-        folder / "iteration_1" / "progress", CreditConfig(), rows, 0, {whole[1].key},
-    )  # fmt: skip
+    run = runs.make(folder, rows=rows)
+    annotate.annotate_file(
+        run,
+        tmp_path / "bare.jsonl",
+        out=tmp_path / "out.jsonl",
+        progress=run.round(1).progress,
+        base=str(run.base),
+        keys={whole[1].key},
+    )
     first, second, third = store.read(tmp_path / "out.jsonl")
     assert (first, third) == (bare[0], bare[2])
     ours = [step.contribution for step in second.steps]
@@ -200,27 +165,15 @@ def test_a_comparison_stops_when_told_and_its_arms_see_as_many_tokens(finished, 
         r"RESULT sft=\d\.\d{4} continued_sft=\d\.\d{4} terminal=\d\.\d{4} spa=\d\.\d{4}\n$", out
     ), out
     found = json.loads((tmp_path / "comparison.json").read_text())
-    assert {arm: s["games"] for arm, s in found["0"].items()} == dict.fromkeys(compare.ARMS, 3)
+    assert {arm: s["games"] for arm, s in found["0"].items()} == dict.fromkeys(comparison.ARMS, 3)
+    two = runs.make(seed, method=MethodConfig(iterations=2))
     spent = [m["tokens"] for m in read_metrics(seed / "continued_sft" / "metrics.jsonl")]
-    assert sum(spent) == pytest.approx(compare.ppo_tokens(seed, 2), abs=max(spent))
+    assert sum(spent) == pytest.approx(comparison.ppo_tokens(two), abs=max(spent))
     explored = "iteration_0/explore/trajectories.jsonl"
     assert (seed / "terminal" / explored).read_text() == (seed / explored).read_text()
     for t in store.read(seed / "terminal" / "iteration_1" / "annotated.jsonl"):
         paid = [step.contribution for step in t.steps]
         assert paid == [0.0] * (len(paid) - 1) + [t.final_reward]
-
-
-def test_a_shared_layout_or_seed_is_refused():
-    from experiments import run_spa
-
-    def task(split: str, layout: str, seed: int | None) -> Task:
-        return Task(task=f"{split}/{layout}", split=split, task_type="", layout=layout, seed=seed)
-
-    held_out = [task("heldout", "a", 4)]
-    run_spa.assert_disjoint({"train": [task("train", "b", 1)], "heldout": held_out}, "heldout")
-    for bad in (task("train", "a", 1), task("train", "b", 4)):
-        with pytest.raises(UserError, match="held-out"):
-            run_spa.assert_disjoint({"train": [bad], "heldout": held_out}, "heldout")
 
 
 @pytest.mark.slow
@@ -229,17 +182,21 @@ def test_a_base_whose_template_drops_thoughts(tmp_path):
     words = tiny.tiny_tokenizer(tmp_path / "words", DROPS_THOUGHTS)
     config = tiny.tiny_config()
     huggingface.save_pretrained(tmp_path / "base", config, tiny.tiny_params(config), words)
-    flags = (*_FLAGS, "--iterations=1", f"--base={tmp_path / 'base'}",
-             f"--workdir={tmp_path / 'run'}")  # fmt: skip
+    flags = (
+        *_FLAGS,
+        "--iterations=1",
+        f"--base={tmp_path / 'base'}",
+        f"--workdir={tmp_path / 'run'}",
+    )
     refused = programs.run("run_spa", *flags)
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "is not append-only" in refused.stderr and "--chat_format=chatml" in refused.stderr
     assert not (tmp_path / "run").exists()  # at once
     programs.succeed("run_spa", *flags, "--chat_format=chatml")
-    trained = common.load_policy(tmp_path / "run" / "iteration_0" / "ppo" / "policy")
+    trained = policy.load(tmp_path / "run" / "iteration_0" / "ppo" / "policy")
     assert trained.chat_format == "chatml"
     for played in ("iteration_0/explore", "eval/sft", "eval/spa"):
-        assert common.recorded_chat_format(tmp_path / "run" / played) == "chatml"
+        assert policy.recorded_chat_format(tmp_path / "run" / played) == "chatml"
         for t in store.read(tmp_path / "run" / played / "trajectories.jsonl"):
             opening = trained.chat.first_turn(t.instruction, t.steps[0].observation)
             assert list(t.token_ids[: len(opening)]) == opening

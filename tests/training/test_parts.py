@@ -7,12 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import train_progress
 from spa_jax import batching
 from spa_jax.config import LORA_TARGETS, LoraConfig, RowsConfig
 from spa_jax.models import heads, lora, tree
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import (
+    estimator_data,
     estimator_update,
     partition,
     parts,
@@ -62,7 +62,7 @@ def _stage(name: str, rows: RowsConfig, devices: int):
         return sft_update.make_loss(CONFIG), {}, [sft_update.SftBatch(b) for b in cut], counts
     mask = np.array([[k < len(t.steps) for k in range(3)] for t in episodes], np.float32)
     if name == "estimator":
-        trunk = train_progress.AdaptedTrunk(None, episodes, rows)
+        trunk = estimator_data.AdaptedTrunk(None, episodes, rows)
         batches = trunk.batches(np.arange(9), 9, devices)
         loss_fn = estimator_update.make_trunk_loss(CONFIG)
         return loss_fn, {"progress": _value()}, batches, {"trajectories": 9.0}

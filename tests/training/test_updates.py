@@ -13,13 +13,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import train_progress
 from spa_jax import batching
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, tree
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import (
+    estimator_data,
     estimator_update,
     partition,
     ppo_data,
@@ -91,7 +91,9 @@ def _estimator(devices: int, rows: RowsConfig):
     head["out"]["kernel"] = jnp.ones_like(head["out"]["kernel"]) * 0.3
     per_batch = devices * rows.rows_per_device
     batches = [
-        train_progress._batch(features, np.arange(i, min(i + per_batch, count)), per_batch, devices)
+        estimator_data.feature_batch(
+            features, np.arange(i, min(i + per_batch, count)), per_batch, devices
+        )
         for i in range(0, count, per_batch)
     ]
     return estimator_update.estimator_loss, {"progress": head}, batches, {"trajectories": count}
@@ -349,9 +351,12 @@ def test_top_layers_learn_alone_what_they_learn_in_the_whole_model(name, monkeyp
     metrics, move = updated(params, None, batches)
     parts, frozen = params | {"policy": trained}, {"policy": frozen}
     lower_states = scoring.lower_states(
-        CONFIG, partition.replicate(frozen), opened[::-1],
+        CONFIG,
+        partition.replicate(frozen),
+        opened[::-1],
         dataclasses.replace(rows, row_length=100, policy_slots=60, step_slots=20),
-        devices=8, title="lower",
+        devices=8,
+        title="lower",
     )[::-1]
     assert [len(b) for b in lower_states] == [len(t.token_ids) for t in opened]
     from_lower = [

@@ -11,7 +11,7 @@ import threading
 import huggingface_hub.constants
 import pytest
 
-from experiments import common
+from spa_jax import policy
 from spa_jax.errors import UserError
 from spa_jax.models.io import pretrained
 from tests import tiny
@@ -100,11 +100,11 @@ def test_a_model_of_the_hub_is_fetched_once(hub, tmp_path, monkeypatch):
     published = shutil.copytree(tiny.tiny_policy(tmp_path / "tiny"), root / "maker" / "tiny-1.5B")
     for unwanted in ("pytorch_model.bin", "consolidated.safetensors", "training_args.bin"):
         (published / unwanted).write_bytes(b"never fetched")
-    policy = common.load_policy("maker/tiny-1.5B")
-    assert policy.folder.is_relative_to(tmp_path / "cache")
-    tiny.assert_same(policy.params, common.load_policy(tmp_path / "tiny").params)
-    assert policy.chat == common.load_policy(tmp_path / "tiny").chat
-    fetched = {p.name for p in policy.folder.iterdir()}
+    ours = policy.load("maker/tiny-1.5B")
+    assert ours.folder.is_relative_to(tmp_path / "cache")
+    tiny.assert_same(ours.params, policy.load(tmp_path / "tiny").params)
+    assert ours.chat == policy.load(tmp_path / "tiny").chat
+    fetched = {p.name for p in ours.folder.iterdir()}
     assert fetched == {
         "config.json",
         "model.safetensors",
@@ -114,20 +114,20 @@ def test_a_model_of_the_hub_is_fetched_once(hub, tmp_path, monkeypatch):
     assert not any(path.endswith(".bin") or "consolidated" in path for path in log)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     asked = len(log)
-    assert pretrained.resolve("maker/tiny-1.5B") == policy.folder
+    assert pretrained.resolve("maker/tiny-1.5B") == ours.folder
     assert len(log) == asked
 
 
 def test_what_the_hub_does_not_have(hub, tmp_path):
     root, _ = hub
     with pytest.raises(UserError, match="maker/none: no such folder, and the Hugging Face hub"):
-        common.load_policy("maker/none")
+        policy.load("maker/none")
     old = root / "maker" / "old"
     old.mkdir(parents=True)
     (old / "config.json").write_text("{}")
     (old / "pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(UserError, match="maker/old: .* no model.safetensors; pickled .* any code"):
-        common.load_policy("maker/old")
+        policy.load("maker/old")
 
 
 def test_a_folder_goes_before_the_hub(hub, tmp_path, monkeypatch):
@@ -147,14 +147,14 @@ def test_a_gguf_file_is_a_policy(tmp_path, monkeypatch, capsys):
     words = tiny.tiny_tokenizer(tmp_path / "tokenizer")
     params = tiny.random_params(tiny.CONFIG)
     write_gguf(path, tiny.CONFIG, params, words)
-    policy = common.load_policy(path)
-    assert policy.folder.is_relative_to(tmp_path / "home")
-    tiny.assert_same(policy.params, params)
+    ours = policy.load(path)
+    assert ours.folder.is_relative_to(tmp_path / "home")
+    tiny.assert_same(ours.params, params)
     assert "small.gguf: converting to" in capsys.readouterr().out
-    assert policy.chat.end_of_turn == tiny.SPECIAL.index("<|im_end|>")
-    assert pretrained.resolve(str(path)) == policy.folder
+    assert ours.chat.end_of_turn == tiny.SPECIAL.index("<|im_end|>")
+    assert pretrained.resolve(str(path)) == ours.folder
     assert not capsys.readouterr().out  # once
     write_gguf(path, tiny.CONFIG, tiny.random_params(tiny.CONFIG, seed=1), words)
-    assert pretrained.resolve(path) != policy.folder  # another file of that name
+    assert pretrained.resolve(path) != ours.folder  # another file of that name
     with pytest.raises(UserError, match="none.gguf: no such file"):
         pretrained.resolve("some/none.gguf")
