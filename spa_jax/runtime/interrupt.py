@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
@@ -95,6 +96,8 @@ def answered_by(answer: Answer) -> Iterator[None]:
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
     """A process that is started within it never sees Ctrl-C: who started it ends it."""
+    # Python's helper, which starts before the first process, unblocks the signal for us.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

@@ -1,5 +1,6 @@
 """Ctrl-C in small programs: at once, in the middle of a long call, deferred, pressed twice."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -7,7 +8,12 @@ import time
 
 import pytest
 
+<<<<<<< HEAD
 from tests import programs
+=======
+from spa_jax.runtime import interrupt
+from tests.experiments import stages
+>>>>>>> wt-runtime
 
 # One call of the C library for minutes; Python handles no signal meanwhile.
 _STUCK = """
@@ -121,6 +127,15 @@ setup.program(main, DistributedConfig())
         "stopped by Ctrl-C after update 3 of 9, which is saved; run the same command again to "
         "continue"
     )
+
+
+def test_processes_can_be_started_that_never_see_it():
+    with interrupt.unseen():
+        pool = multiprocessing.get_context("spawn").Pool(2)
+    with pool:
+        for _ in range(4):
+            assert signal.SIGINT in pool.apply(signal.pthread_sigmask, (signal.SIG_BLOCK, []))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_an_ignored_ctrl_c_stays_ignored():
