@@ -8,12 +8,8 @@ import time
 
 import pytest
 
-<<<<<<< HEAD
-from tests import programs
-=======
 from spa_jax.runtime import interrupt
-from tests.experiments import stages
->>>>>>> wt-runtime
+from tests import programs
 
 # One call of the C library for minutes; Python handles no signal meanwhile.
 _STUCK = """
