@@ -9,6 +9,7 @@ shows those that it reads itself, in three groups (`help_pages.py`).
 
 import dataclasses
 import difflib
+import os
 import pathlib
 import re
 import sys
@@ -266,7 +267,7 @@ def _parse(argv: Sequence[str], own: set[str], stage_policy: bool) -> list[str]:
     """Sets the flags; what is left of the arguments."""
     try:
         if page := help_pages.asked(argv):
-            print(help_pages.page(page, own, stage_policy))
+            _print(help_pages.page(page, own, stage_policy))
             sys.exit(0)
         words = list(_expanded(argv[1:], own))
         _parsed.given = {name for word, mine in words if mine and (name := _name(word))}
@@ -281,6 +282,14 @@ def _parse(argv: Sequence[str], own: set[str], stage_policy: bool) -> list[str]:
         said = f"{str(error).removeprefix('ERROR:: ')}; --help lists the flags"
     print(f"error: {said}", file=sys.stderr)
     sys.exit(2)
+
+
+def _print(text: str) -> None:
+    """Prints what a reader such as `head` may not read to its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown(name: str) -> str:

@@ -251,23 +251,23 @@ def _ragged(rate: float) -> dict[str, float]:
     sides = ppo_sides.make(
         episodes, rows, group=len(episodes), config=config, params=params, lora=False
     )
-    ours, whole, theirs = (
+    ours, padded, theirs = (
         ppo_sides.Ours(sides),
-        ppo_sides.Theirs(sides, whole=True),
+        ppo_sides.Theirs(sides, pad_to_batch=True),
         ppo_sides.Theirs(sides),
     )
     print(
         f"ragged: {len(lengths)} episodes of {min(lengths)} to {max(lengths)} tokens, "
         f"{sum(lengths)} in all, {_written(episodes)} of the policy's; padded to the batch's "
-        f"longest row {whole.padded}, to each minibatch's {theirs.padded}"
+        f"longest row {padded.padded}, to each minibatch's {theirs.padded}"
     )
     norm = ours.update()
-    ppo_sides.check_same(norm, whole.update(everywhere=False))
+    ppo_sides.check_same(norm, padded.update(everywhere=False))
     ppo_sides.check_same(norm, theirs.update(everywhere=False))
     times = updates.take_turns(
         {
             "ours update": ours.update,
-            "plain update, whole": lambda: whole.update(everywhere=True),
+            "plain update, whole": lambda: padded.update(everywhere=True),
             "plain update": lambda: theirs.update(everywhere=True),
             "tokens only update": lambda: theirs.update(everywhere=False),
         },

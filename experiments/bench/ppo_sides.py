@@ -144,13 +144,13 @@ class Ours:
 class Theirs:
     """PyTorch's passes over the work of `Sides`, in padded minibatches."""
 
-    def __init__(self, sides: Sides, *, whole: bool = False) -> None:
+    def __init__(self, sides: Sides, *, pad_to_batch: bool = False) -> None:
         """Copies the weights and makes the minibatches; neither is timed.
 
         Args:
           sides: the work.
-          whole: pad to the longest row of the whole batch, an optimiser step's, as trl's PPOTrainer
-            and so the released code does; else to the minibatch's own.
+          pad_to_batch: pad to the longest row of an optimiser step, as trl's PPOTrainer does
+            and so the released code; else to the longest of the minibatch.
         """
         self._peer = ppo_peer.Peer(
             sides.config,
@@ -171,7 +171,7 @@ class Theirs:
                     ppo_peer.batch(
                         [sides.episodes[i] for i in chosen[cut]],
                         {name: array[cut] for name, array in given.items()},
-                        longest if whole else 0,
+                        longest if pad_to_batch else 0,
                     )
                     for cut in cuts
                 ]
