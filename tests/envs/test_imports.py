@@ -31,7 +31,7 @@ def test_server_and_client_load_neither_the_trainer_nor_textworld() -> None:
         "spa_jax.envs.alfworld.prompt",
         "spa_jax.envs.alfworld.games",
         "spa_jax.envs.alfworld.expert",
-        "experiments.serve_env",
+        "spa_jax.envs.serve",
     )
     assert "fastapi" in loaded
     assert not loaded & (_TRAINER | _GAMES)
@@ -47,7 +47,7 @@ def test_what_each_environment_process_imports_of_its_server_is_light() -> None:
 
 
 def test_a_stage_needs_no_server_framework() -> None:
-    loaded = _loaded("experiments.explore", "experiments.train_ppo")
+    loaded = _loaded("spa_jax.stages.explore", "spa_jax.stages.train_ppo")
     assert "jax" in loaded
     assert not loaded & {"fastapi", "uvicorn", "gguf", "torch"}
 
