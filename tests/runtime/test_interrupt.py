@@ -125,6 +125,30 @@ setup.program(main, DistributedConfig())
     )
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_exception_that_python_drops_is_raised_again(how):
+    """Python ignores what is raised in a callback of the garbage collector; JAX has one."""
+    work = f"""
+import gc, os, sys, time
+sent = []
+def callback(*_):
+    if not sent:
+        sent.append(True)
+        os.kill(os.getpid(), {int(how)})
+def main():
+    gc.callbacks.append(callback)
+    print("busy", flush=True)
+    gc.collect()
+    time.sleep(60)
+setup.program(main, DistributedConfig())
+"""
+    process = _start(_STAGE + work, "busy")
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 128 + how, said
+    name = "SIGTERM" if how is signal.SIGTERM else "Ctrl-C"
+    assert said == f"stopped by {name}; run the same command again to continue\n"
+
+
 def test_processes_can_be_started_that_never_see_it():
     with interrupt.unseen():
         pool = multiprocessing.get_context("spawn").Pool(2)
