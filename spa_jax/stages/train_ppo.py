@@ -13,9 +13,9 @@ from spa_jax import policy as policy_lib
 from spa_jax.config import fit_attention
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
+from spa_jax.stage_config import RFT
 from spa_jax.training import behaviour, policy_update, ppo_data, trainable
 from spa_jax.training.policy_update import Learner
-from spa_jax.training.ppo_data import RFT
 
 
 def run(run: Run, number: int, *, policy: str = "") -> None:

@@ -19,11 +19,10 @@ from spa_jax.models.config import Params
 from spa_jax.models.io import pretrained
 from spa_jax.policy import Policy
 from spa_jax.rl import objectives
-from spa_jax.stage_config import PpoConfig
+from spa_jax.stage_config import RFT, PpoConfig
 from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.loop import Loop, Outcome
-from spa_jax.training.ppo_data import RFT
 from spa_jax.training.state import TrainState
 from spa_jax.training.trainable import Trainable
 from spa_jax.trajectory import Trajectory
