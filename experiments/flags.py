@@ -9,6 +9,7 @@ shows those that it reads itself, in three groups (`help_pages.py`).
 
 import dataclasses
 import difflib
+import os
 import pathlib
 import re
 import sys
@@ -37,8 +38,7 @@ _STAGE_POLICY_HELP = (
     "in a whole run's flagfile (one that sets flags which this stage does not read) is the "
     "pretrained policy of the run, and not this stage's."
 )
-_SHARED = ("workdir", "seed")  # of many programs
-_RUN = ("policy", "redo")  # of all that take a run
+_SHARED = ("workdir", "seed")
 _GIVEN = re.compile(r"--?([^=]+)(?:=(.*))?", re.DOTALL)
 
 WORKDIR = flags.DEFINE_string(
@@ -192,7 +192,7 @@ def run(main: Main, *shared: flags.FlagHolder, words: int = 0) -> None:
       *shared: those of `WORKDIR` and `SEED` that it reads: --help shows them.
       words: how many arguments it takes that are no flags.
     """
-    own = {flag.name for flag in shared} | _program_flags()
+    own = {flag.name for flag in shared} | _program_flags() | set(help_pages.SETTINGS)
     _start(lambda argv: _guarded(main, argv, words), lambda argv: _parse(argv, own, False))
 
 
@@ -200,6 +200,7 @@ def run_program(
     main: Main,
     *,
     reads: Sequence[type | str] = (),
+    stage: bool = True,
     stage_policy: bool = False,
     needs_workdir: bool = True,
 ) -> None:
@@ -207,15 +208,17 @@ def run_program(
 
     Args:
       main: the program.
-      reads: the dataclasses of settings, or single flags, that it reads; its own flags and those
-        of every run are added.
+      reads: the dataclasses of settings, or single flags, that it reads; --workdir, --seed and
+        the flags that it defines itself are added.
+      stage: it plays or trains: it heeds --policy and --redo, and several processes can share it.
       stage_policy: its --policy is the stage's, see `stage_policy`.
       needs_workdir: it uses the run's folder.
     """
     define_run()
     if stage_policy:
         flags.FLAGS["policy"].help = _STAGE_POLICY_HELP
-    own = {*_SHARED, *_RUN} | _program_flags() | _names(DistributedConfig)
+    own = {*_SHARED} | _program_flags()
+    own |= {"policy", "redo"} | _names(DistributedConfig) if stage else set()
     for part in reads:
         own |= {part} if isinstance(part, str) else _names(part)
 
@@ -264,7 +267,7 @@ def _parse(argv: Sequence[str], own: set[str], stage_policy: bool) -> list[str]:
     """Sets the flags; what is left of the arguments."""
     try:
         if page := help_pages.asked(argv):
-            print(help_pages.page(page, own, stage_policy))
+            _print(help_pages.page(page, own, stage_policy))
             sys.exit(0)
         words = list(_expanded(argv[1:], own))
         _parsed.given = {name for word, mine in words if mine and (name := _name(word))}
@@ -279,6 +282,14 @@ def _parse(argv: Sequence[str], own: set[str], stage_policy: bool) -> list[str]:
         said = f"{str(error).removeprefix('ERROR:: ')}; --help lists the flags"
     print(f"error: {said}", file=sys.stderr)
     sys.exit(2)
+
+
+def _print(text: str) -> None:
+    """Prints what a reader such as `head` may not read to its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown(name: str) -> str:

@@ -1,6 +1,7 @@
 """The pages that --help and --helpfull print: a program's flags, in three groups."""
 
 import dataclasses
+import re
 import shutil
 import sys
 import textwrap
@@ -23,6 +24,7 @@ _PAGES: dict[str, Page] = {name: "help" for name in ("help", "h", "?", "helpshor
 _PAGES["helpfull"] = "helpfull"
 _SHORT = 64  # a program with more flags than this shows the third group with --helpfull alone
 _COLUMN = 34  # where the help of a flag begins
+_CHOICES = re.compile(r"<[^>]*\|[^>]*>: ")  # that absl puts before the help of an enum
 _LONGEST = 40  # characters of a default that are shown
 _FLAGFILE = "Read flags from this file, one a line; # begins a comment."
 
@@ -78,6 +80,7 @@ def _row(name: str, full: bool, default: Any = None) -> tuple[str, str]:
     flag, field = flags.FLAGS[name], SETTINGS.get(name)
     value = flag.default if default is None else default
     text = field.metadata["help"] if field else " ".join((flag.help or "").split())
+    text = _CHOICES.sub("", text)
     if field and full:
         allowed = settings.limits(field)
         text += f" It is {allowed}." if allowed else ""

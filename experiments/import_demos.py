@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import flags as flags_lib
-from spa_jax import importers, store
+from spa_jax import importers
 from spa_jax.errors import UserError
+from spa_jax.stages import demonstrate
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,11 +24,7 @@ def main(argv: Sequence[str]) -> None:
     run = flags_lib.from_flags()
     if run.demos.exists():
         raise UserError(f"{run.demos} is there already: remove it, or give another --workdir")
-    demos = importers.demonstrations(
-        _FILE.value, env=run.settings.env.env, seed=run.seed, valid_share=_VALID.value
-    )
-    for part, episodes in demos.items():
-        store.write(run.demonstrations(part), episodes)
+    demos = demonstrate.import_log(run, _FILE.value, valid_share=_VALID.value)
     counts = " ".join(f"{part}={len(episodes)}" for part, episodes in demos.items())
     print(f"RESULT {counts} out={run.demos}")
 
@@ -37,4 +34,4 @@ if __name__ == "__main__":
     _VALID = flags.DEFINE_float(
         "valid_share", importers.VALID_SHARE, "Share of the tasks for the held-out loss."
     )
-    flags_lib.run_program(main, reads=("env",))
+    flags_lib.run_program(main, reads=("env",), stage=False)

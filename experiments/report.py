@@ -27,4 +27,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", "", "The page to write; empty: WORKDIR/report.html.")
-    flags_lib.run_program(main)
+    flags_lib.run_program(main, stage=False)

@@ -39,7 +39,7 @@ def run(
     """
 
     def with_run(argv: Sequence[str]) -> None:
-        del argv  # what is no flag: nothing
+        del argv
         made = flags_lib.from_flags()
 
         def recorded() -> None:

@@ -121,19 +121,20 @@ class ServerConfig(Checked):
         that holds splits.
       env: the environment's name, one of `envs.benchmarks.BENCHMARKS`.
       prompt: the instruction of a session that does not choose one itself.
-      games_per_worker: games after which a process is replaced; 0: as suits the environment.
     """
 
     data_dir: str
     env: str = "alfworld"
     prompt: str = "paper"
-    games_per_worker: int = 0
     max_sessions: int = setting(
         0,
         "Sessions at once, each with a process of its own; 0: as many as the memory that is free "
         "at the start has room for.",
         minimum=0,
         group=MAY,
+    )
+    games_per_worker: int = setting(
+        0, "Games after which a process is replaced; 0: as suits the environment.", minimum=0
     )
     worker_memory_mb: int = setting(
         0,

@@ -92,14 +92,7 @@ def _texts(where: str, record: Any) -> list[str]:
 
 
 def _trajectory(
-    where: str,
-    record: Any,
-    texts: list[str],
-    *,
-    env: str,
-    split: str,
-    task: str,
-    attempt: int,
+    where: str, record: Any, texts: list[str], *, env: str, split: str, task: str, attempt: int
 ) -> Trajectory:
     """The trajectory of a record's texts."""
     instruction = ""

@@ -25,7 +25,6 @@ from spa_jax.envs.openenv import OPENENV, OpenEnvClient
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.models import limits
-from spa_jax.models.io import pretrained
 from spa_jax.policy import EXPERT, Policy
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
@@ -49,7 +48,7 @@ class Recording:
       games: which games, and how often.
       sampling: how the policy writes.
       title: of the progress bar.
-      names: the flags that set the games and the temperature, where they are not exploration's.
+      flags: those that give the split, the games and the temperature, where not exploration's.
     """
 
     stage: str
@@ -58,7 +57,7 @@ class Recording:
     games: ExploreConfig
     sampling: SamplingConfig
     title: str
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def record(run: Run, recording: Recording) -> list[Trajectory]:
@@ -77,11 +76,7 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
         run,
         recording.stage,
         folder,
-        inputs={
-            "policy": EXPERT
-            if expert
-            else provenance.policy_digest(pretrained.resolve(recording.policy))
-        },
+        inputs={"policy": EXPERT if expert else provenance.policy_digest(recording.policy)},
         settings={
             "rollouts": games.rollouts,
             "split": games.split,
@@ -89,7 +84,7 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
             "first_game": games.first_game,
             "temperature": recording.sampling.temperature,
         },
-        names=recording.names,
+        flags=recording.flags,
     )
     if same and files.has_all(folder, recording.title):
         return store.read(folder / run_lib.EPISODES)

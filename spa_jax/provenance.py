@@ -17,12 +17,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spa_jax import machine
+from spa_jax import files, machine
 from spa_jax import run as run_lib
 from spa_jax import settings as settings_lib
 from spa_jax.config import EnvConfig, LoraConfig
 from spa_jax.errors import UserError
 from spa_jax.run import Run
+from spa_jax.runtime import distributed
 
 VERSION = 1  # of the fingerprints
 SERVED = "served"  # the identity of an environment that runs elsewhere: not compared
@@ -63,7 +64,6 @@ def record_run(run: Run, program: str, argv: Sequence[str]) -> None:
       program: the program's name, such as "run_spa".
       argv: its arguments, the program's own name first.
     """
-    distributed = _distributed()
     if not distributed.is_first():
         return
     settings = settings_lib.by_flag(run.settings)
@@ -78,11 +78,7 @@ def record_run(run: Run, program: str, argv: Sequence[str]) -> None:
         **machine.commit(),
         "versions": machine.versions(),
         "machine": machine.describe(),
-        "environment": {
-            "name": run.settings.env.env,
-            "data": run.settings.env.data,
-            "identity": environment_identity(run.settings.env, run.games),
-        },
+        "environment": _environment(run),
         "settings": {
             flag: {
                 "value": _redacted(value),
@@ -93,7 +89,20 @@ def record_run(run: Run, program: str, argv: Sequence[str]) -> None:
         },
     }
     now["earlier"] = _earlier(run.json)
-    write_json(run.json, now)
+    files.write_json(run.json, now)
+
+
+def record_environment(run: Run) -> None:
+    """Says in W/run.json what is played, once the run's own games are there."""
+    if distributed.is_first() and run.json.exists():
+        noted = json.loads(run.json.read_text())
+        files.write_json(run.json, noted | {"environment": _environment(run)})
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    env = run.settings.env
+    identity = environment_identity(env, run.games)
+    return {"name": env.env, "data": env.data, "identity": identity}
 
 
 def _earlier(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -143,8 +152,8 @@ def policy_digest(policy: str | os.PathLike[str]) -> str:
     """
     from spa_jax.models.io import pretrained, tensors
 
-    files = pretrained.weight_files(pretrained.resolve(policy))
-    return _digest_of(file for file in files if file.name != tensors.HEADS)
+    found = pretrained.weight_files(pretrained.resolve(policy))
+    return _digest_of(file for file in found if file.name != tensors.HEADS)
 
 
 def estimator_digest(folder: str | os.PathLike[str]) -> str:
@@ -156,9 +165,9 @@ def estimator_digest(folder: str | os.PathLike[str]) -> str:
     return _digest_of(sorted(pathlib.Path(folder).rglob("*.safetensors")))
 
 
-def _digest_of(files: Iterable[pathlib.Path]) -> str:
+def _digest_of(paths: Iterable[pathlib.Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file in paths:
         digest.update(bytes.fromhex(file_digest(file)))
     return digest.hexdigest()[:16]
 
@@ -229,7 +238,7 @@ def check_stage(
     *,
     inputs: Mapping[str, str],
     settings: Mapping[str, Any] | None = None,
-    names: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> bool:
     """Refuses to go on in a folder that was made from other settings or inputs.
 
@@ -245,7 +254,7 @@ def check_stage(
         for weights, the others are in the plural ("episodes").  What the environment plays is
         added for the stages that play.
       settings: values by flag name, `seed` among them, where they are not the run's.
-      names: the flags that those are told by, where they have others in this stage.
+      flags: by a name in `settings`, the flag that gives it, where it is another.
 
     Returns:
       Whether the folder says that it was made from just these: what is in it can be used as it is.
@@ -253,11 +262,10 @@ def check_stage(
     Raises:
       UserError: names every difference, and how to go on.
     """
-    distributed = _distributed()
     return distributed.broadcast(
         f"{stage} {folder}: the fingerprint",
         lambda: _check_stage(
-            run, stage, folder, inputs, settings=settings or {}, names=names or {}
+            run, stage, folder, inputs=inputs, settings=settings or {}, flags=flags or {}
         ),
     )
 
@@ -266,17 +274,17 @@ def _check_stage(
     run: Run,
     stage: str,
     folder: pathlib.Path,
-    inputs: Mapping[str, str],
     *,
+    inputs: Mapping[str, str],
     settings: Mapping[str, Any],
-    names: Mapping[str, str],
+    flags: Mapping[str, str],
 ) -> bool:
     global _warned
     now = fingerprint(run, stage, inputs=inputs, settings=settings)
     path = run_lib.fingerprint(folder)
     if not path.exists():
         if not _has_results(folder):
-            write_json(path, now)
+            files.write_json(path, now)
         elif not _warned:
             _warned = True
             print(
@@ -286,11 +294,11 @@ def _check_stage(
                 flush=True,
             )
         return False
-    found = _differences(json.loads(path.read_text()), now, _defaults(run), names)
+    found = _differences(json.loads(path.read_text()), now, _defaults(run), flags)
     if not found:
         return True
     if not _has_results(folder):  # it was refused before it had any
-        write_json(path, now)
+        files.write_json(path, now)
         return False
     raise UserError(
         f"{folder} was made with other settings: {'; '.join(found)}. Give another --workdir, or "
@@ -337,7 +345,12 @@ def _defaults(run: Run) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def _differences(was: dict, now: dict, defaults: dict, names: Mapping[str, str]) -> list[str]:
+def _differences(
+    was: Mapping[str, Any],
+    now: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    flags: Mapping[str, str],
+) -> list[str]:
     """Every difference of two fingerprints in words.
 
     A setting that the older one does not name is newer than it, and had its default.
@@ -346,7 +359,8 @@ def _differences(was: dict, now: dict, defaults: dict, names: Mapping[str, str])
     for flag, value in now["settings"].items():
         before = was["settings"].get(flag, defaults.get(flag))
         if before != value:
-            found.append(f"--{names.get(flag, flag)} was {_shown(before)}, is {_shown(value)}")
+            given = flags.get(flag, flag)
+            found.append(f"--{given} was {_shown(before)}, is {_shown(value)}")
     if was["seed"] != now["seed"]:
         found.append(f"--seed was {was['seed']}, is {now['seed']}")
     for name in sorted(was["inputs"].keys() | now["inputs"].keys()):
@@ -426,7 +440,7 @@ def redo(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
         raise UserError(f"--redo={stage}: no such stage; {_redo_help()}")
     if in_a_round and which and not which.isdecimal():
         raise UserError(f"--redo={stage}: {which!r} is no round; {_redo_help()}")
-    if which == ".." or pathlib.Path(which).name != which:  # it leaves the evaluations' folder
+    if which == ".." or pathlib.Path(which).name != which:  # would leave W/eval
         raise UserError(f"--redo={stage}: {which!r} is no evaluation; {_redo_help()}")
     doomed = _followers(run, name, int(which) if in_a_round and which else number, which)
 
@@ -439,7 +453,7 @@ def redo(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
             print(f"--redo={stage}: nothing to remove", flush=True)
         return [str(path) for path in there]
 
-    return [pathlib.Path(path) for path in _distributed().broadcast(f"--redo={stage}", remove)]
+    return [pathlib.Path(path) for path in distributed.broadcast(f"--redo={stage}", remove)]
 
 
 def _redo_help() -> str:
@@ -476,24 +490,3 @@ def _followers(run: Run, stage: str, number: int, name: str) -> list[pathlib.Pat
     arms = [run.continued_sft, run.terminal] if stage == "explore" else [run.continued_sft]
     this = [path for s, paths in parts.items() if order <= STAGES.index(s) for path in paths]
     return [*judged, *sorted(trained), *arms, *reversed(later), *this]
-
-
-# --- files ------------------------------------------------------------------------------------
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _distributed() -> Any:
-    """The module of the processes that share a run; JAX comes with it."""
-    from spa_jax.runtime import distributed
-
-    return distributed

@@ -194,6 +194,11 @@ class Run:
         return self.workdir / "server.log"
 
 
+def at(workdir: pathlib.Path) -> Run:
+    """The files of a run whose settings do not matter, for readers."""
+    return Run(workdir, policy="", seed=0, settings=Settings())
+
+
 def features_of(episodes: pathlib.Path) -> pathlib.Path:
     """Where the base model's hidden states of a file of episodes are kept."""
     return episodes.with_name("features.npz")

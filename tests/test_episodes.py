@@ -38,6 +38,7 @@ def test_nothing_longer_than_the_model_or_a_row():
     episodes.check_lengths(config, [short], "x.jsonl", RowsConfig())
     with pytest.raises(UserError, match=r"x.jsonl: task 'b' \(seed 0, attempt 0\): \d+ tokens"):
         episodes.check_lengths(config, [short, long], "x.jsonl", RowsConfig())
-    rows = RowsConfig(row_length=len(short.token_ids) - 1)
+    length = len(short.token_ids) - 1
+    rows = RowsConfig(row_length=length, policy_slots=length)
     with pytest.raises(UserError, match="task 'a'.*--row_length"):
         episodes.check_lengths(config, [short], "x.jsonl", rows)

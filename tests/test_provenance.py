@@ -225,6 +225,15 @@ def test_what_is_computed_may_not(stage, sections, flag, tmp_path):
         provenance.check_stage(_run(tmp_path, **sections), stage, folder, inputs={})
 
 
+def test_a_setting_of_a_stage_is_told_by_the_flag_that_gives_it(tmp_path):
+    run, folder = _run(tmp_path), tmp_path / "folder"
+    provenance.check_stage(run, "demos", folder, inputs={}, settings={"games": 16})
+    _touch(folder / "metrics.jsonl")
+    flags = {"games": "demo_games"}
+    with pytest.raises(UserError, match="--demo_games was 16, is 3"):
+        provenance.check_stage(run, "demos", folder, inputs={}, settings={"games": 3}, flags=flags)
+
+
 def test_another_environment_is_told_and_a_served_one_is_not(tmp_path):
     data = tmp_path / "data"
     _touch(data / "train" / "game")

@@ -27,25 +27,21 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
-from experiments.bench import floor, peers, ppo_peer, updates
+from experiments.bench import floor, peers, ppo_peer, ppo_sides, updates
 from spa_jax import store
-from spa_jax.config import LoraConfig, RowsConfig
+from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads, transformer
-from spa_jax.models import lora as lora_lib
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.models.kernels import choice
 from spa_jax.parity import files
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import partition, ppo_data, ppo_update, scoring
-from spa_jax.training import parts as parts_lib
-from spa_jax.training import state as state_lib
 from spa_jax.trajectory import Trajectory
 
 # The shape that the released code was timed with.
@@ -62,15 +58,11 @@ TIMED = ModelConfig(
 _SMALL = dataclasses.replace(
     TIMED, vocab_size=512, hidden_size=64, num_layers=2, head_dim=8, intermediate_size=128
 )
-_PPO = PpoConfig(learning_rate=1e-5, kl_coef=0.05)
-_LORA = LoraConfig(rank=8, alpha=16.0, targets=("q", "v"))
 _OBSERVATION, _RESPONSE = 44, 20  # tokens of a step
-_MINIBATCH = 4
 _ROUNDS = 5  # unless --rounds says otherwise
 # As long as ALFWorld's episodes are: most are short, a few take all of their steps.
 _RAGGED = (300, 345, 390, 440, 490, 545, 605, 670, 740, 820, 910, 1010, 1130, 1290, 1560, 2000)
 _SCORED = tuple(range(254, 735, 32))  # 494 on average
-_SAME = 2e-3  # relative: what the two sides' gradient norms may differ by
 
 
 def run() -> None:
@@ -101,13 +93,6 @@ def _model() -> tuple[ModelConfig, Params]:
     """The timed model, or the rehearsal's."""
     config = choice.resolve(_SMALL if flags.FLAGS.rehearsal else TIMED)
     return config, transformer.init(config, jax.random.key(0))
-
-
-def _head(kind: type, size: int) -> Params:
-    """A head whose output is not 0 from the start."""
-    made = jax.jit(kind().init)(jax.random.key(1), np.zeros((1, size), np.float32))["params"]
-    kernel = made["out"]["kernel"]
-    return {**made, "out": {**made["out"], "kernel": kernel + 0.05}}
 
 
 def timing_inputs(path: pathlib.Path, vocab_size: int) -> list[Trajectory]:
@@ -175,173 +160,6 @@ def _written(episodes: Sequence[Trajectory]) -> int:
     return sum(sum(k >= 0 for k in t.step_id) for t in episodes)
 
 
-# --- The two sides ------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Sides:
-    """The same weights and episodes on both sides.
-
-    Attributes:
-      config: the model's shape.
-      params, value: the policy's and the value head's parameters.
-      episodes: with recorded log-probabilities of this policy.
-      table: of the episodes.
-      groups: the episodes of each optimiser step.
-      rows: our static shape.
-      adapter: for LoRA; None: everything is trained.
-    """
-
-    config: ModelConfig
-    params: Params
-    value: Params
-    episodes: list[Trajectory]
-    table: ppo_data.Table
-    groups: list[np.ndarray]
-    rows: RowsConfig
-    adapter: Params | None
-
-
-def _sides(
-    episodes: Sequence[Trajectory],
-    rows: RowsConfig,
-    *,
-    group: int,
-    config: ModelConfig,
-    params: Params,
-    lora: bool,
-) -> Sides:
-    """Both sides' work; the log-probabilities are recorded as sampling and annotating do."""
-    value = _head(heads.Head, config.hidden_size)
-    adapter = None
-    if lora:
-        adapter = lora_lib.init(_LORA, params, jax.random.key(2))
-        for leaves in adapter["layers"].values():
-            leaves["b"] = 0.01 * jax.random.normal(jax.random.key(3), leaves["b"].shape)
-    policy = params if adapter is None else lora_lib.merge(_LORA, params, adapter)
-    played = scoring.score(
-        config, {"policy": policy, "value": value}, episodes, rows, temperature=1.0, title=""
-    )
-    base = scoring.score(config, {"policy": params}, episodes, rows, temperature=1.0, title="")
-    recorded = [
-        dataclasses.replace(t, log_probs=tuple(a.tolist()), ref_log_probs=tuple(b.tolist()))
-        for t, a, b in zip(episodes, played.log_probs, base.log_probs, strict=True)
-    ]
-    table = ppo_data.make_table(recorded, played.values, _PPO)
-    order = np.random.default_rng(0).permutation(len(recorded))
-    groups = [order[i : i + group] for i in range(0, len(recorded), group)]
-    return Sides(
-        config=config,
-        params=params,
-        value=value,
-        episodes=recorded,
-        table=table,
-        groups=groups,
-        rows=rows,
-        adapter=adapter,
-    )
-
-
-class Ours:
-    """Our passes over the work of `Sides`."""
-
-    def __init__(self, sides: Sides) -> None:
-        """Places the parameters; compiles nothing yet."""
-        self._sides, optimizer = sides, updates.adamw()
-        parts = parts_lib.split(sides.config, sides.params, 0)
-        self._policy = sides.params
-        if sides.adapter is not None:
-            parts = parts_lib.adapt(_LORA, sides.params, sides.adapter)
-            self._policy = lora_lib.merge(_LORA, sides.params, sides.adapter)
-        loss = parts.on_parts(ppo_update.make_loss(sides.config, _PPO, 1.0))
-        self._trainer = partition.make(sides.rows, loss, optimizer, frozen=parts.frozen)
-        trained = parts.trained | {"value": sides.value}
-        self._state = self._trainer.replicate(state_lib.create(trained, optimizer))
-
-    def forward(self) -> scoring.Scores:
-        """Log-probabilities, values and hidden states of the episodes."""
-        params = {"policy": self._policy, "value": self._sides.value}
-        return scoring.score(
-            self._sides.config,
-            params,
-            self._sides.episodes,
-            self._sides.rows,
-            temperature=1.0,
-            title="",
-        )
-
-    def update(self) -> float:
-        """The optimiser steps, with the packing of their rows; the first gradient's norm."""
-        norms = []
-        for chosen in self._sides.groups:
-            made = ppo_data.make_update(
-                self._sides.episodes,
-                self._sides.table,
-                chosen,
-                self._sides.rows,
-                _PPO,
-                devices=self._trainer.devices,
-            )
-            self._state, sums = self._trainer.update(self._state, made.batches, made.counts)
-            norms.append(sums["grad_norm"])
-        jax.block_until_ready(self._state)
-        return norms[0]
-
-
-class Theirs:
-    """PyTorch's passes over the work of `Sides`, in padded minibatches."""
-
-    def __init__(self, sides: Sides, *, whole: bool = False) -> None:
-        """Copies the weights and makes the minibatches; neither is timed.
-
-        Args:
-          sides: the work.
-          whole: pad to the longest row of the whole batch, an optimiser step's, as trl's PPOTrainer
-            and so the released code does; else to the minibatch's own.
-        """
-        self._peer = ppo_peer.Peer(
-            sides.config,
-            jax.device_get(sides.params),
-            jax.device_get(sides.value),
-            ppo=_PPO,
-            lora=_LORA,
-            adapter=sides.adapter,
-        )
-        self._groups = []
-        for chosen in sides.groups:
-            table = sides.table.take(chosen)
-            given = ppo_data.by_place(table, _PPO)
-            cuts = [slice(i, i + _MINIBATCH) for i in range(0, len(chosen), _MINIBATCH)]
-            longest = max(len(sides.episodes[i].token_ids) for i in chosen)
-            self._groups.append(
-                [
-                    ppo_peer.batch(
-                        [sides.episodes[i] for i in chosen[cut]],
-                        {name: array[cut] for name, array in given.items()},
-                        longest if whole else 0,
-                    )
-                    for cut in cuts
-                ]
-            )
-        self.padded = sum(one.tokens.numel() for group in self._groups for one in group)
-
-    def forward(self, *, everywhere: bool) -> Any:
-        """Log-probabilities and values."""
-        batches = [one for group in self._groups for one in group]
-        return self._peer.forward(batches, everywhere=everywhere)
-
-    def update(self, *, everywhere: bool) -> float:
-        """The optimiser steps; the first gradient's norm."""
-        return self._peer.update(self._groups, everywhere=everywhere)
-
-
-def _check(ours: float, theirs: float) -> None:
-    """Refuses to compare different work."""
-    if not abs(ours - theirs) <= _SAME * theirs:
-        raise AssertionError(f"the gradients differ: norm {ours:.6g} here, {theirs:.6g} in PyTorch")
-    print(f"  first gradient's norm {ours:.6g} here, {theirs:.6g} in PyTorch")
-
-
 # --- Parts --------------------------------------------------------------------------------------
 
 
@@ -350,25 +168,27 @@ def _step(rate: float) -> dict[str, float]:
     config, params = _model()
     episodes = timing_inputs(pathlib.Path(flags.FLAGS.timing_inputs), config.vocab_size)
     if flags.FLAGS.rehearsal:
-        episodes = episodes[:_MINIBATCH]
+        episodes = episodes[: ppo_sides.MINIBATCH]
     found: dict[str, float] = {}
     for name, lora in (("full", False), ("lora", True)):
-        rows = _rows_for(episodes, 512, max(1, _MINIBATCH // jax.device_count()))
-        sides = _sides(episodes, rows, group=_MINIBATCH, config=config, params=params, lora=lora)
+        rows = _rows_for(episodes, 512, max(1, ppo_sides.MINIBATCH // jax.device_count()))
+        sides = ppo_sides.make(
+            episodes, rows, group=ppo_sides.MINIBATCH, config=config, params=params, lora=lora
+        )
         found |= _compare_step(name, sides, rate)
     return found
 
 
-def _compare_step(name: str, sides: Sides, rate: float) -> dict[str, float]:
+def _compare_step(name: str, sides: ppo_sides.Sides, rate: float) -> dict[str, float]:
     """One kind of step: its passes on both sides, and what is made of them."""
-    ours, theirs = Ours(sides), Theirs(sides)
+    ours, theirs = ppo_sides.Ours(sides), ppo_sides.Theirs(sides)
     lengths = [len(t.token_ids) for t in sides.episodes]
     print(
         f"step, {'LoRA' if name == 'lora' else 'all weights'}: {len(lengths)} rows of "
         f"{lengths[0]}, {_written(sides.episodes)} tokens of the policy's, "
         f"{len(sides.groups)} optimiser steps"
     )
-    _check(ours.update(), theirs.update(everywhere=False))
+    ppo_sides.check_same(ours.update(), theirs.update(everywhere=False))
     times = updates.take_turns(
         {
             "ours forward": ours.forward,
@@ -428,20 +248,26 @@ def _ragged(rate: float) -> dict[str, float]:
     )
     lengths = [len(t.token_ids) for t in episodes]
     rows = _rows_for(episodes, 512, 1)
-    sides = _sides(episodes, rows, group=len(episodes), config=config, params=params, lora=False)
-    ours, whole, theirs = Ours(sides), Theirs(sides, whole=True), Theirs(sides)
+    sides = ppo_sides.make(
+        episodes, rows, group=len(episodes), config=config, params=params, lora=False
+    )
+    ours, padded, theirs = (
+        ppo_sides.Ours(sides),
+        ppo_sides.Theirs(sides, pad_to_batch=True),
+        ppo_sides.Theirs(sides),
+    )
     print(
         f"ragged: {len(lengths)} episodes of {min(lengths)} to {max(lengths)} tokens, "
         f"{sum(lengths)} in all, {_written(episodes)} of the policy's; padded to the batch's "
-        f"longest row {whole.padded}, to each minibatch's {theirs.padded}"
+        f"longest row {padded.padded}, to each minibatch's {theirs.padded}"
     )
     norm = ours.update()
-    _check(norm, whole.update(everywhere=False))
-    _check(norm, theirs.update(everywhere=False))
+    ppo_sides.check_same(norm, padded.update(everywhere=False))
+    ppo_sides.check_same(norm, theirs.update(everywhere=False))
     times = updates.take_turns(
         {
             "ours update": ours.update,
-            "plain update, whole": lambda: whole.update(everywhere=True),
+            "plain update, whole": lambda: padded.update(everywhere=True),
             "plain update": lambda: theirs.update(everywhere=True),
             "tokens only update": lambda: theirs.update(everywhere=False),
         },
@@ -464,7 +290,7 @@ def _scoring(rate: float) -> dict[str, float]:
     config, params = _model()
     lengths = _SCORED[::4] if flags.FLAGS.rehearsal else _SCORED
     episodes = [of_length(f"t{i}", n, config.vocab_size) for i, n in enumerate(lengths)]
-    head = _head(heads.Head, config.hidden_size)
+    head = ppo_sides.random_head(heads.Head, config.hidden_size)
     rows = _rows_for(episodes, 768, 1)
 
     def ours() -> np.ndarray:
@@ -549,7 +375,7 @@ def _quickstart(rate: float) -> dict[str, float]:
     config, params, name = floor.model()
     optimizer, ppo = updates.adamw(), PpoConfig()
     trainer = partition.make(updates.ROWS, ppo_update.make_loss(config, ppo, 1.0), optimizer)
-    value = _head(heads.Head, config.hidden_size)
+    value = ppo_sides.random_head(heads.Head, config.hidden_size)
     played = updates.episodes(batch, config.vocab_size)
     steps = len(played[0].steps)
     noise = np.random.default_rng(0).normal(size=(4, batch, steps)).astype(np.float32)

@@ -190,10 +190,10 @@ def complete_mapping(schema: Any, given: Mapping[str, Any]) -> OpenEnvMapping:
     """
     try:
         action, observation = schema["action"], schema["observation"]
-        told, shown = action.get("properties", {}), observation.get("properties", {})
+        sent, shown = action.get("properties", {}), observation.get("properties", {})
         texts = [name for name in shown if shown[name].get("type") == "string"]
-        tells = [name for name in told if told[name].get("type") == "string"]
-        needed = [name for name in tells if name in action.get("required", [])]
+        sent_texts = [name for name in sent if sent[name].get("type") == "string"]
+        needed = [name for name in sent_texts if name in action.get("required", [])]
         declared = observation.get(EXTENSION, {})
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError("--env_address: /schema is not that of an OpenEnv server") from error
@@ -202,7 +202,9 @@ def complete_mapping(schema: Any, given: Mapping[str, Any]) -> OpenEnvMapping:
     return dataclasses.replace(
         mapping,
         text=_field("text", mapping.text, known=shown, texts=texts, usual=_TEXTS),
-        action=_field("action", mapping.action, known=told, texts=needed or tells, usual=_ACTIONS),
+        action=_field(
+            "action", mapping.action, known=sent, texts=needed or sent_texts, usual=_ACTIONS
+        ),
         success=_flag("success", mapping.success, shown, "success"),
         grounded=_flag("grounded", mapping.grounded, shown, "grounded"),
     )

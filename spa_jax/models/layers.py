@@ -71,9 +71,9 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
         return frequency
     c = config.rope_scaling
     turns = c.original_max_position * frequency / (2 * jnp.pi)  # within the original context
-    kept = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
-    kept = jnp.clip(kept, 0.0, 1.0)
-    return frequency * (kept + (1 - kept) / c.factor)
+    unscaled = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+    unscaled = jnp.clip(unscaled, 0.0, 1.0)
+    return frequency * (unscaled + (1 - unscaled) / c.factor)
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:

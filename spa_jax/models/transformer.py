@@ -43,7 +43,7 @@ from spa_jax.models.kernels.attention import LayerCache
 from spa_jax.models.layers import Block, RMSNorm
 
 # What a rematerialised layer keeps: `--remat` -> the names in `Block`.
-_KEPT = {
+_SAVED = {
     "layer": (),
     "attention": ("attention",),
     "dots": ("q", "k", "v", "attention", "o", "gate", "up", "rounded down"),
@@ -91,9 +91,9 @@ def _block(config: ModelConfig) -> type[nn.Module]:
     remat = config.compute.remat
     if remat == "none":
         return Block
-    kept = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
     # Inside a scan nothing can be taken for common with the forward pass.
-    return nn.remat(Block, prevent_cse=False, policy=kept)
+    return nn.remat(Block, prevent_cse=False, policy=policy)
 
 
 def packed_mask(segment_ids: jax.Array) -> jax.Array:

@@ -66,7 +66,7 @@ _NO_EFFECT = set(
 )
 
 
-class Run(NamedTuple):
+class StepRun(NamedTuple):
     """One run of a case's step.
 
     Attributes:
@@ -111,7 +111,7 @@ class Recomputed(NamedTuple):
     """
 
     config: released.Config
-    ours: Run
+    ours: StepRun
     slack: dict[str, np.ndarray]
     result: Comparison
 
@@ -134,7 +134,7 @@ def recompute(path: pathlib.Path, arrays: Arrays, text: Mapping[str, Any]) -> Re
     orders = _orders(path, need("perm"), config)
     kl_coef = float(text.get("kl_coef_before", text["ppo_config"].get("init_kl_coef", 0.2)))
 
-    def run(model: Model) -> Run:
+    def run(model: Model) -> StepRun:
         before = released.start(model.trained, config, kl_coef)
         after, trace = released.step(
             model.forward,
@@ -146,7 +146,7 @@ def recompute(path: pathlib.Path, arrays: Arrays, text: Mapping[str, Any]) -> Re
             config=config,
         )
         stats = released.statistics(before, trace, batch, need("query_len"), config)
-        return Run(model, batch, after, trace, stats)
+        return StepRun(model, batch, after, trace, stats)
 
     ours = run(model)
     others = [run(_jitter(model, seed)) for seed in range(_JITTERED_RUNS)]
@@ -185,7 +185,7 @@ def _jitter(model: Model, seed: int) -> Model:
     return dataclasses.replace(model, trained=trained, frozen=frozen)
 
 
-def _slack(ours: Run, others: Sequence[Run]) -> dict[str, np.ndarray]:
+def _slack(ours: StepRun, others: Sequence[StepRun]) -> dict[str, np.ndarray]:
     """How far each number may be off because of how it is rounded, name by name."""
     slack: dict[str, np.ndarray] = {}
     numbers = ours.numbers()
@@ -253,7 +253,7 @@ def _check_types(path: pathlib.Path, stated: Mapping[str, Any]) -> None:
             )
 
 
-def _compare_experience(result: Comparison, arrays: Arrays, run: Run) -> None:
+def _compare_experience(result: Comparison, arrays: Arrays, run: StepRun) -> None:
     """What was computed before the first update."""
     ours = run.trace.experience
     found = {
@@ -311,7 +311,7 @@ def _compare_minibatches(
 
 
 def _compare_gradient(
-    result: Comparison, arrays: Arrays, ours: Run, config: released.Config
+    result: Comparison, arrays: Arrays, ours: StepRun, config: released.Config
 ) -> None:
     """The first gradient; which one is meant is only said for the plain case.
 
@@ -355,7 +355,7 @@ def _compare_one_gradient(result: Comparison, arrays: Arrays, named: Arrays) -> 
 def _compare_text(
     result: Comparison,
     text: Mapping[str, Any],
-    ours: Run,
+    ours: StepRun,
     config: released.Config,
     slack: Mapping[str, np.ndarray],
 ) -> None:
@@ -452,5 +452,5 @@ def _covers(segments: np.ndarray, mask: np.ndarray) -> bool:
     row = np.zeros(2 * width, mask.dtype)
     for begin, end in zip(begins, ends, strict=True):
         row[max(begin, 0) : max(end, 0)] = 1
-    whole = np.pad(mask, (0, 2 * width - mask.size))
-    return any(np.array_equal(row[cut:], whole[: row.size - cut]) for cut in range(width))
+    padded = np.pad(mask, (0, 2 * width - mask.size))
+    return any(np.array_equal(row[cut:], padded[: row.size - cut]) for cut in range(width))

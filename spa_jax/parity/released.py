@@ -339,8 +339,8 @@ def losses(
     p_plain = -a_t * ratio
     p_clipped = -a_t * jnp.clip(ratio, 1.0 - config.cliprange, 1.0 + config.cliprange)
     policy_loss = mean(jnp.maximum(p_plain, p_clipped))
-    kept = jnp.where(mean(ratio) > config.ratio_threshold, 0.0, 1.0)
-    policy_loss, value_loss = policy_loss * kept, value_loss * kept
+    counted = jnp.where(mean(ratio) > config.ratio_threshold, 0.0, 1.0)
+    policy_loss, value_loss = policy_loss * counted, value_loss * counted
     loss = policy_loss + config.vf_coef * value_loss
     stats = {
         "loss/policy": policy_loss,
@@ -547,7 +547,7 @@ def step(
     )
     trace = Trace(experience, [], [], [], {}, {})
     advantages = experience.advantages
-    whole = Minibatch(
+    all_rows = Minibatch(
         tokens=batch.tokens,
         attention_mask=batch.attention_mask,
         mask=batch.mask,
@@ -557,7 +557,7 @@ def step(
         returns=advantages.returns,
     )
     for order in permutations[: config.ppo_epochs]:
-        state, trace = _epoch(forward, state, frozen, whole, order, config=config, trace=trace)
+        state, trace = _epoch(forward, state, frozen, all_rows, order, config=config, trace=trace)
         kl = float(trace.stats[-1]["policy/policykl"])
         if config.early_stopping and kl > _STOP_ABOVE * config.target_kl:
             break
@@ -569,7 +569,7 @@ def _epoch(
     forward: Forward,
     state: State,
     frozen: Params,
-    whole: Minibatch,
+    all_rows: Minibatch,
     order: Sequence[int],
     *,
     config: Config,
@@ -580,7 +580,7 @@ def _epoch(
     size = config.mini_batch_size
     for number, begin in enumerate(range(0, config.batch_size, size), 1):
         rows = tuple(int(i) for i in order[begin : begin + size])
-        batch = jax.tree.map(lambda x, rows=rows: x[jnp.array(rows)], whole)
+        batch = jax.tree.map(lambda x, rows=rows: x[jnp.array(rows)], all_rows)
         one, new, stats = minibatch_gradient(forward, state.trained, frozen, batch, config)
         gradient = jax.tree.map(jnp.add, gradient, one) if gradient else one
         trace.minibatches.append(rows)

@@ -133,7 +133,42 @@ def render(run: Workdir) -> str:
         stages=_stages(run),
         judgements=_judgements(run.evaluations),
         shown=_transcript_groups(run.evaluations),
+        ran=_ran(run.ran),
     )
+
+
+def _ran(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What ran, for a reader: facts in a line each, and the settings that are no defaults."""
+    if not record:
+        return None
+    commit = record.get("commit")
+    state = {True: "", False: ", with changes", None: ""}[record.get("clean")]
+    machine, versions = record.get("machine", {}), record.get("versions", {})
+    facts = {
+        "Command": record.get("command", ""),
+        "Started": record.get("start", ""),
+        "Commit": f"{commit[:12]}{state}" if commit else "none: an installed package",
+        "Machine": ", ".join(
+            str(part)
+            for part in (
+                machine.get("processor"),
+                f"{machine.get('cores')} cores",
+                f"{machine.get('memory_gib')} GiB",
+                f"{machine.get('devices')} x {machine.get('device')}",
+            )
+        ),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "Policy": record.get("policy", ""),
+        "Seed": record.get("seed", ""),
+    }
+    for number, before in enumerate(reversed(record.get("earlier", []))):
+        facts[f"Before it, {number + 1}"] = f"{before['start']}  {before['command']}"
+    changed = {
+        name: setting["value"]
+        for name, setting in record.get("settings", {}).items()
+        if setting.get("changed")
+    }
+    return {"facts": facts, "changed": changed, "all": len(record.get("settings", {}))}
 
 
 def evaluation_name(name: str) -> str:

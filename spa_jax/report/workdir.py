@@ -1,25 +1,20 @@
-"""What a run has left in its workdir so far; a stage that has not run is simply not there.
-
-W/demos/{train,valid}/trajectories.jsonl
-W/sft/metrics.jsonl
-W/iteration_i/{explore/trajectories.jsonl, progress/metrics.jsonl, ppo/metrics.jsonl}
-W/eval/NAME/trajectories.jsonl
-"""
+"""What a run has left in its workdir so far; a stage that has not run is simply not there."""
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from spa_jax import evaluation, store
+from spa_jax import run as run_lib
 from spa_jax.errors import UserError
-from spa_jax.run import BASE, EPISODES, SPA, Round, Run
-from spa_jax.stage_config import Settings
+from spa_jax.run import Run
 from spa_jax.training import metrics
 from spa_jax.trajectory import Trajectory
 
 # The order of the rows: the base, what it became, then the others by name.
-_FIRST_EVALUATIONS = (BASE, SPA)
+_FIRST_EVALUATIONS = (run_lib.BASE, run_lib.SPA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,34 +34,37 @@ class Workdir:
       played: what the training stages saw, name -> figures, in order.
       stages: "sft", "progress" and "ppo" -> its metrics, one a round, those that have a line.
       evaluations: name -> episodes, the base ("sft") first and "spa" after it.
+      ran: what W/run.json says: settings, command, versions, machine; {} without one.
     """
 
     name: str
     played: Mapping[str, evaluation.Summary]
     stages: Mapping[str, list[StageMetrics]]
     evaluations: Mapping[str, list[Trajectory]]
+    ran: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def read_workdir(folder: Path) -> Workdir:
+def read_workdir(folder: pathlib.Path) -> Workdir:
     """Reads what is there.
 
     Raises:
       UserError: if the folder is not there, holds nothing to report, or a file in it is broken.
     """
-    folder = Path(folder)
+    folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"--workdir={folder}: no such folder; give the --workdir of a run")
-    run = Run(folder, policy="", seed=0, settings=Settings())
+    run = run_lib.at(folder)
     rounds = run.rounds()
     found = Workdir(
         name=folder.resolve().name,
-        played=_played(run, rounds),
+        played=_played(run),
         stages={
             "sft": _metrics([(0, run.sft)]),
-            "progress": _metrics([(r.number, r.progress) for r in rounds]),
-            "ppo": _metrics([(r.number, r.ppo) for r in rounds]),
+            "progress": _metrics((r.number, r.progress) for r in rounds),
+            "ppo": _metrics((r.number, r.ppo) for r in rounds),
         },
-        evaluations=_evaluations(run),
+        evaluations=_evaluations(run.evaluations),
+        ran=_ran(run),
     )
     if not (found.played or found.evaluations or any(found.stages.values())):
         raise UserError(
@@ -76,11 +74,12 @@ def read_workdir(folder: Path) -> Workdir:
     return found
 
 
-def _played(run: Run, rounds: list[Round]) -> dict[str, evaluation.Summary]:
+def _played(run: Run) -> dict[str, evaluation.Summary]:
     paths = {
         "Demonstrations": run.demonstrations("train"),
         "Demonstrations held out": run.demonstrations("valid"),
     }
+    rounds = run.rounds()
     for r in rounds:
         name = "Exploration" if len(rounds) == 1 else f"Exploration, round {r.number + 1}"
         paths[name] = r.episodes
@@ -91,7 +90,7 @@ def _played(run: Run, rounds: list[Round]) -> dict[str, evaluation.Summary]:
     }
 
 
-def _metrics(folders: list[tuple[int, Path]]) -> list[StageMetrics]:
+def _metrics(folders: Iterable[tuple[int, pathlib.Path]]) -> list[StageMetrics]:
     found = []
     for number, folder in folders:
         path = folder / metrics.METRICS_FILE
@@ -101,9 +100,25 @@ def _metrics(folders: list[tuple[int, Path]]) -> list[StageMetrics]:
     return found
 
 
-def _evaluations(run: Run) -> dict[str, list[Trajectory]]:
-    names = {path.parent.name for path in run.evaluations.glob(f"*/{EPISODES}")}
+def _evaluations(folder: pathlib.Path) -> dict[str, list[Trajectory]]:
+    names = {path.parent.name for path in folder.glob(f"*/{run_lib.EPISODES}")}
     ordered = [name for name in _FIRST_EVALUATIONS if name in names]
     ordered += sorted(names - set(ordered))
-    read = {name: store.read(run.evaluation(name) / EPISODES) for name in ordered}
+    read = {name: store.read(folder / name / run_lib.EPISODES) for name in ordered}
     return {name: trajectories for name, trajectories in read.items() if trajectories}
+
+
+def _ran(run: Run) -> dict[str, Any]:
+    """W/run.json.
+
+    Raises:
+      UserError: it is no JSON object.
+    """
+    if not run.json.exists():
+        return {}
+    try:
+        return dict(json.loads(run.json.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{run.json}: not a record of a run ({error}); remove it, and the next stage writes it"
+        ) from error

@@ -15,9 +15,11 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
@@ -25,6 +27,7 @@ EXIT_CODE = 128 + signal.SIGINT
 STOPPED = "stopped by Ctrl-C"
 # The main thread must answer the first press within this time, or wait for an update.
 _ANSWER_WITHIN_S = 1.0
+_AGAIN_AFTER_S = 0.01  # see `insist`
 
 
 def leave() -> NoReturn:
@@ -59,6 +62,8 @@ class _State:
     answered = threading.Lock()  # taken by the thread that answers the first press
     ending = threading.Lock()  # taken by the thread that ends the process at the second
     watched = False
+    insists = False
+    dropped: BaseException | None = None  # by Python; to be raised again
 
 
 def install() -> None:
@@ -69,6 +74,37 @@ def install() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _on_press)
+        insist()
+
+
+def insist() -> None:
+    """What a signal's handler raises ends the main thread, also if Python drops it at first.
+
+    Python drops what is raised in a callback of its garbage collector or in a `__del__`, and JAX
+    has such a callback: of twelve presses during exploration two came just then.  The exception
+    is raised again a moment later, by SIGALRM, which nothing else here uses.
+    """
+    if _State.insists:
+        return
+    _State.insists = True
+    report = sys.unraisablehook
+
+    def drop(unraisable: "sys.UnraisableHookArgs") -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
+            _State.dropped = unraisable.exc_value
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_AFTER_S)
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = drop
+    signal.signal(signal.SIGALRM, _raise_again)
+
+
+def _raise_again(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    dropped, _State.dropped = _State.dropped, None
+    if dropped is not None:
+        raise dropped
 
 
 def watch() -> None:
@@ -95,6 +131,8 @@ def answered_by(answer: Answer) -> Iterator[None]:
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
     """A process that is started within it never sees Ctrl-C: who started it ends it."""
+    # Python's helper, which starts before the first process, unblocks the signal for us.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

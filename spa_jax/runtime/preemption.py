@@ -56,6 +56,7 @@ def handled() -> Iterator[None]:
 
     Ctrl-C does so in a program that has called `interrupt.install`.
     """
+    interrupt.insist()
     before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         with interrupt.answered_by(_CTRL_C):

@@ -9,6 +9,7 @@ from spa_jax.policy import EXPERT
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
 from spa_jax.stage_config import ExploreConfig
+from spa_jax.trajectory import Trajectory
 
 
 def run(run: Run) -> None:
@@ -17,13 +18,13 @@ def run(run: Run) -> None:
     if method.base:
         return
     if method.demonstrations:
-        _import(run)
+        import_log(run, method.demonstrations)
         return
     chosen = {
-        "train": (data.demo_split, data.demo_games, "demo"),
-        "valid": (data.demo_valid_split, data.demo_valid_games, "demo_valid"),
+        "train": ("demo", data.demo_split, data.demo_games),
+        "valid": ("demo_valid", data.demo_valid_split, data.demo_valid_games),
     }
-    for part, (split, games, flags) in chosen.items():
+    for part, (flag, split, games) in chosen.items():
         play.record(
             run,
             Recording(
@@ -33,20 +34,35 @@ def run(run: Run) -> None:
                 games=ExploreConfig(rollouts=1, split=split, games=games),
                 sampling=run.settings.sampling,
                 title=f"demos {part}",
-                names={"split": f"{flags}_split", "games": f"{flags}_games"},
+                flags={"split": f"{flag}_split", "games": f"{flag}_games"},
             ),
         )
 
 
-def _import(run: Run) -> None:
-    """Writes the solved episodes of the log at --demonstrations."""
-    log, env = run.settings.method.demonstrations, run.settings.env.env
-    provenance.check_stage(
-        run, "demos", run.demos, inputs={"log's records": provenance.file_digest(log)}
+def import_log(
+    run: Run, log: str, *, valid_share: float = importers.VALID_SHARE
+) -> dict[str, list[Trajectory]]:
+    """Writes the solved episodes of a log; returns them by part.
+
+    Args:
+      run: the run.
+      log: the file, as `importers.demonstrations` takes it.
+      valid_share: of its tasks, held out.
+
+    Raises:
+      UserError: the file is no such log, or the demonstrations that are there are not its.
+    """
+    demos = importers.demonstrations(
+        log, env=run.settings.env.env, seed=run.seed, valid_share=valid_share
     )
+    for part in demos:
+        folder = run.demonstrations(part).parent
+        digest = provenance.file_digest(log)
+        provenance.check_stage(run, "demos", folder, inputs={"log's records": digest})
 
     def write() -> None:
-        for part, episodes in importers.demonstrations(log, env=env, seed=run.seed).items():
+        for part, episodes in demos.items():
             store.write(run.demonstrations(part), episodes)
 
     distributed.first_alone("demonstrations", write)
+    return demos

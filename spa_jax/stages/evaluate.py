@@ -29,7 +29,7 @@ def run(run: Run, name: str, *, policy: str) -> Summary:
         policy=policy,
         games=ExploreConfig(split=data.heldout_split, games=data.heldout_games),
         sampling=dataclasses.replace(sampling, temperature=method.eval_temperature),
-        names={
+        flags={
             "split": "heldout_split",
             "games": "heldout_games",
             "temperature": "eval_temperature",
@@ -44,7 +44,7 @@ def play_games(
     policy: str,
     games: ExploreConfig,
     sampling: SamplingConfig,
-    names: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> Summary:
     """Plays one episode of each chosen game, and writes the summary.
 
@@ -54,7 +54,7 @@ def play_games(
       policy: who plays.
       games: which games.
       sampling: how the policy writes.
-      names: the flags that set these, see `play.Recording`.
+      flags: the flags that set these, see `play.Recording`.
     """
     folder = run.evaluation(name)
     played = play.record(
@@ -66,7 +66,7 @@ def play_games(
             games=dataclasses.replace(games, rollouts=1),
             sampling=sampling,
             title=f"evaluate {name}",
-            names=names or {},
+            flags=flags or {},
         ),
     )
     summary = evaluation.summarize(played)

@@ -4,7 +4,7 @@ import dataclasses
 import subprocess
 from typing import Any
 
-from spa_jax import games, play
+from spa_jax import games, play, provenance
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.run import Run
@@ -21,10 +21,12 @@ def run(run: Run) -> Run:
     """
     env = run.settings.env
     if not (env.data or env.env_address):
+        provenance.check_stage(run, "games", run.games, inputs={})
         _generate(run)
         data: dict[str, Any] = {f"{env.env}_data": str(run.games)}
         env = dataclasses.replace(env, **data)
         run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, env=env))
+        provenance.record_environment(run)
     _check_splits(run)
     return run
 

@@ -6,20 +6,16 @@ round's after it); writes W/iteration_I/ppo/policy with its value head if there 
 metrics.jsonl and checkpoints.  Run again, it continues.
 """
 
-import pathlib
 import time
 
 from spa_jax import episodes, files, provenance
 from spa_jax import policy as policy_lib
 from spa_jax.config import fit_attention
-from spa_jax.models.io import pretrained
-from spa_jax.policy import Policy
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
-from spa_jax.stage_config import PpoConfig
+from spa_jax.stage_config import RFT
 from spa_jax.training import behaviour, policy_update, ppo_data, trainable
 from spa_jax.training.policy_update import Learner
-from spa_jax.training.ppo_data import RFT
 
 
 def run(run: Run, number: int, *, policy: str = "") -> None:
@@ -58,7 +54,7 @@ def run(run: Run, number: int, *, policy: str = "") -> None:
         fit_attention(settings.compute, rows),
     )
     episodes.check_lengths(start.config, trajectories, here.annotated, rows)
-    critic = _critic(start, reference, ppo)
+    critic = policy_update.critic_policy(start, reference, ppo)
     scores = policy_update.critic_scores(
         critic,
         trajectories,
@@ -104,18 +100,3 @@ def run(run: Run, number: int, *, policy: str = "") -> None:
     )
     if distributed.is_first():
         here.lower_states.unlink(missing_ok=True)
-
-
-def _critic(policy: Policy, reference: pathlib.Path, ppo: PpoConfig) -> Policy:
-    """The policy whose hidden states the values are made of.
-
-    A value head reads the policy that is trained, and goes on with it.  The ridge critic is fitted
-    anew in every round, so it can read the reference in all of them: the estimator has read these
-    episodes with it, and its pass is kept.
-    """
-    if ppo.critic != "ridge" or not reference.exists():
-        return policy
-    folder = pretrained.resolve(reference)
-    if folder == policy.folder:
-        return policy
-    return policy_lib.load(folder, policy.chat_format, policy.config.compute)

@@ -10,9 +10,8 @@ from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models.io import pretrained
 from spa_jax.policy import Policy
-from spa_jax.stage_config import PpoConfig
+from spa_jax.stage_config import RFT, PpoConfig
 from spa_jax.training import scoring
-from spa_jax.training.ppo_data import RFT
 from spa_jax.trajectory import Trajectory
 
 _MISMATCH = 0.01  # nats between sampler and trainer that are worth a word; float32 has 1e-5

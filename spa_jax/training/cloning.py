@@ -71,7 +71,7 @@ def clone(
         )
         for trajectories, title in ((train, "frozen layers"), (valid, "frozen layers, held-out"))
     )
-    del layers  # on a mesh a copy of the trainer's own
+    del layers  # a whole copy of them, on a mesh: its memory is needed for training
     loop = Loop(
         out,
         trainer=trainer,

@@ -12,16 +12,17 @@ import numpy as np
 import optax
 
 from spa_jax import batching
+from spa_jax import policy as policy_lib
 from spa_jax.config import RowsConfig
 from spa_jax.models import heads
 from spa_jax.models.config import Params
+from spa_jax.models.io import pretrained
 from spa_jax.policy import Policy
 from spa_jax.rl import objectives
-from spa_jax.stage_config import PpoConfig
+from spa_jax.stage_config import RFT, PpoConfig
 from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.loop import Loop, Outcome
-from spa_jax.training.ppo_data import RFT
 from spa_jax.training.state import TrainState
 from spa_jax.training.trainable import Trainable
 from spa_jax.trajectory import Trajectory
@@ -163,6 +164,21 @@ class Learner:
         )
 
 
+def critic_policy(policy: Policy, reference: pathlib.Path, ppo: PpoConfig) -> Policy:
+    """The policy whose hidden states the values are made of.
+
+    A value head reads the policy that is trained, and goes on with it.  The ridge critic is fitted
+    anew in every round, so it can read the reference in all of them: the estimator has read these
+    episodes with it, and its pass is kept.
+    """
+    if ppo.critic != "ridge" or not reference.exists():
+        return policy
+    folder = pretrained.resolve(reference)
+    if folder == policy.folder:
+        return policy
+    return policy_lib.load(folder, policy.chat_format, policy.config.compute)
+
+
 def critic_scores(
     policy: Policy,
     trajectories: Sequence[Trajectory],
@@ -175,7 +191,7 @@ def critic_scores(
     """The scores of the episodes under the critic's policy, and its value head if it has one.
 
     Args:
-      policy: the critic's, see `stages.train_ppo`.
+      policy: the critic's, see `critic_policy`.
       trajectories: N episodes.
       features: where the estimator's pass is kept: in round 0 it is this one.
       rows: the static shape.

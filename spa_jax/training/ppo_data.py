@@ -28,7 +28,6 @@ from spa_jax.training.ppo_update import PpoBatch
 from spa_jax.training.sft_update import SftBatch
 from spa_jax.trajectory import Trajectory
 
-RFT = "rft"  # the objective that clones the won episodes
 _FOLDS = 8  # of the ridge critic
 
 # (rows, lower_states) of a microbatch -> [..., R, P] a number each policy-token slot.

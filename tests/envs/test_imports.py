@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+_REPOSITORY = Path(__file__).parents[2]
 _TRAINER = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "torch"}
 _GAMES = {"textworld", "alfworld", "fast_downward", "jericho"}
 
@@ -15,8 +17,9 @@ def _loaded(*modules: str) -> set[str]:
         f"import sys, json\nfor name in {modules!r}: __import__(name)\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
-    return set(json.loads(output))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=_REPOSITORY)
+    return set(json.loads(done.stdout))
 
 
 def test_server_and_client_load_neither_the_trainer_nor_textworld() -> None:

@@ -1,5 +1,6 @@
 """The flags of the programs: one help for all, whole runs' flagfiles, misspelt names."""
 
+import ast
 import subprocess
 import sys
 
@@ -63,7 +64,7 @@ def _run(program, *flags, columns="100"):
 def _said(written, *flags):
     done = _run(written / "stage.py", *flags)
     assert done.returncode == 0, done.stderr
-    return eval(done.stdout)
+    return ast.literal_eval(done.stdout)
 
 
 # --- help -------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Ctrl-C in small programs: at once, in the middle of a long call, deferred, pressed twice."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from spa_jax.runtime import interrupt
 from tests import programs
 
 # One call of the C library for minutes; Python handles no signal meanwhile.
@@ -121,6 +123,39 @@ setup.program(main, DistributedConfig())
         "stopped by Ctrl-C after update 3 of 9, which is saved; run the same command again to "
         "continue"
     )
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_exception_that_python_drops_is_raised_again(how):
+    """Python ignores what is raised in a callback of the garbage collector; JAX has one."""
+    work = f"""
+import gc, os, sys, time
+sent = []
+def callback(*_):
+    if not sent:
+        sent.append(True)
+        os.kill(os.getpid(), {int(how)})
+def main():
+    gc.callbacks.append(callback)
+    print("busy", flush=True)
+    gc.collect()
+    time.sleep(60)
+setup.program(main, DistributedConfig())
+"""
+    process = _start(_STAGE + work, "busy")
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 128 + how, said
+    name = "SIGTERM" if how is signal.SIGTERM else "Ctrl-C"
+    assert said == f"stopped by {name}; run the same command again to continue\n"
+
+
+def test_processes_can_be_started_that_never_see_it():
+    with interrupt.unseen():
+        pool = multiprocessing.get_context("spawn").Pool(2)
+    with pool:
+        for _ in range(4):
+            assert signal.SIGINT in pool.apply(signal.pthread_sigmask, (signal.SIG_BLOCK, []))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_an_ignored_ctrl_c_stays_ignored():

@@ -92,11 +92,11 @@ def read_cases(folder: Path) -> list[dict[str, Any]]:
     try:
         text = lzma.open(file, "rt").read() if file.suffix == ".xz" else file.read_text()
         cases = json.loads(text)
-        whole = (
+        complete = (
             case["log"] and _FIELDS <= case.keys() and _TASK <= case["task"].keys()
             for case in cases
         )
-        if not cases or not all(whole):
+        if not cases or not all(complete):
             raise ValueError(f"each has {sorted(_FIELDS)} and its task {sorted(_TASK)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, lzma.LZMAError) as error:
         raise UserError(f"{file} holds no cases of VirtualHome ({error})") from error

@@ -124,7 +124,9 @@ class Corpus:
         try:
             data = {name: json.loads((folder / f"{name}.json").read_text()) for name in _RESOURCES}
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: VirtualHome's resources are not whole ({error})") from error
+            raise UserError(
+                f"{folder}: VirtualHome's resources are incomplete ({error})"
+            ) from error
         properties = library().environment.Property
         self._properties = {
             name: [properties[p] for p in those] for name, those in data[_RESOURCES[0]].items()
@@ -151,7 +153,7 @@ class Corpus:
             title, description, *lines = file.read_text().split("\n")
             preconditions = tuple(json.loads(conditions.read_text()))
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} with {conditions} is not whole: {error}") from error
+            raise UserError(f"{file} with {conditions} is not complete: {error}") from error
         steps = tuple(line.strip() for line in lines if line.startswith("["))
         return Program(
             source=file.parent.name,
@@ -176,7 +178,7 @@ class Corpus:
           LeftOut: if the program cannot be executed there, or changes nothing.
         """
         script = self._script(program)
-        graph, ids = self._try_to_furnish(script, program, scene, seed, order=order, whole=True)
+        graph, ids = self._try_to_furnish(script, program, scene, seed, order=order, full=True)
         steps = [
             (line.action.name, [(p.name, p.instance) for p in line.parameters]) for line in script
         ]
@@ -198,14 +200,21 @@ class Corpus:
           LeftOut: if the program's objects cannot be put into the scene.
         """
         script = self._script(program)
-        return self._try_to_furnish(script, program, scene, seed, order=order, whole=False)[1]
+        return self._try_to_furnish(script, program, scene, seed, order=order, full=False)[1]
 
     def _try_to_furnish(
-        self, script: Any, program: Program, scene: str, seed: int, *, order: Ordering, whole: bool
+        self,
+        script: Any,
+        program: Program,
+        scene: str,
+        seed: int,
+        *,
+        order: Ordering,
+        full: bool,
     ) -> tuple[dict[str, Any], dict[Key, int]]:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                return self._furnish(script, program, scene, seed, order=order, whole=whole)
+                return self._furnish(script, program, scene, seed, order=order, full=full)
         except Exception as error:  # whatever fails in the library: asserts, missing keys, ...
             raise LeftOut(f"the scene cannot be prepared ({type(error).__name__})") from error
 
@@ -241,7 +250,14 @@ class Corpus:
                     entry[0] = names.get(name, name)
 
     def _furnish(
-        self, script: Any, program: Program, scene: str, seed: int, *, order: Ordering, whole: bool
+        self,
+        script: Any,
+        program: Program,
+        scene: str,
+        seed: int,
+        *,
+        order: Ordering,
+        full: bool,
     ) -> tuple[dict[str, Any], dict[Key, int]]:
         """The program's initial graph in a scene, and its objects' ids.
 
@@ -249,7 +265,7 @@ class Corpus:
         program does not need, and with an order of the program's objects that is not a set's.
 
         Args:
-          whole: False stops when the objects are there, before states and relations are set.
+          full: False stops when the objects are there, before states and relations are set.
         """
         helper, graph = self._helper, pickle.loads(_pickled_scene(self._scenes[scene]))
         helper.object_placing = pickle.loads(self._placing)  # it may write into it
@@ -261,7 +277,7 @@ class Corpus:
         everything: Callable[[int], bool] = lambda _: True  # noqa: E731
         helper.set_to_default_state(graph, None, id_checker=everything)
         ids, first_room, _ = helper.add_missing_object_from_script(script, conditions, graph, {})
-        if whole:
+        if full:
             own = set(ids.values())
             helper.set_to_default_state(graph, first_room, id_checker=own.__contains__)
             helper.check_binary(graph, id_checker=everything, verbose=False)

@@ -47,9 +47,9 @@ def make_task(
     """
     start = World({"nodes": nodes, "edges": edges})
     states = start.states()
-    kept = ("id", "class_name", "category", "properties")
+    fields = ("id", "class_name", "category", "properties")
     initial: Graph = {
-        "nodes": [{key: n[key] for key in kept} | {"states": [*states[n["id"]]]} for n in nodes],
+        "nodes": [{key: n[key] for key in fields} | {"states": [*states[n["id"]]]} for n in nodes],
         "edges": start.edges(),
     }
     end = World(initial)

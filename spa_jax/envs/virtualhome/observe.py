@@ -9,7 +9,7 @@ that class in the home.  The published order is that of hashes; here it is alpha
 from spa_jax.envs.virtualhome.simulator import World, states_of
 
 NOTHING_HAPPENS = "Nothing happens."
-# Relations that are told; INSIDE, CLOSE, FACING and what is held are not.
+# Relations that are known; INSIDE, CLOSE, FACING and what is held are not.
 _TOLD = ("BETWEEN", "ON", "SITTING")
 
 
@@ -55,13 +55,13 @@ def describe(world: World) -> str:
         if node.class_name in classes
         for states in (states_of(node),)
     }
-    told = {node_id for node_id in near if world.node(node_id).class_name in classes}
+    known = {node_id for node_id in near if world.node(node_id).class_name in classes}
     relations = {
         f"{world.node(start).class_name} {relation} {world.node(end).class_name}"
-        for start in told
+        for start in known
         for relation in _TOLD
         for end in world.targets(start, relation)
-        if end in told
+        if end in known
     }
     items = [*sorted(things), *sorted(relations)]
     text = f"{', '.join(items)}. " if items else ""

@@ -266,8 +266,8 @@ def _check_searches(tally: _Tally, cases: list[dict[str, Any]], catalogue: Catal
         overlaps.append(len(same) / len(best) if best else float(not ours))
         falling = all(a >= b for a, b in zip(scores, scores[1:], strict=False))
         tally.expect("search", f"{what}: scores are not sorted", falling)
-        whole = len(set(recorded)) == len(scores) == len(ours)
-        tally.expect("search", f"{what}: {len(scores)} hits, ours {len(ours)}", whole)
+        as_many = len(set(recorded)) == len(scores) == len(ours)
+        tally.expect("search", f"{what}: {len(scores)} hits, ours {len(ours)}", as_many)
         identical += recorded == ours
         wrong = _contradicted(case, catalogue)
         # An analysis unlike Lucene's moves many hits a little; a few that differ alone, or

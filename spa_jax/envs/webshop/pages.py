@@ -45,8 +45,8 @@ def _pieces(texts: Iterable[str]) -> str:
     An empty piece is no piece; a blank one is dropped if it has a line break, else it
     leaves an empty piece.
     """
-    kept = [text for text in texts if text and not (_blank(text) and "\n" in text)]
-    return " [SEP] ".join(text.strip() for text in kept)
+    shown = [text for text in texts if text and not (_blank(text) and "\n" in text)]
+    return " [SEP] ".join(text.strip() for text in shown)
 
 
 def _blank(text: str) -> bool:

@@ -26,9 +26,7 @@ def resolve(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> Mo
     compute = compute.resolved(platform)
     kind = (compute.compute_dtype, config.head_dim, platform)
     if compute.attention == "auto":
-        compute = dataclasses.replace(
-            compute, attention="native" if native.runs(*kind) else "xla"
-        )
+        compute = dataclasses.replace(compute, attention="native" if native.runs(*kind) else "xla")
     elif compute.attention == "native":
         native.check(*kind)
     else:

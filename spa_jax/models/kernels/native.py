@@ -187,11 +187,11 @@ def _forward(
 
 
 def _backward(
-    kept: tuple[jax.Array, ...], d_out: jax.Array
+    residuals: tuple[jax.Array, ...], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k = kept[:2]
+    q, k = residuals[:2]
     call = _function("SpaPackedAttentionBackward", (_like(q),) * 3)
-    d_q, d_k, d_v = call(*kept, d_out, prefix=np.int32(SHARED))
+    d_q, d_k, d_v = call(*residuals, d_out, prefix=np.int32(SHARED))
     batch, length, heads, size = k.shape
     shared_by = (batch, length, heads, -1, size)  # the query heads of a key head
     return d_q, d_k.reshape(shared_by).sum(3), d_v.reshape(shared_by).sum(3), None

@@ -67,12 +67,12 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple
         log_sums.append(log_sum)
     # Named, so that `--remat` can keep what would otherwise cost a forward pass to make again.
     out = checkpoint_name(jnp.concatenate(outputs, 3), "attention")
-    kept = (q, k, v, mask, out, checkpoint_name(jnp.concatenate(log_sums, 3), "attention"))
-    return out, kept
+    residuals = (q, k, v, mask, out, checkpoint_name(jnp.concatenate(log_sums, 3), "attention"))
+    return out, residuals
 
 
-def _backward(kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, mask, out, log_sums = kept
+def _backward(residuals: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, mask, out, log_sums = residuals
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for end, at in _blocks(q.shape[3]):
         keys, values = k[..., :end], v[:, :, :end]

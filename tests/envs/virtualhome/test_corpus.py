@@ -141,6 +141,8 @@ def test_equal_programs_share_a_split() -> None:
 
 # Makes tasks both ways, plays them with commands that are executable and others, and prints a
 # hash of everything.
+_REPOSITORY = Path(__file__).parents[3]
+
 _PLAY = """
 import hashlib, pathlib, random, sys
 from spa_jax.envs.virtualhome.corpus import Corpus
@@ -198,7 +200,7 @@ def test_the_program_prepares_and_says_what_it_left_out(
         "--seed=2",
         "--scenes=2",
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=_REPOSITORY)
     assert done.returncode == 0, done.stderr
     *lines, result = done.stdout.splitlines()
     assert "left out 2: the goal is only to be in a room" in done.stdout
@@ -206,6 +208,6 @@ def test_the_program_prepares_and_says_what_it_left_out(
     tasks = sorted((tmp_path / "tasks").glob("*/*/task.json"))
     assert f"RESULT tasks={len(tasks)} " in result and len(lines) >= 3
     assert json.loads(tasks[0].read_text())["program"]
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True, cwd=_REPOSITORY)
     assert again.returncode == 2 and "Traceback" not in again.stderr
     assert "exists already" in again.stderr

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments.bench import ppo, updates
+from experiments.bench import ppo, ppo_sides, updates
 from spa_jax.errors import UserError
 from spa_jax.models import heads, transformer
 from tests import tiny
@@ -127,8 +127,8 @@ def test_both_sides_compute_the_same(lora):
     params = jax.tree.map(lambda x: 0.2 * x, tiny.random_params(CONFIG))
     episodes = [ppo.of_length(f"t{i}", n, CONFIG.vocab_size) for i, n in enumerate((70, 130, 64))]
     rows = ppo._rows_for(episodes, 128, 2)
-    sides = ppo._sides(episodes, rows, group=2, config=CONFIG, params=params, lora=lora)
-    ours, theirs = ppo.Ours(sides), ppo.Theirs(sides)
+    sides = ppo_sides.make(episodes, rows, group=2, config=CONFIG, params=params, lora=lora)
+    ours, theirs = ppo_sides.Ours(sides), ppo_sides.Theirs(sides)
     scores = ours.forward()
     for everywhere in (False, True):
         (log_probs, values), *_ = theirs.forward(everywhere=everywhere)
@@ -147,17 +147,17 @@ def test_heads_are_read_as_they_are():
     torch = pytest.importorskip("torch")
     from experiments.bench import ppo_peer
 
-    params = ppo._head(heads.Head, 16)
+    params = ppo_sides.random_head(heads.ProgressHead, 16)
     hidden = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
     theirs = ppo_peer.head(params)(torch.tensor(hidden))[:, 0].detach()
     np.testing.assert_allclose(theirs, heads.read(params, hidden), atol=1e-5)
 
 
 def test_other_work_is_not_compared():
-    ppo._check(1.0, 1.001)
+    ppo_sides.check_same(1.0, 1.001)
     for other in (1.01, float("nan")):
         with pytest.raises(AssertionError, match="the gradients differ"):
-            ppo._check(1.0, other)
+            ppo_sides.check_same(1.0, other)
 
 
 def test_a_rehearsal_ends_with_the_ratios(parts, capsys):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spa_jax.config import (ComputeConfig, RowsConfig, fit_attention)
+from spa_jax.config import ComputeConfig, RowsConfig, fit_attention
 from spa_jax.errors import UserError
 from spa_jax.models import lora, transformer, tree
 from spa_jax.models.kernels import choice, fused, native, products, xla
@@ -197,7 +197,7 @@ def test_adapters_can_be_computed_again():
 
 
 def test_each_choice_keeps_less_than_the_one_before():
-    rows = RowsConfig(row_length=128, rows_per_device=2)
+    rows = RowsConfig(row_length=128, policy_slots=128, rows_per_device=2)
     kept = [
         memory.residual_bytes(_computed(remat=remat), rows)
         for remat in ("none", "dots", "attention", "layer")
