@@ -26,7 +26,7 @@ from typing import NoReturn
 EXIT_CODE = 128 + signal.SIGINT
 STOPPED = "stopped by Ctrl-C"
 # The main thread must answer the first press within this time, or wait for an update.
-_ANSWER_WITHIN_S = 1.0
+_ANSWER_WITHIN_S = 3.0
 _AGAIN_AFTER_S = 0.01  # see `insist`
 
 

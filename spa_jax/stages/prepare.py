@@ -1,14 +1,13 @@
 """Before the first stage: games are generated; nothing that is held out is trained on."""
 
 import dataclasses
-import subprocess
 from typing import Any
 
 from spa_jax import games, play, provenance
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.run import Run
-from spa_jax.runtime import distributed
+from spa_jax.runtime import children, distributed
 
 
 def run(run: Run) -> Run:
@@ -38,7 +37,7 @@ def _generate(run: Run) -> None:
     def generate() -> None:
         for command in commands:
             # A process of its own: the generator loads the environment, the trainer never does.
-            if subprocess.run(command).returncode:
+            if children.run(command):
                 raise UserError(f"the generator of {run.games} failed, see its message above")
 
     distributed.first_alone("games", generate)

@@ -98,7 +98,7 @@ setup.program(main, DistributedConfig())
 def test_an_update_that_hangs_ends_at_the_second_press():
     process = _start(_STAGE + _STUCK + _DEFERRED)
     process.send_signal(signal.SIGINT)
-    time.sleep(2.5)
+    time.sleep(4.5)
     assert process.poll() is None  # one press waits for the update
     process.send_signal(signal.SIGINT)
     assert _end(process).splitlines() == [
