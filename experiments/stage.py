@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from experiments import flags as flags_lib
-from spa_jax import provenance
+from spa_jax import provenance, redo
 from spa_jax.config import DistributedConfig
 from spa_jax.run import Run
 from spa_jax.runtime import setup
@@ -42,15 +42,15 @@ def run(
         del argv
         made = flags_lib.from_flags()
 
-        def recorded() -> None:
+        def body() -> None:
             if check:
                 check(made)
             if flags_lib.redo():
                 number: int = getattr(flags.FLAGS, ROUND, 0)
-                provenance.redo(made, flags_lib.redo(), number)
-            provenance.record_run(made, program, sys.argv)
-            main(made)
+                redo.remove(made, flags_lib.redo(), number)
+            with provenance.recorded(made, program, sys.argv):
+                main(made)
 
-        setup.program(recorded, flags_lib.read(DistributedConfig))
+        setup.program(body, flags_lib.read(DistributedConfig))
 
     flags_lib.run_program(with_run, reads=reads, stage_policy=stage_policy)

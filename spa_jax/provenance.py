@@ -4,6 +4,7 @@
 refuses to go on in it with other settings; `redo` removes a stage and what follows from it.
 """
 
+import contextlib
 import datetime
 import hashlib
 import importlib.machinery
@@ -12,9 +13,8 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from spa_jax import files, machine
@@ -50,7 +50,24 @@ _digests: dict[tuple[str, int, int], str] = {}
 _warned = False
 
 
+class Refused(UserError):
+    """A stage's folder was made from other settings or inputs."""
+
+
 # --- run.json ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recorded(run: Run, program: str, argv: Sequence[str]) -> Iterator[None]:
+    """`record_run`; a run that is refused within it was none, and W/run.json is as before."""
+    before = run.json.read_bytes() if run.json.exists() else None
+    record_run(run, program, argv)
+    try:
+        yield
+    except Refused:
+        if distributed.is_first() and before is not None:
+            run.json.write_bytes(before)
+        raise
 
 
 def record_run(run: Run, program: str, argv: Sequence[str]) -> None:
@@ -300,7 +317,7 @@ def _check_stage(
     if not _has_results(folder):  # it was refused before it had any
         files.write_json(path, now)
         return False
-    raise UserError(
+    raise Refused(
         f"{folder} was made with other settings: {'; '.join(found)}. Give another --workdir, or "
         f"{_remedy(run, stage, folder)}"
     )
@@ -413,80 +430,3 @@ def _remedy(run: Run, stage: str, folder: pathlib.Path) -> str:
     if folder not in here:
         return f"remove {folder} to make it anew"
     return f"--redo={here[folder]}, which removes this stage and what follows from it"
-
-
-# --- redo -------------------------------------------------------------------------------------
-
-
-def redo(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
-    """Removes a stage and what follows from it, for the flag --redo; says what.
-
-    Of several processes the first removes, and the others wait.
-
-    Args:
-      run: the run.
-      stage: STAGE, STAGE:ROUND or evaluate:NAME.
-      number: the round, if `stage` names none.
-
-    Returns:
-      What was removed.
-
-    Raises:
-      UserError: there is no such stage.
-    """
-    name, _, which = stage.partition(":")
-    in_a_round = name in ("explore", "progress", "annotate", "ppo")
-    if name not in STAGES or (which and not (in_a_round or name == "evaluate")):
-        raise UserError(f"--redo={stage}: no such stage; {_redo_help()}")
-    if in_a_round and which and not which.isdecimal():
-        raise UserError(f"--redo={stage}: {which!r} is no round; {_redo_help()}")
-    if which == ".." or pathlib.Path(which).name != which:  # would leave W/eval
-        raise UserError(f"--redo={stage}: {which!r} is no evaluation; {_redo_help()}")
-    doomed = _followers(run, name, int(which) if in_a_round and which else number, which)
-
-    def remove() -> list[str]:
-        there = [path for path in doomed if path.exists()]
-        for path in there:
-            print(f"--redo={stage}: removes {path}", flush=True)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not there:
-            print(f"--redo={stage}: nothing to remove", flush=True)
-        return [str(path) for path in there]
-
-    return [pathlib.Path(path) for path in distributed.broadcast(f"--redo={stage}", remove)]
-
-
-def _redo_help() -> str:
-    return (
-        "give games, demos, sft, explore:ROUND, progress:ROUND, annotate:ROUND, ppo:ROUND, "
-        "evaluate or evaluate:NAME"
-    )
-
-
-def _followers(run: Run, stage: str, number: int, name: str) -> list[pathlib.Path]:
-    """A stage's files, and those of all that follows from it, the last first."""
-    judged = [run.report, run.estimator]
-    if stage == "evaluate":
-        return [*judged, run.evaluation(name) if name else run.evaluations]
-    order = STAGES.index(stage)
-    before = [
-        path
-        for path, first in ((run.sft, "sft"), (run.demos, "demos"), (run.games, "games"))
-        if order <= STAGES.index(first)
-    ]
-    if before:
-        rounds = [r.folder for r in run.rounds()]
-        arms = [run.continued_sft, run.terminal]
-        return [*judged, run.evaluations, *arms, *reversed(rounds), *before]
-    own = run.round(number)
-    parts = {
-        "ppo": [own.ppo],
-        "annotate": [own.annotated, run_lib.fingerprint(own.annotated)],
-        "progress": [own.progress],
-        "explore": [own.explore],
-    }
-    later = [r.folder for r in run.rounds() if r.number > number]
-    trained = [p for p in run.evaluations.glob("*") if p != run.evaluation(run_lib.BASE)]
-    arms = [run.continued_sft, run.terminal] if stage == "explore" else [run.continued_sft]
-    this = [path for s, paths in parts.items() if order <= STAGES.index(s) for path in paths]
-    return [*judged, *sorted(trained), *arms, *reversed(later), *this]

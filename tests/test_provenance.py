@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from spa_jax import provenance
+from spa_jax import provenance, redo
 from spa_jax import run as run_lib
 from spa_jax import settings as settings_lib
 from spa_jax.config import EnvConfig, LoraConfig, RowsConfig, SamplingConfig
@@ -358,7 +358,7 @@ JUDGED = {"estimator.json", "report.html"}
 def test_redo_of_a_round_removes_what_follows(stage, tmp_path, capsys):
     run = _whole(tmp_path)
     before = _left(run)
-    removed = provenance.redo(run, f"{stage}:0")
+    removed = redo.remove(run, f"{stage}:0")
     order = list(ROUND_0)
     gone = set().union(*(ROUND_0[s] for s in order[order.index(stage) :]))
     gone |= JUDGED | {"eval/spa/x", "continued_sft/x"}
@@ -372,7 +372,7 @@ def test_redo_of_a_round_removes_what_follows(stage, tmp_path, capsys):
 def test_redo_of_the_second_round_leaves_the_first(tmp_path):
     run = _whole(tmp_path)
     before = _left(run)
-    provenance.redo(run, "ppo", 1)
+    redo.remove(run, "ppo", 1)
     gone = JUDGED | {"eval/spa/x", "continued_sft/x", "iteration_1/ppo/policy/weights"}
     assert before - _left(run) == gone
 
@@ -382,19 +382,19 @@ def test_redo_of_what_all_starts_from(tmp_path):
     demos = {f"demos/{part}/trajectories.jsonl" for part in ("train", "valid")}
     for stage, left in (("sft", kept | demos | {"games/game"}), ("demos", kept | {"games/game"})):
         run = _whole(tmp_path / stage)
-        provenance.redo(run, stage)
+        redo.remove(run, stage)
         assert _left(run) == left
     run = _whole(tmp_path / "games")
-    provenance.redo(run, "games")
+    redo.remove(run, "games")
     assert _left(run) == kept
 
 
 def test_redo_of_evaluations(tmp_path):
     run = _whole(tmp_path)
     before = _left(run)
-    provenance.redo(run, "evaluate:spa")
+    redo.remove(run, "evaluate:spa")
     assert before - _left(run) == JUDGED | {"eval/spa/x"}
-    provenance.redo(run, "evaluate")
+    redo.remove(run, "evaluate")
     assert not run.evaluations.exists() and run.round(1).policy.exists()
 
 
@@ -405,10 +405,10 @@ def test_redo_of_no_stage_is_refused(stage, tmp_path):
     run = _whole(tmp_path)
     before = _left(run)
     with pytest.raises(UserError, match="give games, demos, sft, explore:ROUND"):
-        provenance.redo(run, stage)
+        redo.remove(run, stage)
     assert _left(run) == before
 
 
 def test_redo_of_what_is_not_there(tmp_path, capsys):
-    assert provenance.redo(_run(tmp_path), "ppo:7") == []
+    assert redo.remove(_run(tmp_path), "ppo:7") == []
     assert "nothing to remove" in capsys.readouterr().out

@@ -53,8 +53,9 @@ def _weights(run: Run) -> bytes:
 
 
 def test_another_setting_is_refused_and_redo_makes_the_stage_anew(run, policy):
-    before, ppo = _weights(run), run.round(0).ppo
+    before, ppo, ran = _weights(run), run.round(0).ppo, run.json.read_text()
     said = _refused(*_command(run, policy, _FAST))
+    assert run.json.read_text() == ran
     assert "--ppo_learning_rate was 1e-05, is 0.001" in said and str(ppo) in said
     assert "Give another --workdir, or --redo=ppo:0, which removes this stage" in said
     assert _weights(run) == before
@@ -66,7 +67,7 @@ def test_another_setting_is_refused_and_redo_makes_the_stage_anew(run, policy):
     told = json.loads(run.json.read_text())
     assert told["program"] == "train_ppo" and _FAST in told["command"]
     assert told["settings"]["ppo_learning_rate"]["changed"]
-    assert len(told["earlier"]) == 2  # as it was first trained, and what was refused
+    assert len(told["earlier"]) == 1  # as it was first trained; what was refused has not run
 
 
 def test_a_run_without_fingerprints_goes_on_with_one_line(run, policy):
