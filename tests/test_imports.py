@@ -21,7 +21,7 @@ FLOORS = (
     {"envs", "games", "parity", "run", "sampling"},
     {"episodes", "files", "rollout"},
     {"policy", "provenance"},
-    {"training"},
+    {"redo", "training"},
     {"annotation", "export", "play", "report"},
     {"stages"},
     {"method"},
