@@ -216,6 +216,7 @@ def test_an_environment_that_always_fails_is_tried_so_often_and_is_nobodys_failu
         "--rollouts=1",
         "--max_retries=2",
         "--max_steps=3",
+        f"--workdir={tmp_path}",
         f"--out={tmp_path}",
         *chosen,
         "--games=3",

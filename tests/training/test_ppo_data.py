@@ -213,7 +213,7 @@ def test_gradients_are_the_numerical_ones(name, monkeypatch):
         forward, "policy_logits", lambda p, hidden, rows, t: forward.at(hidden, rows.token_index)
         @ p["w"] / t,
     )
-    monkeypatch.setattr(heads, "value", lambda p, hidden: jnp.tanh(hidden @ p))
+    monkeypatch.setattr(heads, "read", lambda p, hidden: jnp.tanh(hidden @ p))
     with jax.enable_x64(True):
         rng = np.random.default_rng(2)
         policy = {"e": rng.normal(size=(384, 3)), "w": rng.normal(size=(3, 384))}

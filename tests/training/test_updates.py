@@ -296,7 +296,7 @@ def test_the_ppo_loss_by_hand(monkeypatch):
     logits[0, :3] = np.log(np.stack([1 - p, p], -1))
     monkeypatch.setattr(ppo_update.forward, "rows_hidden", lambda *_: jnp.zeros((1, 8, 1)))
     monkeypatch.setattr(ppo_update.forward, "policy_logits", lambda *_: jnp.asarray(logits))
-    monkeypatch.setattr(ppo_update.heads, "value", lambda *_: jnp.array([[0.5, 0.0]]))
+    monkeypatch.setattr(ppo_update.heads, "read", lambda *_: jnp.array([[0.5, 0.0]]))
     batch = ppo_update.PpoBatch(
         rows=packed,
         advantages=np.array([[1.0, -2.0]], np.float32),

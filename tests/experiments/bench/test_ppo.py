@@ -147,7 +147,7 @@ def test_heads_are_read_as_they_are():
     torch = pytest.importorskip("torch")
     from experiments.bench import ppo_peer
 
-    params = ppo_sides.random_head(heads.ProgressHead, 16)
+    params = ppo_sides.random_head(heads.Head, 16)
     hidden = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
     theirs = ppo_peer.head(params)(torch.tensor(hidden))[:, 0].detach()
     np.testing.assert_allclose(theirs, heads.read(params, hidden), atol=1e-5)
