@@ -35,7 +35,7 @@ def run(
     files = run.round(number)
     data, base = data or files.episodes, base or str(run.base)
     estimator = annotation.head_folder(files.progress, base)
-    provenance.check_stage(
+    same = provenance.check_stage(
         run,
         "annotate",
         files.annotated,
@@ -45,6 +45,9 @@ def run(
             "episodes": provenance.file_digest(data),
         },
     )
+    if same and distributed.broadcast(f"{files.annotated}: is there", files.annotated.exists):
+        print(f"annotate: already done ({files.annotated})", flush=True)
+        return store.read(files.annotated)
     return annotate_file(run, data, out=files.annotated, progress=files.progress, base=base)
 
 

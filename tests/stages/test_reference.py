@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from spa_jax import provenance, store
+from spa_jax import redo, store
 from spa_jax import run as run_lib
 from spa_jax.errors import UserError
 from spa_jax.models import heads
@@ -81,7 +81,7 @@ def test_those_of_another_reference_are_refused_and_made_again(run):
         train_ppo.run(run, 0)
     with pytest.raises(UserError, match="base policy's weights are others.*--redo=annotate:0"):
         annotate.run(run, 0)
-    provenance.redo(run, "annotate:0")
+    redo.remove(run, "annotate:0")
     after = annotate.run(run, 0)
     assert all(a.ref_policy != b.ref_policy for a, b in zip(after, before, strict=True))
     train_ppo.run(run, 0)
