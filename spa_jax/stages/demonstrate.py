@@ -4,6 +4,7 @@ Writes W/demos/{train,valid}/trajectories.jsonl.
 """
 
 from spa_jax import importers, play, provenance, store
+from spa_jax import run as run_lib
 from spa_jax.play import Recording
 from spa_jax.policy import EXPERT
 from spa_jax.run import Run
@@ -13,9 +14,12 @@ from spa_jax.trajectory import Trajectory
 
 
 def run(run: Run) -> None:
-    """Records the demonstrations; nothing if --base gives the base."""
+    """Records the demonstrations.
+
+    Nothing if --base gives the base, or if the base is made and its demonstrations were removed.
+    """
     method, data = run.settings.method, run.settings.data
-    if method.base:
+    if method.base or distributed.broadcast("demonstrations", lambda: _served(run)):
         return
     if method.demonstrations:
         import_log(run, method.demonstrations)
@@ -37,6 +41,10 @@ def run(run: Run) -> None:
                 flags={"split": f"{flag}_split", "games": f"{flag}_games"},
             ),
         )
+
+
+def _served(run: Run) -> bool:
+    return run_lib.done(run.sft).exists() and not run.demos.exists()
 
 
 def import_log(
