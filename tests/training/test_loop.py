@@ -1,7 +1,10 @@
 """The loop of updates: what it writes when, where it goes on, and what it leaves where it stops."""
 
 import dataclasses
+import pathlib
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from spa_jax.training import metrics, partition
 from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.loop import Loop, Outcome
+from tests import programs
 
 OPTIMIZER = state_lib.Guarded(*optax.sgd(0.1, momentum=0.9))  # momentum: a state of its own
 TOTAL = 7
@@ -79,12 +83,6 @@ def _same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.fixture(autouse=True)
-def nothing_came():
-    yield
-    preemption._Signal.came = preemption._Signal.of_any = 0
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """(folder, last state) of a stage that nothing stopped."""
@@ -109,27 +107,33 @@ def test_every_update_has_its_line_before_its_checkpoint(tmp_path, monkeypatch):
     assert [r["update"] for r in _records(tmp_path)] == list(range(1, TOTAL + 1))
 
 
-def _signalled(stage, update, number):
-    """The step, in which a signal comes."""
+def run_until_signalled(folder: str, every: int, number: int) -> None:
+    """A stage that gets a signal in its fifth update; it ends the process that calls this."""
+    stage = _Stage(pathlib.Path(folder), every=every)
 
-    def step(now, state, carry):
-        if now == update:
+    def step(update, state, carry):
+        if update == 4:
             signal.raise_signal(number)
-        return stage.step(now, state, carry)
+        return stage.step(update, state, carry)
 
-    return step
+    with preemption.handled():
+        stage.run(step=step)
 
 
 @pytest.mark.parametrize("every", [3, 0])
-def test_a_signal_lets_the_update_finish_and_saves_it(every, unbroken, tmp_path, capsys):
-    stage = _Stage(tmp_path, every=every)
-    with pytest.raises(preemption.Stopped) as stopped, preemption.handled():
-        stage.run(step=_signalled(stage, 4, signal.SIGTERM))
-    assert stopped.value.code == 143
-    assert "stopped by SIGTERM after update 5 of 7, which is saved" in capsys.readouterr().err
-    assert stage.updates[-1] == 4 and _saved(tmp_path) == 5
-    assert _records(tmp_path)[-1]["update"] == 5
-    preemption._Signal.came = 0
+def test_a_signal_lets_the_update_finish_and_saves_it(every, unbroken, tmp_path):
+    call = f"test_loop.run_until_signalled({str(tmp_path)!r}, {every}, {signal.SIGTERM:d})"
+    done = subprocess.run(
+        [sys.executable, "-c", f"from tests.training import test_loop; {call}"],
+        cwd=programs.ROOT,
+        env=programs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 143, done.stderr
+    assert "stopped by SIGTERM after update 5 of 7, which is saved" in done.stderr
+    assert _saved(tmp_path) == 5 and _records(tmp_path)[-1]["update"] == 5
     again = _Stage(tmp_path, every=every)
     assert again.loop.start == 5
     _same(again.run(), unbroken[1])
