@@ -11,6 +11,11 @@ from spa_jax.runtime import distributed
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
+    """`write_text` of a JSON value."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file under a temporary name, then renames it.
 
     Of several processes the first does.
@@ -19,8 +24,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_done(folder: pathlib.Path, title: str) -> bool:

@@ -60,13 +60,13 @@ class Refused(UserError):
 @contextlib.contextmanager
 def recorded(run: Run, program: str, argv: Sequence[str]) -> Iterator[None]:
     """`record_run`; a run that is refused within it was none, and W/run.json is as before."""
-    before = run.json.read_bytes() if run.json.exists() else None
+    before = run.json.read_text() if run.json.exists() else None
     record_run(run, program, argv)
     try:
         yield
     except Refused:
-        if distributed.is_first() and before is not None:
-            run.json.write_bytes(before)
+        if before is not None:
+            files.write_text(run.json, before)
         raise
 
 
