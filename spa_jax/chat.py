@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import tokenizers
 
 from spa_jax.errors import UserError
+from spa_jax.texts import replace_surrogates
 from spa_jax.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ class ChatFormat:
                 continue
             if text:
                 text = " " * (self.blank and not (follows_text and not ids)) + text
+                text, _ = replace_surrogates(text)
                 ids += self.encoder.encode(text, add_special_tokens=False).ids
                 text = ""
             if part is not None:

@@ -7,19 +7,24 @@
     {"from": "gpt",   "value": "Thought: ...\\nAction: go to desk 1"},
     {"from": "human", "value": "Observation: On the desk 1, you see ..."},
     ...]}, ...]
+
+or OpenAI's: {"messages": [{"role": "system" | "user" | "assistant", "content": text}, ...]}.
 """
 
+import codecs
 import collections
 import dataclasses
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from spa_jax.errors import UserError
+from spa_jax.texts import replace_surrogates
 from spa_jax.trajectory import Status, Step, Trajectory
 
 VALID_SHARE = 0.1  # of the tasks of a log, held out
@@ -28,19 +33,20 @@ _ACKNOWLEDGEMENT = re.compile(r"ok(ay)?\W*", re.IGNORECASE)
 _ACTION = re.compile(r"^\s*Action:\s*(.*?)\s*$", re.MULTILINE)
 
 
-def read_sharegpt(
-    path: str | os.PathLike[str], *, env: str, split: str = "train"
-) -> list[Trajectory]:
-    """Reads a JSON list of ShareGPT-style conversations.
+def read_log(path: str | os.PathLike[str], *, env: str, split: str = "train") -> list[Trajectory]:
+    """Reads conversations: a JSON list of records, or a record a line.
 
-    The first human turn is the instruction if a bare "OK" answers it, and otherwise the first
-    observation. Texts are kept as they are. The log does not say whether an action was executable:
-    every step counts as grounded, which is no matter for imitation. A record's own `reward` (1 if
-    it has none) is the final reward; its `game_file` or `id` names the task, and a task that comes
-    several times gives several attempts.
+    A record's turns are its "conversations" ("from", "value") or its "messages" ("role",
+    "content").  The first human turn is the instruction if the answer is an acknowledgement: a bare
+    "OK", or a turn that says `"loss": false`; otherwise it is the first observation.  A system turn
+    at the start belongs to the instruction.  Texts are kept as they are, but for lone surrogates,
+    which are replaced and counted.  The log does not say whether an action was executable: every
+    step counts as grounded, which is no matter for imitation.  A record's own `reward` (1 if it has
+    none) is the final reward; its `game_file` or `id` names the task, and a task that comes several
+    times gives several attempts.
 
     Args:
-      path: the JSON file.
+      path: the file, in UTF-8 or with a byte order mark.
       env: the environment's name.
       split: the data split that the tasks came from.
 
@@ -48,56 +54,131 @@ def read_sharegpt(
       Trajectories without tokens (`chat.encode_trajectory` makes them), in the file's order.
 
     Raises:
-      UserError: not such a file; names the record and the turn.
+      UserError: not such a file; names the line or the record, and the turn.
     """
     path = pathlib.Path(path)
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(records, list):
-        raise UserError(f"{path}: expected a JSON list of conversations")
     attempts: collections.Counter[str] = collections.Counter()
-    trajectories = []
-    for number, record in enumerate(records):
-        where = f"{path}: record {number}"
-        texts = _texts(where, record)
-        task = str(record.get("game_file") or record.get("id", number))
+    trajectories, replaced = [], 0
+    for where, record in _records(path):
+        talk = _talk(where, record)
+        replaced += talk.replaced
+        task = str(record.get("game_file") or record.get("id", len(trajectories)))
         about = {"env": env, "split": split, "task": task}
-        trajectories.append(_trajectory(where, record, texts, attempt=attempts[task], **about))
+        trajectories.append(_trajectory(where, record, talk, attempt=attempts[task], **about))
         attempts[task] += 1
+    if replaced:
+        print(f"{path}: {replaced} lone surrogates were replaced (half of an emoji, say)")
     return trajectories
 
 
-def _texts(where: str, record: Any) -> list[str]:
-    """The turns' texts: human, gpt, human, ..."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
+def _records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, record) of a JSON list, or of JSON lines."""
+    try:
+        data = path.read_bytes()
+        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = data.decode("utf-16" if data.startswith(marks) else "utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 ({error})") from error
+    if text.lstrip().startswith("{") and len(text.strip().splitlines()) > 1:
+        yield from _lines(path, text)
+        return
+    try:
+        records = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if isinstance(records, dict) and records.keys() & {"conversations", "messages"}:
+        records = [records]  # a file of one line
+    if not isinstance(records, list):
+        raise UserError(f"{path}: expected a JSON list of conversations, or one a line")
+    for number, record in enumerate(records):
+        yield f"{path}: record {number}", record
+
+
+def _lines(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: cannot be read as JSON ({error})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Talk:
+    """The turns of a record.
+
+    Attributes:
+      system: the text of the system turns at its start.
+      texts: human, gpt, human, ...
+      acknowledged: whether the first answer only acknowledges the instruction.
+      replaced: how many lone surrogates its texts had.
+    """
+
+    system: str
+    texts: list[str]
+    acknowledged: bool
+    replaced: int
+
+
+def _talk(where: str, record: Any) -> _Talk:
+    turns = None
+    if isinstance(record, dict):
+        turns = record.get("conversations", record.get("messages"))
     if not isinstance(turns, list):
-        raise UserError(f'{where}: expected an object with a list of "conversations"')
-    texts = []
+        raise UserError(f'{where}: expected an object with a list of "conversations" or "messages"')
+    system, texts, trained, replaced = "", [], [], 0
     for i, turn in enumerate(turns):
-        role = turn.get("from") if isinstance(turn, dict) else None
-        text = turn.get("value") if isinstance(turn, dict) else None
-        if role not in _ROLES or not isinstance(text, str):
-            raise UserError(
-                f'{where}, turn {i}: expected {{"from": "human" or "gpt", "value": text}}'
-            )
-        if _ROLES[role] != i % 2:
+        role, text = _turn(f"{where}, turn {i}", turn)
+        text, count = replace_surrogates(text)
+        replaced += count
+        if role == "system" and not texts:
+            system = f"{system}\n\n{text}" if system else text
+            continue
+        if role == "system" or _ROLES[role] != len(texts) % 2:
             raise UserError(
                 f"{where}, turn {i}: comes from {role!r}; human and gpt must take turns, "
                 "human first"
             )
         texts.append(text)
-    return texts
+        trained.append(turn.get("loss") is not False or not _ROLES[role])
+    acknowledged = len(texts) > 2 and (
+        not trained[1] or _ACKNOWLEDGEMENT.fullmatch(texts[1].strip()) is not None
+    )
+    first = 2 if acknowledged else 0
+    if not all(trained[first:]):
+        at = trained.index(False, first)
+        raise UserError(
+            f'{where}, turn {at}: says "loss": false, and only the first answer, which '
+            "acknowledges the instruction, can be left out of training: remove the record"
+        )
+    return _Talk(system, texts, acknowledged, replaced)
+
+
+def _turn(where: str, turn: Any) -> tuple[str, str]:
+    """(role, text) of a turn."""
+    given = turn if isinstance(turn, dict) else {}
+    role = given.get("from", given.get("role"))
+    text = given.get("value", given.get("content"))
+    if isinstance(text, list):  # OpenAI's parts
+        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
+        known = [part for part in parts if isinstance(part, str)]
+        text = "".join(known) if len(known) == len(parts) else None
+    if role not in (*_ROLES, "system") or not isinstance(text, str):
+        raise UserError(
+            f'{where}: expected {{"from": "human" or "gpt", "value": text}}, or "role" and '
+            '"content"'
+        )
+    return role, text
 
 
 def _trajectory(
-    where: str, record: Any, texts: list[str], *, env: str, split: str, task: str, attempt: int
+    where: str, record: Any, talk: _Talk, *, env: str, split: str, task: str, attempt: int
 ) -> Trajectory:
-    """The trajectory of a record's texts."""
-    instruction = ""
-    if len(texts) > 2 and _ACKNOWLEDGEMENT.fullmatch(texts[1].strip()):
-        instruction, texts = texts[0], texts[2:]
+    """The trajectory of a record's turns."""
+    instruction, texts = talk.system, talk.texts
+    if talk.acknowledged:
+        instruction = f"{talk.system}\n\n{texts[0]}" if talk.system else texts[0]
+        texts = texts[2:]
     steps = []
     for observation, response in zip(texts[::2], texts[1::2], strict=False):
         actions = _ACTION.findall(response)
@@ -125,7 +206,7 @@ def _trajectory(
 def demonstrations(
     path: str | os.PathLike[str], *, env: str, seed: int, valid_share: float = VALID_SHARE
 ) -> dict[str, list[Trajectory]]:
-    """The demonstrations of a log, as `read_sharegpt` reads it: its episodes whose reward is 1.
+    """The demonstrations of a log, as `read_log` reads it: its episodes whose reward is 1.
 
     Args:
       path: the JSON file.
@@ -140,7 +221,7 @@ def demonstrations(
     Raises:
       UserError: the file is not such a log, or does not hold two tasks that were solved.
     """
-    solved = [t for t in read_sharegpt(path, env=env) if t.success]
+    solved = [t for t in read_log(path, env=env) if t.success]
     tasks = sorted({t.task for t in solved})
     if len(tasks) < 2:
         raise UserError(
