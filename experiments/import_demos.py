@@ -3,7 +3,8 @@
     python -m experiments.import_demos --file=alfworld_sft.json --env=alfworld --workdir=W
 
 FILE is a JSON list of {"conversations": [{"from": "human" | "gpt", "value": text}, ...]}, the
-format of the SPA-RL authors' data.  Writes W/demos/{train,valid}/trajectories.jsonl, which
+format of the SPA-RL authors' data, or of {"messages": [{"role": ..., "content": text}, ...]}; or it
+holds one such record a line.  Writes W/demos/{train,valid}/trajectories.jsonl, which
 `sft` reads; the conversations of a task go to one of the two.  `run_spa --demonstrations=FILE`
 does the same and goes on from there.
 """

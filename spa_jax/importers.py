@@ -58,7 +58,8 @@ def read_log(path: str | os.PathLike[str], *, env: str, split: str = "train") ->
     """
     path = pathlib.Path(path)
     attempts: collections.Counter[str] = collections.Counter()
-    trajectories, replaced = [], 0
+    trajectories: list[Trajectory] = []
+    replaced = 0
     for where, record in _records(path):
         talk = _talk(where, record)
         replaced += talk.replaced
@@ -126,7 +127,9 @@ def _talk(where: str, record: Any) -> _Talk:
         turns = record.get("conversations", record.get("messages"))
     if not isinstance(turns, list):
         raise UserError(f'{where}: expected an object with a list of "conversations" or "messages"')
-    system, texts, trained, replaced = "", [], [], 0
+    system, replaced = "", 0
+    texts: list[str] = []
+    trained: list[bool] = []
     for i, turn in enumerate(turns):
         role, text = _turn(f"{where}, turn {i}", turn)
         text, count = replace_surrogates(text)
