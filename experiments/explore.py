@@ -15,7 +15,6 @@ from absl import flags
 
 from experiments import flags as flags_lib
 from experiments import stage
-from spa_jax import evaluation
 from spa_jax.config import ChatConfig, ComputeConfig, EnvConfig, SamplingConfig
 from spa_jax.run import Run
 from spa_jax.stage_config import ExploreConfig
@@ -30,7 +29,7 @@ def main(run: Run) -> None:
         policy=flags_lib.stage_policy(),
         out=pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None,
     )
-    summary = evaluation.summarize(played)
+    summary = played.summary()
     print(
         f"RESULT success={summary.success_rate:.4f} grounding={summary.grounding:.4f} "
         f"episodes={summary.games} seconds={time.time() - started:.1f}"

@@ -105,6 +105,13 @@ class EnvConfig(Checked):
         minimum=0,
         operational=True,
     )
+    max_failed_share: float = setting(
+        0.2,
+        "A stage ends with an error if the environment failed more than this share of episodes.",
+        minimum=0,
+        maximum=1,
+        operational=True,
+    )
 
     @property
     def data(self) -> str:

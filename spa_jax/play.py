@@ -6,6 +6,7 @@ folder lacks, and puts each on the disk when it ends.
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
-from spa_jax import files, provenance, rollout, store
+from spa_jax import evaluation, files, provenance, rollout, store
 from spa_jax import policy as policy_lib
 from spa_jax import run as run_lib
 from spa_jax.config import EnvConfig, SamplingConfig, ServerConfig
@@ -35,6 +36,7 @@ from spa_jax.training.metrics import MetricsWriter
 from spa_jax.trajectory import Sampling, Status, Trajectory
 
 _EXPERT_SESSIONS = 2
+_FAILURES = "failures.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +62,32 @@ class Recording:
     flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def record(run: Run, recording: Recording) -> list[Trajectory]:
-    """Plays the episodes that the folder lacks; returns all of them, sorted by key.
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """What a stage has played.
+
+    Attributes:
+      episodes: sorted by key.
+      failed: how many more were asked for, which the environment failed at every try.
+    """
+
+    episodes: list[Trajectory]
+    failed: int
+
+    def summary(self) -> evaluation.Summary:
+        """The figures, with the failed episodes counted among the environment's errors."""
+        found = evaluation.summarize(self.episodes)
+        return dataclasses.replace(found, env_errors=found.env_errors + self.failed)
+
+
+def record(run: Run, recording: Recording) -> Recorded:
+    """Plays the episodes that the folder lacks.
 
     Of several processes each plays its own games.
 
     Raises:
-      UserError: the folder holds episodes of other settings or another policy, or the split has
-        fewer games.
+      UserError: the folder holds episodes of other settings or another policy, the split has
+        fewer games, or the environment failed more than --max_failed_share of the episodes.
     """
     started, settings, folder = time.time(), run.settings, recording.folder
     expert = recording.policy == EXPERT
@@ -87,7 +107,7 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
         flags=recording.flags,
     )
     if same and files.has_all(folder, recording.title):
-        return store.read(folder / run_lib.EPISODES)
+        return Recorded(store.read(folder / run_lib.EPISODES), failed=0)
     policy = None
     if not expert:
         chat_format = settings.chat.chat_format
@@ -112,8 +132,31 @@ def record(run: Run, recording: Recording) -> list[Trajectory]:
         distributed.assert_equal("number of episodes", len(jobs))
         _play(recording, client, own, policy=policy, make_engine=engine, env=settings.env)
     played = _read_played(recording, jobs)
-    files.mark_done(folder, started, episodes=len(played), failures=len(jobs) - len(played))
-    return played
+    found = Recorded(played, failed=len(jobs) - len(played))
+    _check_failures(recording, found, settings.env.max_failed_share)
+    files.mark_done(folder, started, episodes=len(played), failures=found.failed)
+    return found
+
+
+def _check_failures(recording: Recording, found: Recorded, limit: float) -> None:
+    """Refuses episodes that are those of the survivors.
+
+    Raises:
+      UserError: says how many failed, and of what the last one.
+    """
+    asked = len(found.episodes) + found.failed
+    if not found.failed or (found.episodes and found.failed <= limit * asked):
+        return
+    failures = recording.folder / _FAILURES
+    why = ""
+    for path in (failures, store.shard(failures, 0)):
+        if path.exists():
+            why = json.loads(path.read_text().splitlines()[-1])["final_observation"]
+    raise UserError(
+        f"{recording.title}: the environment failed {found.failed} of {asked} episodes ({failures} "
+        f"says why; the last: {why[:200] or 'nothing'}): mend it and run the same command again, "
+        f"or allow as many with --max_failed_share (is {limit:g})"
+    )
 
 
 def choose_games(client: EnvClient, games: ExploreConfig) -> list[Task]:
@@ -234,7 +277,7 @@ def _play(
     every = folder / run_lib.EPISODES
     distributed.first_alone(f"{title}: earlier episodes", lambda: store.merge(every))
     done = store.keys(every)
-    path, failures = _own(every), _own(folder / "failures.jsonl")
+    path, failures = _own(every), _own(folder / _FAILURES)
     todo = [job for job in jobs if job.key not in done]
     bar = tqdm.tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=title, unit="episode")
     wins, played = 0, 0

@@ -6,7 +6,7 @@ Writes W/eval/NAME/{trajectories.jsonl,summary.json}.  Run again, it plays what 
 import dataclasses
 from collections.abc import Mapping
 
-from spa_jax import evaluation, files, play
+from spa_jax import files, play
 from spa_jax.config import SamplingConfig
 from spa_jax.evaluation import Summary
 from spa_jax.play import Recording
@@ -69,6 +69,6 @@ def play_games(
             flags=flags or {},
         ),
     )
-    summary = evaluation.summarize(played)
+    summary = played.summary()
     files.write_json(folder / "summary.json", summary.to_dict())
     return summary

@@ -8,15 +8,12 @@ and appends to trajectories.process_P.jsonl; in the end all are in one.
 import pathlib
 
 from spa_jax import play
-from spa_jax.play import Recording
+from spa_jax.play import Recorded, Recording
 from spa_jax.policy import EXPERT
 from spa_jax.run import Run
-from spa_jax.trajectory import Trajectory
 
 
-def run(
-    run: Run, number: int, *, policy: str = "", out: pathlib.Path | None = None
-) -> list[Trajectory]:
+def run(run: Run, number: int, *, policy: str = "", out: pathlib.Path | None = None) -> Recorded:
     """Plays the games of a round.
 
     Args:
@@ -26,7 +23,7 @@ def run(
       out: the folder of the episodes; None: the round's.
 
     Returns:
-      The episodes, sorted by key.
+      The episodes, and how many the environment failed.
     """
     policy = policy or str(run.newest_policy(number))
     return play.record(

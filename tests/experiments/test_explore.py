@@ -209,7 +209,7 @@ def test_an_environment_that_always_fails_is_tried_so_often_and_is_nobodys_failu
 ):
     tiny_flags = [f for f in flags if "alfworld" not in f and "rollouts" not in f]
     chosen = ["--policy=expert"] if policy == "expert" else tiny_flags
-    said = programs.succeed(
+    command = (
         "explore",
         "--env=custom",
         "--custom_data=tests.envs.odd:Doomed",
@@ -221,6 +221,7 @@ def test_an_environment_that_always_fails_is_tried_so_often_and_is_nobodys_failu
         *chosen,
         "--games=3",
     )
+    said = programs.succeed(*command, "--max_failed_share=0.7")
     assert "RESULT success=1.0000" in said and "episodes=1" in said
     assert [t.task for t in store.read(tmp_path / "trajectories.jsonl")] == ["train_13"]
     failures = [json.loads(line) for line in (tmp_path / "failures.jsonl").open()]
@@ -231,3 +232,9 @@ def test_an_environment_that_always_fails_is_tried_so_often_and_is_nobodys_failu
     else:
         assert [retry for _, retry in tries] == [0, 1, 2, 0, 1, 2]
     assert all(f["seed"] == 0 for f in failures)
+    (tmp_path / "done.json").unlink()
+    refused = programs.run(*command)  # what survives is not said to be all
+    assert refused.returncode == 2 and "RESULT" not in refused.stdout
+    assert "the environment failed 2 of 3 episodes" in refused.stderr
+    assert "--max_failed_share (is 0.2)" in refused.stderr
+    assert not (tmp_path / "done.json").exists()
