@@ -123,8 +123,12 @@ class Loop:
                     bar.set_postfix(made.shown)
                 asked = preemption.asked()
                 last = done == total or made.last
-                now = self._tree(self._trainer.unreplicate(state), carry)
-                self._checkpoints.maybe_save(done, now, last=last, force=asked)
+                self._checkpoints.maybe_save(
+                    done,
+                    self._tree(self._trainer.unreplicate(state), carry),
+                    last=last,
+                    force=asked,
+                )
                 if asked:
                     preemption.stop(done, total)
                 if made.last:
