@@ -45,9 +45,10 @@ def run(
         def body() -> None:
             if check:
                 check(made)
-            if flags_lib.redo():
-                number: int = getattr(flags.FLAGS, ROUND, 0)
-                redo.remove(made, flags_lib.redo(), number)
+            if again := flags_lib.redo():
+                if again == program == "evaluate":  # this evaluation, and not all
+                    again += f":{flags.FLAGS.name}"
+                redo.remove(made, again, getattr(flags.FLAGS, ROUND, 0))
             with provenance.recorded(made, program, sys.argv):
                 main(made)
 
