@@ -1,6 +1,7 @@
 """Files that a stage leaves: JSON written whole or not at all, and the mark of its end."""
 
 import json
+import math
 import os
 import pathlib
 import time
@@ -11,8 +12,16 @@ from spa_jax.runtime import distributed
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """`write_text` of a JSON value."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """`write_text` of a JSON value; a number that is not finite, which JSON has not, is null."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
