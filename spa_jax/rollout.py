@@ -129,8 +129,12 @@ class Timing:
         }
 
     def bottleneck(self) -> str:
-        """What to say if the environments are too slow for the engine; "" if they are not."""
-        share = self.waiting_s / max(self.wall_s, 1e-9)
+        """What to say if the environments are too slow for the engine; "" if they are not.
+
+        Waiting for their processes to start does not count: no wait for a step is longer than all
+        steps together.
+        """
+        share = min(self.waiting_s, self.env_s) / max(self.wall_s, 1e-9)
         if share < _WAITS:
             return ""
         step = 1e3 * self.env_s / max(self.env_steps, 1)
