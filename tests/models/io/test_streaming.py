@@ -37,12 +37,13 @@ tensors_io.write_json(folder / "config.json", huggingface.hf_config(CONFIG, "bfl
 """
 
 _READ = """
-import json, resource, sys, tracemalloc
+import ctypes, json, resource, sys, tracemalloc
 import numpy as np
 from spa_jax.models.io import huggingface
 from spa_jax.models.names import hf_shapes
 
 def data_bytes():  # what the limit below counts: private memory, not the mapped files
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and not given back would be room for a model
     status = open("/proc/self/status").read()
     return 1024 * int(status.split("VmData:")[1].split()[0])
 
