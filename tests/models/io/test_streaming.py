@@ -1,6 +1,7 @@
 """Reading a model takes the memory of the model and of its largest tensor, no more."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -37,13 +38,12 @@ tensors_io.write_json(folder / "config.json", huggingface.hf_config(CONFIG, "bfl
 """
 
 _READ = """
-import ctypes, json, resource, sys, tracemalloc
+import json, resource, sys, tracemalloc
 import numpy as np
 from spa_jax.models.io import huggingface
 from spa_jax.models.names import hf_shapes
 
 def data_bytes():  # what the limit below counts: private memory, not the mapped files
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed and not given back would be room for a model
     status = open("/proc/self/status").read()
     return 1024 * int(status.split("VmData:")[1].split()[0])
 
@@ -79,7 +79,10 @@ print(json.dumps({
 
 def _python(source: str, *arguments: pathlib.Path) -> str:
     command = [sys.executable, "-c", source, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Large arrays have pages of their own, which go back when they are freed: malloc would else keep
+    # some from an earlier load, and they would be room that no limit knows of.
+    environment = dict(os.environ) | {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
