@@ -79,8 +79,8 @@ print(json.dumps({
 
 def _python(source: str, *arguments: pathlib.Path) -> str:
     command = [sys.executable, "-c", source, *map(str, arguments)]
-    # Large arrays have pages of their own, which go back when they are freed: malloc would else keep
-    # some from an earlier load, and they would be room that no limit knows of.
+    # Large arrays have pages of their own, which go back when they are freed: malloc would else
+    # keep some from an earlier load, and they would be room that no limit knows of.
     environment = dict(os.environ) | {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
