@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from experiments import stage
-from spa_jax import comparison, evaluation, files, provenance
+from spa_jax import comparison, evaluation, files, method, provenance
 from spa_jax.errors import UserError
 from spa_jax.run import Run
 from spa_jax.settings import sections
@@ -22,21 +22,22 @@ from spa_jax.stage_config import Settings
 
 
 def check(run: Run) -> None:
-    """Refuses a base that no demonstrations of this run made."""
+    """Refuses a base that no demonstrations of this run made, and what `method.check` refuses."""
     base = run.settings.method.base
     if base:
         raise UserError(
             f"--base={base}: continued SFT goes on with the demonstrations that made the base, so "
             "every seed makes its own; drop --base"
         )
+    method.check(run)
 
 
 def main(run: Run) -> None:
     found: dict[str, dict[str, dict]] = {}
     for seed in map(int, flags.FLAGS.seeds):
         one = dataclasses.replace(run, workdir=run.workdir / f"seed_{seed}", seed=seed)
-        provenance.record_run(one, "compare", sys.argv)
-        summaries = comparison.run_seed(one)
+        with provenance.recorded(one, "compare", sys.argv):
+            summaries = comparison.run_seed(one)
         print(f"\nseed {seed}\n{evaluation.table(summaries)}")
         found[str(seed)] = {arm: s.to_dict() for arm, s in summaries.items()}
         files.write_json(run.comparison, found)

@@ -38,7 +38,7 @@ def annotate(
       contributions: [N, S] c_k; 0 where there is no step.
       settings: whose credit the steps get, and how grounding enters.
       seed: of the placebos.
-      reference: names the reference policy (`scoring.policy_key`).
+      reference: names the reference policy (`provenance.policy_digest`).
     """
     mask = scores.step_mask
     grounded = np.zeros(mask.shape, np.float32)

@@ -108,7 +108,7 @@ class Trajectory:
       log_probs: log softmax(logits / temperature)[token] of each policy token
         when it was drawn, 0 for context; same length.
       ref_log_probs: the same under the reference policy; None until annotated.
-      ref_policy: which policy that was (`scoring.policy_key`); empty until annotated.
+      ref_policy: which policy that was (`provenance.policy_digest`); empty until annotated.
       schema: SCHEMA_VERSION.
     """
 

@@ -14,7 +14,7 @@ from spa_jax.errors import UserError
 from spa_jax.run import EPISODES, Run
 from spa_jax.runtime import distributed
 from spa_jax.store import Key
-from spa_jax.training import estimator_data, scoring
+from spa_jax.training import estimator_data
 from spa_jax.trajectory import Trajectory
 
 
@@ -94,7 +94,7 @@ def annotate_file(
         given,
         settings=settings.credit,
         seed=run.seed,
-        reference=scoring.policy_key(reference.folder),
+        reference=provenance.policy_digest(reference.folder),
     )
     by_key = {t.key: t for t in annotated}
     every = [by_key.get(t.key, t) for t in played]

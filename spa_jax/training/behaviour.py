@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
+from spa_jax import provenance
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models.io import pretrained
 from spa_jax.policy import Policy
 from spa_jax.stage_config import RFT, PpoConfig
 from spa_jax.training import scoring
@@ -71,8 +71,7 @@ def check_reference(
         raise UserError(f"{source}: holds no reference log-probabilities: run annotate first")
     noted = {t.ref_policy for t in trajectories} - {""}
     if noted and reference.exists():
-        folder = pretrained.resolve(reference)
-        if noted != {scoring.policy_key(folder)}:
+        if noted != {provenance.policy_digest(reference)}:
             raise UserError(
                 f"{source}: its reference log-probabilities are not of {reference} as it is now: "
                 "run annotate again"

@@ -19,7 +19,7 @@ from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import tree
 from spa_jax.models.config import ModelConfig, Params
-from spa_jax.models.io import pretrained, tensors
+from spa_jax.models.io import pretrained
 from spa_jax.runtime import distributed
 from spa_jax.training import forward, partition
 from spa_jax.trajectory import Trajectory
@@ -304,16 +304,6 @@ def _write(cache: pathlib.Path, digest: str, **arrays: np.ndarray) -> None:
     temporary = cache.with_name(f".{cache.stem}.{os.getpid()}.tmp.npz")
     np.savez(temporary, digest=np.array(digest), **arrays)  # type: ignore[arg-type]
     temporary.replace(cache)
-
-
-def policy_key(folder: pathlib.Path) -> str:
-    """Names a policy by its weights, wherever they lie; heads beside them do not count."""
-    digest = hashlib.sha256()
-    for file in pretrained.weight_files(folder):
-        if file.name != tensors.HEADS:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def _stamp(folder: pathlib.Path) -> list[tuple[str, int, int]]:

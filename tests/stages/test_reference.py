@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from spa_jax import redo, store
+from spa_jax import provenance, redo, store
 from spa_jax import run as run_lib
 from spa_jax.errors import UserError
 from spa_jax.models import heads
@@ -71,7 +71,7 @@ def test_the_references_pass_is_made_once(run, monkeypatch):
     monkeypatch.setattr(scoring, "score", None)  # the estimator's pass is there already
     again = annotate.run(run, 0)
     assert [t.ref_log_probs for t in again] == [t.ref_log_probs for t in first]
-    assert {t.ref_policy for t in again} == {scoring.policy_key(run.base)} != {""}
+    assert {t.ref_policy for t in again} == {provenance.policy_digest(run.base)} != {""}
 
 
 def test_those_of_another_reference_are_refused_and_made_again(run):
@@ -89,12 +89,12 @@ def test_those_of_another_reference_are_refused_and_made_again(run):
 
 def test_a_policy_has_one_name_wherever_it_lies_and_whatever_heads_it_has(run):
     base, moved = run.base, run.workdir / "moved"
-    name = scoring.policy_key(base)
+    name = provenance.policy_digest(base)
     shutil.copytree(base, moved)
     tensors.save_heads(moved, tensors.load_heads(run.round(0).progress))
-    assert scoring.policy_key(moved) == name
+    assert provenance.policy_digest(moved) == name
     _replace(moved)
-    assert scoring.policy_key(moved) != name
+    assert provenance.policy_digest(moved) != name
 
 
 def test_a_kl_to_nothing_is_refused(run):
