@@ -382,9 +382,6 @@ class ComputeConfig(Checked):
         "compute: that too. auto: bfloat16 on a CPU that multiplies it faster (AMX or "
         "AVX512-BF16), as a TPU does with float32 anyway.",
     )
-    accum_dtype: Dtype = setting(
-        "float32", "Numbers in which the gradients of an update's microbatches are added up."
-    )
     remat: Remat = setting(
         "dots",
         "What a layer keeps for the backward pass; the rest is computed again. none: all is kept; "

@@ -157,6 +157,7 @@ class _Episode:
         # read as context before the next observation.
         self.forced: list[int] = []
         self.instruction = ""
+        self.initial_progress: float | None = None
         self.steps: list[Step] = []
         self.ids: list[int] = []
         self.step_id: list[int] = []
@@ -206,6 +207,7 @@ class _Episode:
             instruction=self.instruction,
             steps=tuple(self.steps),
             final_observation=final,
+            initial_progress=self.initial_progress,
             task_type=job.task.task_type,
             sampling=sampling,
             token_ids=tuple(self.ids),
@@ -374,6 +376,7 @@ class Rollout:
             return
         if not episode.ids:
             episode.instruction = observation.instruction
+            episode.initial_progress = observation.progress
             ids = self.chat.first_turn(observation.instruction, observation.text)
             if not self.engine.fits(slot, ids):
                 raise UserError(
@@ -400,6 +403,7 @@ class Rollout:
             response=text,
             action=action,
             grounded=False,  # until the environment has answered
+            progress=episode.observation.progress,
             policy_version=self.player.version,
             partial=not response.ended,
         )
@@ -418,7 +422,9 @@ class Rollout:
         observation = session.step(action, parsed=True)
         self.env_seconds.append(time.perf_counter() - started)
         steps = self.episodes[slot].steps
-        steps[-1] = dataclasses.replace(steps[-1], grounded=observation.grounded)
+        steps[-1] = dataclasses.replace(
+            steps[-1], grounded=observation.grounded, progress=observation.progress
+        )
         return observation
 
 
@@ -451,11 +457,13 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
                 now = session.reset(
                     job.task.task, job.task.split, job.seed, expert=True, prompt=player.prompt
                 )
-                episode.instruction = now.instruction
+                episode.instruction, episode.initial_progress = now.instruction, now.progress
                 while (status := _outcome(now, episode.steps, player)) is None:
                     action = now.expert_action
                     after = session.step(action, parsed=True)
-                    episode.steps.append(Step(now.text, action, action, after.grounded))
+                    episode.steps.append(
+                        Step(now.text, action, action, after.grounded, progress=after.progress)
+                    )
                     now = after
                 episode.observation = now
                 return episode.result(player, status, now.text, reward=_final_reward(episode))

@@ -59,12 +59,6 @@ class SftConfig(Checked):
     batch_size: int = setting(
         16, "Demonstrations in an update of SFT.", flag="sft_batch_size", minimum=1, group=MAY
     )
-    clip_norm: float = setting(
-        1.0,
-        "Largest norm of a gradient in SFT; longer ones are cut.",
-        flag="sft_clip_norm",
-        above=0,
-    )
     eval_every: int = setting(
         0,
         "Updates of SFT between losses on the held-out demonstrations; 0: a pass.",
@@ -256,12 +250,6 @@ class PpoConfig(Checked):
     )
     entropy_coef: float = setting(
         0.0, "Weight of the entropy bonus.", flag="ppo_entropy_coef", minimum=0
-    )
-    clip_norm: float = setting(
-        1.0,
-        "Largest norm of a gradient of the policy's update; longer ones are cut.",
-        flag="ppo_clip_norm",
-        above=0,
     )
     checkpoint_every: int = setting(
         50,

@@ -21,7 +21,8 @@ from typing import Any
 
 from spa_jax.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ = (1, 2)  # what `from_json` reads; 1 knew nothing of progress
 
 
 class TrajectoryError(UserError):
@@ -67,6 +68,8 @@ class Step:
         environment; empty if none could be read.
       grounded: whether the environment could execute the action.
       policy_version: the update count of the weights that wrote the step.
+      progress: how much of the task was done after the step, in [0, 1], as the environment says;
+        None if it does not.  No policy reads it.
       partial: whether a limit cut the turn (tokens, context, deadline): its action was not sent
         to the environment.
       contribution: c_k of the progress estimator; None until annotated.
@@ -81,6 +84,7 @@ class Step:
     contribution: float | None = None
     reward: float | None = None
     partial: bool = False
+    progress: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Trajectory:
       instruction: the text before the first observation, shown once.
       steps: the environment steps, in order.
       final_observation: what the environment answered to the last action.
+      initial_progress: `Step.progress` before the first step.
       sampling: how tokens were drawn; None for a scripted policy.
       token_ids: exactly the ids that the policy read and wrote (empty for a
         scripted policy: `chat.encode_trajectory` makes them).
@@ -123,6 +128,7 @@ class Trajectory:
     instruction: str
     steps: tuple[Step, ...]
     final_observation: str = ""
+    initial_progress: float | None = None
     task_type: str = ""
     retry: int = 0
     sampling: Sampling | None = None
@@ -143,6 +149,13 @@ class Trajectory:
         """Whether the environment paid the full reward."""
         return self.status is Status.SUCCESS
 
+    @property
+    def progress(self) -> tuple[float, ...] | None:
+        """How much was done before the first step and after each, n + 1 numbers; None if unknown."""
+        known = (self.initial_progress, *(step.progress for step in self.steps))
+        told = tuple(p for p in known if p is not None)
+        return told if len(told) == len(known) else None
+
 
 def to_json(trajectory: Trajectory) -> dict[str, Any]:
     """The trajectory as plain JSON values."""
@@ -150,7 +163,7 @@ def to_json(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def from_json(record: Any) -> Trajectory:
-    """Reads back what `to_json` made.
+    """Reads back what `to_json` made, and records of schema 1 as those of this one.
 
     Raises:
       TrajectoryError: if the record is of another schema version, lacks a field,
@@ -158,9 +171,9 @@ def from_json(record: Any) -> Trajectory:
     """
     if not isinstance(record, dict):
         raise TrajectoryError(f"expected a JSON object, got {type(record).__name__}")
-    if record.get("schema") != SCHEMA_VERSION:
+    if record.get("schema") not in _READ:
         raise TrajectoryError(
-            f"trajectory schema {record.get('schema')!r}, this version reads {SCHEMA_VERSION}; "
+            f"trajectory schema {record.get('schema')!r}, this version reads 1 and 2; "
             "explore again, or read it with the version that wrote it"
         )
     try:
@@ -169,6 +182,7 @@ def from_json(record: Any) -> Trajectory:
             "status": Status(record["status"]),
             "steps": tuple(Step(**step) for step in record["steps"]),
             "sampling": None if sampling is None else _sampling(sampling),
+            "schema": SCHEMA_VERSION,
         }
         for name in ("token_ids", "step_id", "log_probs", "ref_log_probs"):
             if fields.get(name) is not None:

@@ -88,7 +88,7 @@ def test_files_that_are_not_there(tmp_path):
         ("\x00\x00", r"jsonl:2: not JSON"),
         ("[1]", r"jsonl:2: expected a JSON object"),
         ('{"schema": 99}', r"jsonl:2: trajectory schema 99"),
-        ('{"schema": 1}', r"jsonl:2: not a trajectory: .*status"),
+        ('{"schema": 2}', r"jsonl:2: not a trajectory: .*status"),
         ("", r"jsonl:2: not JSON"),
     ],
 )

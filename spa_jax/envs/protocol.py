@@ -61,6 +61,8 @@ class Observation:
       task: the task's name in its split.
       task_type: its kind, for tables by type.
       expert_action: what the expert would do next, if the reset asked for it.
+      progress: how much of the task is done now, in [0, 1]; None if the environment does not know.
+        Credit is judged by it.  No policy reads it.
     """
 
     text: str
@@ -72,6 +74,7 @@ class Observation:
     task: str = ""
     task_type: str = ""
     expert_action: str = ""
+    progress: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,14 +50,12 @@ def clone(
     per_epoch = -(-len(train) // sft.batch_size)
     total = sft.updates or max(1, round(sft.epochs * per_epoch))
     rate = _SCHEDULES[sft.schedule](sft.learning_rate, total, sft.warmup_share)
-    optimizer = state_lib.adamw(rate, clip_norm=sft.clip_norm, weight_decay=0.0)
+    optimizer = state_lib.adamw(rate, clip_norm=state_lib.CLIP_NORM, weight_decay=0.0)
     if sft.ema:
         optimizer = state_lib.averaged(optimizer, sft.ema)
     frozen = parts.frozen_in(config.dtype)
     loss_fn = parts.on_parts(sft_update.make_loss(config))
-    trainer = partition.make(
-        rows, loss_fn, optimizer, frozen=frozen, accum_dtype=config.compute.accum_dtype
-    )
+    trainer = partition.make(rows, loss_fn, optimizer, frozen=frozen)
     evaluate = trainer.forward(parts.on_parts(sft_update.make_nll(config)))
     layers = partition.gather_layers(trainer, frozen)
     data, held_out = (

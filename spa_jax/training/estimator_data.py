@@ -82,7 +82,6 @@ class AdaptedTrunk:
             parts.on_parts(estimator_update.make_trunk_loss(config)),
             optimizer,
             frozen=parts.frozen_in(config.dtype),
-            accum_dtype=config.compute.accum_dtype,
         )
 
     def batches(self, chosen: np.ndarray, size: int, devices: int) -> list[EstimatorRows]:

@@ -85,7 +85,7 @@ def update(
     """
     trained, frozen = split(config, lora, train_layers)
     compute = config.compute
-    param, accum = (jnp.dtype(d).itemsize for d in (compute.param_dtype, compute.accum_dtype))
+    param = jnp.dtype(compute.param_dtype).itemsize
     if lora.rank:
         param = _FLOAT32  # adapters are small
     saved = residual_bytes(config, rows, lora, train_layers)
@@ -95,7 +95,7 @@ def update(
     count = functools.partial(_elements, fsdp=fsdp)
     return Need(
         parameters=count(trained) * param + count(frozen) * _width(config),
-        gradients=count(trained) * (accum + param),
+        gradients=count(trained) * (_FLOAT32 + param),
         optimizer=count(trained) * (_MOMENTS + averaged) * _FLOAT32,
         gathered=_gathered(config, trained, lora) if fsdp > 1 else 0.0,
         activations=saved,

@@ -55,7 +55,6 @@ class Pmap:
         devices: int | None = None,
         *,
         frozen: Params | None = None,
-        accum_dtype: str = "float32",
     ) -> None:
         """Compiles nothing yet.
 
@@ -64,7 +63,6 @@ class Pmap:
           optimizer: of the trained parameters.
           devices: how many devices of a single process; None: all, of all processes.
           frozen: the parameters that the loss needs and that are not trained, not replicated.
-          accum_dtype: of the gradients that microbatches are added up in.
         """
         chosen = _devices(devices)
         self.devices = len(chosen)
@@ -80,7 +78,7 @@ class Pmap:
             donate_argnums=0,
         )
         self._add_up = compiled(functools.partial(jax.lax.psum, axis_name=AXIS))
-        self._zeros = compiled(functools.partial(state_lib.zero_gradients, dtype=accum_dtype))
+        self._zeros = compiled(state_lib.zero_gradients)
         self._sum_shapes: Any = None
         self._loss_fn = loss_fn
         self.frozen = self.replicate(frozen or {})
@@ -159,7 +157,6 @@ class Mesh:
         shape: tuple[int, int],
         *,
         frozen: Params | None = None,
-        accum_dtype: str = "float32",
     ) -> None:
         """Compiles nothing yet.
 
@@ -169,9 +166,7 @@ class Mesh:
           shape: (data, fsdp); their product is at most the number of devices, and that of all
             with several processes.
           frozen: the parameters that the loss needs and that are not trained.
-          accum_dtype: as `Pmap`'s.
         """
-        self._accum_dtype = accum_dtype
         self.devices = shape[0] * shape[1]
         devices = np.array(_devices(self.devices)).reshape(shape)
         self._mesh = jax.sharding.Mesh(devices, (_DATA, _FSDP))
@@ -240,8 +235,7 @@ class Mesh:
         """(zeros, accumulate, apply), whose results lie where `replicate` puts them."""
         of_state = self._shardings(state)
         of_params = of_state.params
-        make_zeros = functools.partial(state_lib.zero_gradients, dtype=self._accum_dtype)
-        zeros = jax.jit(make_zeros, out_shardings=of_params)
+        zeros = jax.jit(state_lib.zero_gradients, out_shardings=of_params)
         accumulate = jax.jit(
             functools.partial(state_lib.accumulate, loss_fn=self._loss_fn),
             donate_argnums=2,
@@ -306,7 +300,6 @@ def make(
     optimizer: Guarded,
     *,
     frozen: Params | None = None,
-    accum_dtype: str = "float32",
 ) -> Trainer:
     """The trainer that `--partition` and `--mesh` ask for, on the devices of all processes.
 
@@ -319,14 +312,14 @@ def make(
     """
     devices = jax.device_count()
     if rows.partition == "pmap" and devices > 1:
-        return Pmap(loss_fn, optimizer, frozen=frozen, accum_dtype=accum_dtype)
+        return Pmap(loss_fn, optimizer, frozen=frozen)
     shape = mesh_shape(rows.mesh, devices)
     if distributed.count() > 1 and shape[0] * shape[1] < devices:
         raise UserError(
             f"--mesh={rows.mesh}: with several processes all {devices} devices must be in it, not "
             f"{shape[0]} x {shape[1]}"
         )
-    return Mesh(loss_fn, optimizer, shape, frozen=frozen, accum_dtype=accum_dtype)
+    return Mesh(loss_fn, optimizer, shape, frozen=frozen)
 
 
 def mesh_shape(mesh: str, devices: int) -> tuple[int, int]:

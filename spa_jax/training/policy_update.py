@@ -64,7 +64,7 @@ class Learner:
         config = self.trainable.policy.config
         optimizer = state_lib.adamw(
             optax.constant_schedule(ppo.learning_rate),
-            clip_norm=ppo.clip_norm,
+            clip_norm=state_lib.CLIP_NORM,
             weight_decay=0.0,
         )
         loss = (
@@ -73,13 +73,7 @@ class Learner:
             else ppo_update.make_loss(config, ppo, self.temperature)
         )
         frozen = parts.frozen_in(config.dtype)
-        trainer = partition.make(
-            self.rows,
-            parts.on_parts(loss),
-            optimizer,
-            frozen=frozen,
-            accum_dtype=config.compute.accum_dtype,
-        )
+        trainer = partition.make(self.rows, parts.on_parts(loss), optimizer, frozen=frozen)
         make = self._updates(trainer)
         loop = Loop(
             out,

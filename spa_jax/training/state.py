@@ -21,6 +21,8 @@ Sums = Mapping[str, jax.Array]  # sums of the update; each is divided by a count
 # (trained parameters, frozen parameters, batch, counts) -> (loss, sums)
 LossFn = Callable[[Params, Params, Any, Counts], tuple[jax.Array, Sums]]
 
+CLIP_NORM = 1.0  # of the policy's gradients, in SFT and PPO
+
 
 @struct.dataclass
 class TrainState:
@@ -55,9 +57,9 @@ def _float32(tree: Params) -> Params:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
 
-def zero_gradients(params: Params, dtype: str = "float32") -> Params:
-    """Zeros in the parameters' shapes, of --accum_dtype, to add an update's gradients to."""
-    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), params)
+def zero_gradients(params: Params) -> Params:
+    """float32 zeros in the parameters' shapes, to add an update's gradients to."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
 
 
 @struct.dataclass
