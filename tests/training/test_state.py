@@ -152,7 +152,7 @@ def test_an_average_takes_no_part_of_an_update_that_was_not_made(at):
 def test_an_average_is_float32_and_kept_in_the_dtype_of_the_weights(trainer, param):
     optimizer = state_lib.averaged(state_lib.adamw(0.25, clip_norm=1e9, weight_decay=0.0), 0.9)
     start = np.arange(1, 5, dtype=np.float32)
-    made = TRAINERS[trainer](optimizer, "float32")
+    made = TRAINERS[trainer](optimizer)
     state = made.replicate(state_lib.create({"w": start.astype(jnp.dtype(param))}, optimizer))
     state, _ = made.update(state, [np.full((1, 4), 2.75, np.float32)], {"n": 1.0})
     state = jax.device_get(made.unreplicate(state))
