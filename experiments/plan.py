@@ -59,7 +59,7 @@ def stages(settings: Settings, config: ModelConfig, fsdp: int) -> dict[str, Need
         return memory.update(config, rows, lora(stage), fsdp=fsdp, **trained)
 
     progress = [scoring]
-    if lora("progress").rank:
+    if lora("progress").rank or settings.progress.trunk == "trained":
         progress.append(update("progress", fsdp=1))  # an estimator's trunk is never cut
     by_stage = {
         "sft": [

@@ -10,13 +10,12 @@ import numpy as np
 from spa_jax.attribution import credit
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads
 from spa_jax.models import lora as lora_lib
 from spa_jax.models.config import Params
-from spa_jax.models.io import peft, pretrained, tensors
-from spa_jax.policy import ADAPTER, Policy
+from spa_jax.models.io import huggingface, peft, pretrained, tensors
+from spa_jax.policy import ADAPTER, TRUNK, Policy
 from spa_jax.stage_config import CreditConfig
-from spa_jax.training import scoring
+from spa_jax.training import estimator_data, estimator_update, scoring
 from spa_jax.training.estimator_data import final_rewards
 from spa_jax.trajectory import Trajectory
 
@@ -97,10 +96,20 @@ def contributions(
       rows: the static shape.
     """
     head = progress_head(base, progress)
-    hidden = scores.end_hidden
-    if peft.is_adapter(progress / ADAPTER):
-        hidden = _adapted_hidden(base, progress / ADAPTER, trajectories, rows)
-    return np.asarray(heads.read(head, hidden)) * scores.step_mask
+    trunk = _own_trunk(base, progress)
+    if trunk is not None:
+        scores = scoring.score(
+            base.config,
+            {"policy": trunk},
+            trajectories,
+            rows,
+            temperature=1.0,
+            title="contributions",
+            chat=base.chat,
+        )
+    paper = estimator_update.kind_of(head) == estimator_update.PAPER
+    features = estimator_data.features_of(scores, trajectories, paper=paper)
+    return np.asarray(estimator_update.contributions(head, features)[0])
 
 
 def head_folder(progress: pathlib.Path, base: str) -> pathlib.Path:
@@ -142,12 +151,11 @@ def progress_head(base: Policy, progress: pathlib.Path) -> Params:
     return base.heads["progress"]
 
 
-def _adapted_hidden(
-    base: Policy, adapter_folder: pathlib.Path, trajectories: Sequence[Trajectory], rows: RowsConfig
-) -> np.ndarray:
-    """[N, S, D] what the trunk with the estimator's adapters says at the end of each step."""
-    lora, adapter = peft.load_adapter(adapter_folder, base.config)
-    trunk = {"policy": jax.device_get(lora_lib.merge(lora, base.params, adapter))}
-    return scoring.score(
-        base.config, trunk, trajectories, rows, temperature=1.0, title="contributions"
-    ).end_hidden
+def _own_trunk(base: Policy, progress: pathlib.Path) -> Params | None:
+    """The weights that an estimator of this folder reads, if they were trained with its heads."""
+    if peft.is_adapter(progress / ADAPTER):
+        lora, adapter = peft.load_adapter(progress / ADAPTER, base.config)
+        return jax.device_get(lora_lib.merge(lora, base.params, adapter))
+    if (progress / TRUNK).is_dir():
+        return huggingface.load_pretrained(progress / TRUNK)[1]
+    return None

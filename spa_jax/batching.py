@@ -16,6 +16,9 @@ and S = 4 step slots (c = context, 0 and 1 = tokens that a step wrote):
 
     value_index      1  4  7  .         the last token before the step's first
     end_index        3  5  9  .         the step's last token
+    answer_index     4  5  9  .         the last token before the next step; behind the last step
+                                        the trajectory's last (its final observation's, if it is
+                                        there: `chat.with_final_observation`)
     step_trajectory  0  0  1 -1         which trajectory of the input list
     step_number      0  1  0  .         k within its trajectory
     step_mask        1  1  1  0
@@ -76,6 +79,7 @@ class PackedRows:
       step_mask: [R, S] 1 where the slot holds a step.
       value_index: [R, S] the last column before the step's first token.
       end_index: [R, S] the column of the step's last token.
+      answer_index: [R, S] the last column before the next step's first token, or of the trajectory.
       step_trajectory: [R, S] index of the trajectory in the list packed; -1 = none.
       step_number: [R, S] k, the step's number within its trajectory.
     """
@@ -92,6 +96,7 @@ class PackedRows:
     step_mask: chex.Array
     value_index: chex.Array
     end_index: chex.Array
+    answer_index: chex.Array
     step_trajectory: chex.Array
     step_number: chex.Array
 
@@ -109,6 +114,7 @@ class _Item:
     numbers: np.ndarray  # [s] k of each step that wrote a token
     first: np.ndarray  # [s] its first column
     last: np.ndarray  # [s] its last column
+    answer: np.ndarray  # [s] the last column before the next step, or of the trajectory
 
     @property
     def size(self) -> np.ndarray:
@@ -123,6 +129,7 @@ class _Item:
             policy=self.policy - n,
             first=self.first - n,
             last=self.last - n,
+            answer=self.answer - n,
         )
 
 
@@ -221,6 +228,7 @@ def _item(index: int, trajectory: Trajectory) -> _Item:
         numbers=numbers,
         first=policy[first],
         last=last,
+        answer=np.append(policy[first][1:] - 1, len(tokens) - 1)[: len(numbers)],
     )
 
 
@@ -299,6 +307,7 @@ def _place(
     rows.step_mask[r, step] = 1
     rows.value_index[r, step] = start[0] + item.first - 1
     rows.end_index[r, step] = start[0] + item.last
+    rows.answer_index[r, step] = start[0] + item.answer
     rows.step_trajectory[r, step] = item.index
     rows.step_number[r, step] = item.numbers
 

@@ -237,6 +237,38 @@ def encode_trajectory(fmt: ChatFormat, trajectory: Trajectory) -> Trajectory:
     )
 
 
+def with_final_observation(fmt: ChatFormat, trajectory: Trajectory, most: int) -> Trajectory:
+    """The trajectory with the answer to its last action as context, where the policy would go on.
+
+        token_ids  ... 17 42 <eot>            ->  ... 17 42 <eot> next_turn
+        step_id    ...  1  1    1                 ...  1  1    1  -1 -1 -1
+
+    What a step did can only be read behind the environment's answer, and the one to the last step
+    is recorded as text alone.  An end of turn that the policy did not write is added before it.
+
+    Args:
+      fmt: the format of its conversation.
+      trajectory: encoded.  Without an answer (a limit cut the last turn) it stays as it is.
+      most: tokens that it may have; with more than that it stays as it is.
+    """
+    if not trajectory.token_ids or not trajectory.steps or trajectory.steps[-1].partial:
+        return trajectory
+    ended = trajectory.token_ids[-1] == fmt.end_of_turn
+    added = [] if ended else [fmt.end_of_turn]
+    added += fmt.next_turn(trajectory.final_observation)
+    if len(trajectory.token_ids) + len(added) > most:
+        return trajectory
+    given = trajectory.ref_log_probs
+    zeros = (0.0,) * len(added)
+    return dataclasses.replace(
+        trajectory,
+        token_ids=(*trajectory.token_ids, *added),
+        step_id=(*trajectory.step_id, *[-1] * len(added)),
+        log_probs=(*trajectory.log_probs, *zeros),
+        ref_log_probs=None if given is None else (*given, *zeros),
+    )
+
+
 def _messages(turns: Turns, observation: str) -> list[dict[str, str]]:
     messages = []
     for user, assistant in turns:

@@ -12,7 +12,7 @@ from spa_jax import policy as policy_lib
 from spa_jax import run as run_lib
 from spa_jax.errors import UserError
 from spa_jax.models.io import huggingface, peft, tensors
-from spa_jax.policy import ABOUT, ADAPTER, Policy
+from spa_jax.policy import ABOUT, ADAPTER, TRUNK, Policy
 
 
 def export(
@@ -76,8 +76,9 @@ def find_policy(checkpoint: pathlib.Path) -> pathlib.Path:
 
 def trunk_of(progress: pathlib.Path, policy: pathlib.Path) -> str:
     """The policy whose hidden states a progress head reads; "" if it is this one."""
-    if peft.is_adapter(progress / ADAPTER):
-        return str((progress / ADAPTER).resolve())
+    for own in (progress / ADAPTER, progress / TRUNK):
+        if own.is_dir():
+            return str(own.resolve())
     try:
         trunk = (progress / json.loads(run_lib.done(progress).read_text())["trunk"]).resolve()
     except (OSError, KeyError) as error:

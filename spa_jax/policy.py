@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXPERT = "expert"  # in place of a policy's folder: the environment's own expert plays
 ADAPTER = "adapter"  # a policy's own adapter, in its folder
+TRUNK = "trunk"  # the policy that an estimator reads, in its folder, if it was trained with it
 ABOUT = "spa_jax.json"  # beside a policy's weights: what they do not say
 POLICY_HELP = (
     "The pretrained policy: a Hugging Face folder, a GGUF file, or ORGANISATION/MODEL of the hub."

@@ -118,6 +118,29 @@ class ExploreConfig(Checked):
 class ProgressConfig(Checked):
     """The progress estimator."""
 
+    estimator: Literal["answer", "value", "paper"] = setting(
+        "answer",
+        "What the estimator reads of a step. answer: the state behind the environment's answer, "
+        "with a term of its own for what was known before the first step; value: the difference "
+        "that the step makes to a prediction of the reward; paper: the end of the action alone.",
+        group=MAY,
+    )
+    prefixes: float = setting(
+        1.0,
+        "Weight of the estimator's errors behind every step, beside that at the end (not for "
+        "--estimator=paper).",
+        flag="progress_prefixes",
+        minimum=0,
+    )
+    trunk: Literal["frozen", "trained"] = setting(
+        "frozen",
+        "Whether the policy that the estimator reads is trained with it, all of it (adapters on "
+        "it: --lora_stages=progress). A trained one reads every episode anew in each epoch.",
+        flag="progress_trunk",
+    )
+    heads: int = setting(
+        1, "Heads of the estimator that are averaged.", flag="progress_heads", minimum=1
+    )
     learning_rate: float = setting(
         3e-4,
         "The largest learning rate of the progress estimator.",
@@ -145,8 +168,19 @@ class ProgressConfig(Checked):
         above=0,
     )
     width: int = setting(
-        256, "Units of the estimator's hidden layer.", flag="progress_width", minimum=1
+        256,
+        "Units of the estimator's hidden layer; 0: its heads are linear.",
+        flag="progress_width",
+        minimum=0,
     )
+
+    def check(self) -> None:
+        """Refuses what the paper's form does not have."""
+        if self.estimator == "paper" and self.heads > 1:
+            raise UserError(
+                f"--progress_heads={self.heads} with --estimator=paper, which has one; drop one "
+                "of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,7 +151,7 @@ class Trajectory:
 
     @property
     def progress(self) -> tuple[float, ...] | None:
-        """How much was done before the first step and after each, n + 1 numbers; None if unknown."""
+        """What was done before the first step and after each, n + 1 numbers; None if unknown."""
         known = (self.initial_progress, *(step.progress for step in self.steps))
         told = tuple(p for p in known if p is not None)
         return told if len(told) == len(known) else None

@@ -63,6 +63,7 @@ def test_the_drawn_example():
         "step_mask": [1, 1, 1, 0],
         "value_index": [1, 4, 7, 0],
         "end_index": [3, 5, 9, 0],
+        "answer_index": [4, 5, 9, 0],
         "step_trajectory": [0, 0, 1, -1],
         "step_number": [0, 1, 0, 0],
     }

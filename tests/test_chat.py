@@ -357,3 +357,26 @@ def test_what_a_policy_wrote_is_never_tokenised_again(chatml):
 
 def test_an_episode_without_steps_has_no_tokens(chatml):
     assert chat.encode_trajectory(chatml[1], episode(steps=())).token_ids == ()
+
+
+def test_the_final_observation_is_read_where_the_policy_would_go_on(chatml):
+    loaded, fmt = chatml
+    encoded = chat.encode_trajectory(fmt, episode())
+    ended = dataclasses.replace(encoded, final_observation="Done.")
+    read = chat.with_final_observation(fmt, ended, 1000)
+    added = len(read.token_ids) - len(ended.token_ids)
+    assert read.token_ids == (*ended.token_ids, *fmt.next_turn("Done."))
+    assert read.step_id == (*ended.step_id, *[-1] * added)
+    assert len(read.log_probs) == len(read.token_ids)
+    # No room, or nothing that was answered: as it was.
+    assert chat.with_final_observation(fmt, ended, len(read.token_ids) - 1) is ended
+    cut = dataclasses.replace(ended.steps[-1], partial=True)
+    cut_off = dataclasses.replace(ended, steps=(*ended.steps[:-1], cut))
+    assert chat.with_final_observation(fmt, cut_off, 1000) is cut_off
+    # A turn that a stop text ended gets its end before the answer.
+    open_turn = dataclasses.replace(
+        ended, **{n: getattr(ended, n)[:-1] for n in ("token_ids", "step_id", "log_probs")}
+    )
+    closed = chat.with_final_observation(fmt, open_turn, 1000)
+    assert closed.token_ids == read.token_ids
+    assert closed.step_id == (*open_turn.step_id, *[-1] * (added + 1))

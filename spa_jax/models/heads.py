@@ -29,11 +29,12 @@ _EPSILON = 1e-6
 class Head(nn.Module):
     """MLP(h) at the positions that are given to it.
 
-    progress head   c_k, a step's contribution (SPA-RL, arXiv 2505.20732): the last token of step k
+    progress head   c_k, a step's contribution (SPA-RL, arXiv 2505.20732): behind the answer to
+                    step k, or at the step's last token (training/estimator_update.py)
     value head      V_k, the value before step k: the last context token before it
 
     Attributes:
-      width: units of the hidden layer.
+      width: units of the hidden layer; 0: there is none, the head is linear.
     """
 
     width: int = 256
@@ -42,7 +43,8 @@ class Head(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D], any float dtype -> one number a position [...], float32."""
         x = nn.LayerNorm(name="norm", epsilon=_EPSILON)(hidden.astype(jnp.float32))
-        x = nn.gelu(nn.Dense(self.width, name="hidden")(x))
+        if self.width:
+            x = nn.gelu(nn.Dense(self.width, name="hidden")(x))
         return nn.Dense(1, name="out", kernel_init=nn.initializers.zeros)(x)[..., 0]
 
 
@@ -82,5 +84,5 @@ def fit_norm(params: Params, hidden: chex.Array, mask: chex.Array) -> Params:
 
 def read(params: Params, hidden: chex.Array) -> jax.Array:
     """What a head of these parameters reads off hidden states: [..., D] -> [...] float32."""
-    head = Head(width=params["hidden"]["kernel"].shape[-1])
+    head = Head(width=params["hidden"]["kernel"].shape[-1] if "hidden" in params else 0)
     return cast(jax.Array, head.apply({"params": params}, hidden))

@@ -4,6 +4,18 @@ from spa_jax.errors import UserError
 from spa_jax.models.config import ModelConfig
 
 
+def longest(config: ModelConfig) -> int:
+    """The most tokens that the model can attend over."""
+    return min(_limits(config).values())
+
+
+def _limits(config: ModelConfig) -> dict[str, int]:
+    limits = {"max_position_embeddings": config.max_position}
+    if config.sliding_window:
+        limits["sliding_window"] = config.sliding_window
+    return limits
+
+
 def check_length(config: ModelConfig, length: int, what: str) -> None:
     """Refuses more tokens than the model can attend over.
 
@@ -15,10 +27,7 @@ def check_length(config: ModelConfig, length: int, what: str) -> None:
     Raises:
       UserError: names both.
     """
-    limits = {"max_position_embeddings": config.max_position}
-    if config.sliding_window:
-        limits["sliding_window"] = config.sliding_window
-    for name, limit in limits.items():
+    for name, limit in _limits(config).items():
         if length > limit:
             raise UserError(
                 f"{what}: {length} tokens exceed the model's {name}, {limit}; make it shorter"

@@ -79,7 +79,8 @@ def annotate_file(
     are, and environment errors are left out either way.
     """
     settings = run.settings
-    reference = policy.load(base, compute=fit_attention(settings.compute, settings.rows))
+    chat_format = policy.recorded_chat_format(data.parent)
+    reference = policy.load(base, chat_format, fit_attention(settings.compute, settings.rows))
     annotation.progress_head(reference, progress)  # before the long pass: is there one?
     played = episodes.completed(store.read(data))
     trajectories = [t for t in played if keys is None or t.key in keys]

@@ -1,9 +1,9 @@
 """Stage 3: trains the progress estimator on the explored episodes of all rounds so far.
 
-The trunk is the frozen base policy; a head reads its last hidden state at the last token of every
-step.  With adapters (--lora_stages=progress) the trunk is trained with the head.  Reads
-W/iteration_I/explore of all rounds up to this one; writes
-W/iteration_I/progress/{heads.safetensors,metrics.jsonl} and adapter/.
+Heads read the base policy's last hidden states (`training/estimator_update.py`).  The policy is
+frozen, or trained with them: all of it (--progress_trunk=trained), or adapters on it
+(--lora_stages=progress).  Reads W/iteration_I/explore of all rounds up to this one; writes
+W/iteration_I/progress/{heads.safetensors,metrics.jsonl}, and trunk/ or adapter/.
 """
 
 import os
@@ -12,11 +12,12 @@ import time
 from spa_jax import files, policy, provenance
 from spa_jax.config import fit_attention
 from spa_jax.models.io import tensors
-from spa_jax.policy import ADAPTER
+from spa_jax.policy import ADAPTER, TRUNK
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
-from spa_jax.training import estimation, estimator_data, trainable
-from spa_jax.training.estimator_data import AdaptedTrunk, FrozenTrunk
+from spa_jax.training import estimation, estimator_data, scoring, trainable
+from spa_jax.training.estimator_data import FrozenTrunk, TrainedTrunk
+from spa_jax.training.estimator_update import PAPER
 
 
 def run(run: Run, number: int, *, trunk: str = "") -> None:
@@ -48,20 +49,27 @@ def run(run: Run, number: int, *, trunk: str = "") -> None:
     if files.is_done(out, "progress"):
         return
     started = time.time()
-    base = policy.load(trunk, compute=fit_attention(settings.compute, settings.rows))
+    chat_format = policy.recorded_chat_format(run.round(number).explore)
+    base = policy.load(trunk, chat_format, fit_attention(settings.compute, settings.rows))
+    progress, paper = settings.progress, settings.progress.estimator == PAPER
     features, trajectories = estimator_data.load_features(
-        base, explored, settings.rows, ppo_layers=settings.ppo.train_layers
+        base, explored, settings.rows, paper=paper, ppo_layers=settings.ppo.train_layers
     )
     lora = run.lora("progress")
-    read: FrozenTrunk | AdaptedTrunk = FrozenTrunk(features)
-    if lora.rank:
-        adapters = trainable.make(base, lora=lora, seed=run.seed)
-        read = AdaptedTrunk(adapters, trajectories, settings.rows)
+    read: FrozenTrunk | TrainedTrunk = FrozenTrunk(features, progress.prefixes)
+    if lora.rank or progress.trunk == "trained":
+        read = TrainedTrunk(
+            trainable.make(base, lora=lora, seed=run.seed),
+            scoring.answered(trajectories, base.chat, base.config, settings.rows),
+            settings.rows,
+            paper=paper,
+            prefixes=progress.prefixes,
+        )
     params, figures = estimation.estimate(
         read,
         features,
         [t.task for t in trajectories],
-        progress=settings.progress,
+        progress=progress,
         seed=run.seed,
         out=out,
     )
@@ -69,6 +77,8 @@ def run(run: Run, number: int, *, trunk: str = "") -> None:
         tensors.save_heads(out, {"progress": params["progress"]})
         if lora.rank:
             trainable.save_adapter(out / ADAPTER, lora, params["adapter"], base.folder)
+        elif isinstance(read, TrainedTrunk):
+            read.trainable.save(out / TRUNK, trained=params, heads={}, version=base.version)
     # Relative, so that a run's folder can be moved.
     folder = os.path.relpath(base.folder.resolve(), out.resolve())
     files.mark_done(out, started, trunk=folder, **figures)

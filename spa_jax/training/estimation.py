@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from spa_jax.models import heads
 from spa_jax.models.config import Params
 from spa_jax.stage_config import ProgressConfig
-from spa_jax.training import estimator_data, partition, schedule
+from spa_jax.training import estimator_data, estimator_update, partition, schedule
 from spa_jax.training import state as state_lib
-from spa_jax.training.estimator_data import AdaptedTrunk, FrozenTrunk
+from spa_jax.training.estimator_data import FrozenTrunk, TrainedTrunk
 from spa_jax.training.estimator_update import StepFeatures
 from spa_jax.training.loop import Loop, Outcome
 from spa_jax.training.state import TrainState
@@ -22,7 +21,7 @@ _VALID_SHARE = 0.2  # of the tasks, held out
 
 
 def estimate(
-    trunk: FrozenTrunk | AdaptedTrunk,
+    trunk: FrozenTrunk | TrainedTrunk,
     features: StepFeatures,
     tasks: Sequence[str],
     *,
@@ -33,21 +32,25 @@ def estimate(
     """All updates, from the newest checkpoint if there is one.
 
     Args:
-      trunk: what the head reads.
-      features: of all N episodes under the frozen trunk: they scale the head's input.
+      trunk: what the heads read.
+      features: of all N episodes under the frozen trunk: they scale the heads' input.
       tasks: [N] the episodes' tasks; all episodes of a task are learnt from, or held out.
       progress: the settings.
       seed: of the head, the held-out tasks and the order.
       out: gets metrics.jsonl (a line an epoch) and checkpoints.
 
     Returns:
-      The trained parameters on the host: {"progress": head} and what was trained of the trunk;
+      The trained parameters on the host: {"progress": heads} and what was trained of the trunk;
       and the figures of the held-out episodes with the number of updates.
     """
     train, valid = estimator_data.split_by_task(tasks, _VALID_SHARE, seed)
-    head = heads.Head(width=progress.width)
-    params = jax.jit(head.init)(jax.random.key(seed), features.hidden[:1, :1])["params"]
-    params = heads.fit_norm(params, features.hidden[train], features.step_mask[train])
+    params = estimator_update.init(
+        progress.estimator,
+        progress.width,
+        progress.heads,
+        key=jax.random.key(seed),
+        features=jax.tree.map(lambda x: x[train], features),
+    )
     per_epoch = -(-len(train) // progress.batch_size)
     total = progress.epochs * per_epoch
     rate = schedule.warmup_cosine(progress.learning_rate, total, _WARMUP_SHARE)

@@ -1,7 +1,8 @@
 """What the progress estimator learns from: a trunk's features of the explored episodes.
 
 FrozenTrunk    the base model as it is: its hidden states are computed once
-AdaptedTrunk   the base model with adapters that are trained: it reads tokens in every update
+TrainedTrunk   the base model, or adapters on it, trained with the heads: it reads tokens in every
+               update
 """
 
 import dataclasses
@@ -14,10 +15,8 @@ import optax
 
 from spa_jax import batching, episodes, evaluation
 from spa_jax import run as run_lib
-from spa_jax.attribution import estimator
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads
 from spa_jax.models.config import Params
 from spa_jax.policy import Policy
 from spa_jax.training import estimator_update, partition, scoring
@@ -32,9 +31,11 @@ class FrozenTrunk:
 
     Attributes:
       features: of all episodes.
+      prefixes: as in `estimator_update.estimator_loss`.
     """
 
     features: StepFeatures
+    prefixes: float
 
     @property
     def trained(self) -> Params:
@@ -43,7 +44,7 @@ class FrozenTrunk:
 
     def trainer(self, optimizer: optax.GradientTransformation) -> partition.Pmap:
         """The trainer of a head on it."""
-        return partition.Pmap(estimator_update.estimator_loss, optimizer)
+        return partition.Pmap(estimator_update.make_loss(self.prefixes), optimizer)
 
     def batches(self, chosen: np.ndarray, size: int, devices: int) -> list[StepFeatures]:
         """The chosen episodes, as batches of `size` episodes for the trainer."""
@@ -56,30 +57,34 @@ class FrozenTrunk:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptedTrunk:
-    """The base model with adapters that are trained: it reads the tokens in every update.
+class TrainedTrunk:
+    """A trunk that is trained with the heads: it reads the tokens in every update.
 
     Attributes:
-      trainable: the adapters on the base model.
-      trajectories: all episodes.
+      trainable: the base model, or adapters on it.
+      trajectories: all episodes, with their final observations (`scoring.answered`).
       rows: the static shape.
+      paper: whether the heads read the end of a step, see `estimator_update`.
+      prefixes: as in `estimator_update.estimator_loss`.
     """
 
     trainable: Trainable
     trajectories: Sequence[Trajectory]
     rows: RowsConfig
+    paper: bool
+    prefixes: float
 
     @property
     def trained(self) -> Params:
-        """What is trained of it: {"adapter": tree}."""
+        """What is trained of it: {"policy": tree} or {"adapter": tree}."""
         return self.trainable.parts.trained
 
     def trainer(self, optimizer: optax.GradientTransformation) -> partition.Pmap:
-        """The trainer of a head and the adapters."""
+        """The trainer of the heads and the trunk."""
         parts = self.trainable.parts
         config = self.trainable.policy.config
         return partition.Pmap(
-            parts.on_parts(estimator_update.make_trunk_loss(config)),
+            parts.on_parts(estimator_update.make_trunk_loss(config, self.prefixes)),
             optimizer,
             frozen=parts.frozen_in(config.dtype),
         )
@@ -108,11 +113,28 @@ class AdaptedTrunk:
             temperature=1.0,
             title="held-out",
         )
-        return StepFeatures(scores.end_hidden, scores.step_mask, final_rewards(taken))
+        return features_of(scores, taken, paper=self.paper)
+
+
+def features_of(
+    scores: scoring.Scores, trajectories: Sequence[Trajectory], *, paper: bool
+) -> StepFeatures:
+    """What an estimator reads of a trunk's scores: for `paper` at the steps' ends."""
+    return StepFeatures(
+        hidden=scores.end_hidden if paper else scores.answer_hidden,
+        start=scores.value_hidden[:, 0],
+        step_mask=scores.step_mask,
+        final_reward=final_rewards(trajectories),
+    )
 
 
 def load_features(
-    policy: Policy, files: Sequence[pathlib.Path], rows: RowsConfig, *, ppo_layers: int = 0
+    policy: Policy,
+    files: Sequence[pathlib.Path],
+    rows: RowsConfig,
+    *,
+    paper: bool,
+    ppo_layers: int = 0,
 ) -> tuple[StepFeatures, list[Trajectory]]:
     """The features of all episodes of the files, and the episodes; see `scores_of`.
 
@@ -124,8 +146,7 @@ def load_features(
         trajectories = episodes.load(path)
         if trajectories:
             scores = scores_of(policy, path, trajectories, rows, ppo_layers=ppo_layers)
-            rewards = final_rewards(trajectories)
-            parts.append(StepFeatures(scores.end_hidden, scores.step_mask, rewards))
+            parts.append(features_of(scores, trajectories, paper=paper))
             every += trajectories
     if not parts:
         raise UserError(f"{files[0]}: holds no episode to learn from; explore first")
@@ -136,6 +157,7 @@ def load_features(
 
     joined = StepFeatures(
         hidden=np.concatenate([pad(part.hidden) for part in parts]),
+        start=np.concatenate([part.start for part in parts]),
         step_mask=np.concatenate([pad(part.step_mask) for part in parts]),
         final_reward=np.concatenate([part.final_reward for part in parts]),
     )
@@ -171,6 +193,7 @@ def scores_of(
         policy_folder=policy.folder,
         temperature=(sampling.temperature if sampling else 1.0) or 1.0,
         title="features",
+        chat=policy.chat,
         lower_cache=run_lib.lower_states_of(path),
         train_layers=ppo_layers,
     )
@@ -204,14 +227,14 @@ def feature_batch(
     return jax.tree.map(take, features)
 
 
-def judge(params: Params, trunk: FrozenTrunk | AdaptedTrunk, valid: np.ndarray) -> dict[str, float]:
+def judge(params: Params, trunk: FrozenTrunk | TrainedTrunk, valid: np.ndarray) -> dict[str, float]:
     """The estimator's validity on held-out episodes."""
     if not len(valid):
         return {}
     features = trunk.features_of(params, valid)
     mask = features.step_mask
-    c = np.asarray(heads.read(params["progress"], features.hidden)) * mask
-    predicted = np.asarray(estimator.predicted_return(c, mask))
+    c, start = map(np.asarray, estimator_update.contributions(params["progress"], features))
+    predicted = start + c.sum(-1)
     lists = [row[m > 0] for row, m in zip(c, mask, strict=True)]
     validity = evaluation.estimator_validity(predicted, features.final_reward, lists)
     names = {"mse": "valid_mse", "var": "valid_var", "auc": "auc", "spread": "spread"}

@@ -2,9 +2,20 @@
 
 A frozen trunk's hidden states are computed once (`StepFeatures`); one that is trained reads
 the tokens anew in every update (`EstimatorRows`).
+
+What a head reads (--estimator), of an episode of two steps:
+
+    tokens       task .. obs 0 | action 0 | .. obs 1 | action 1 | .. obs 2
+    paper                              c_0                  c_1
+    answer                   b                   c_0                  c_1
+    value                   V_0                  V_1                  V_2       c_k = V_k+1 - V_k
+
+`paper` says what a step is worth before the environment has answered: whether a drawer that is
+opened holds what was looked for, nobody knows yet.
 """
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -18,18 +29,23 @@ from spa_jax.models.config import ModelConfig, Params
 from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
 
+ANSWER, VALUE, PAPER = "answer", "value", "paper"
+
 
 @struct.dataclass
 class StepFeatures:
     """What the estimator sees of N trajectories.
 
     Attributes:
-      hidden: [N, S, D], the trunk's last hidden state at each step's last token.
+      hidden: [N, S, D], the trunk's last hidden state behind each step's answer; for `paper` at
+        the step's last token.
+      start: [N, D], the same at the last token before the first step.
       step_mask: [N, S].
       final_reward: [N], R in [0, 1].
     """
 
     hidden: chex.Array
+    start: chex.Array
     step_mask: chex.Array
     final_reward: chex.Array
 
@@ -47,30 +63,152 @@ class EstimatorRows:
     final_reward: chex.Array
 
 
-def estimator_loss(
-    params: Params, frozen: Params, batch: StepFeatures, counts: Counts
-) -> tuple[jax.Array, Sums]:
-    """L = sum_i (sum_k c_ik - R_i)^2 / (number of trajectories of the update).
+def kind_of(progress: Params) -> str:
+    """Which form heads of these parameters are."""
+    if "out" in progress:
+        return PAPER
+    return ANSWER if "start" in progress["0"] else VALUE
 
-    Source: SPA-RL, arXiv 2505.20732, section 3.
+
+def init(kind: str, width: int, members: int, *, key: jax.Array, features: StepFeatures) -> Params:
+    """Heads that give 0, standardised on the features.
 
     Args:
-      params: {"progress": head}.
+      kind: ANSWER, VALUE or PAPER.
+      width: units of the hidden layer; 0: linear.
+      members: how many are averaged; PAPER has one.
+      key: of the first layers.
+      features: what they will be trained on.
+
+    Returns:
+      PAPER: a head's tree.  ANSWER: {"0": {"step": head, "start": head}, ...}, a number a member.
+      VALUE: {"0": {"state": head}, ...}.
+    """
+    make = jax.jit(heads.Head(width=width).init)
+
+    def head(key: jax.Array, hidden: chex.Array, mask: chex.Array) -> Params:
+        params = make(key, hidden[:1])["params"]
+        return heads.fit_norm(params, hidden, mask)
+
+    if kind == PAPER:
+        return head(key, features.hidden, features.step_mask)
+    ones = jnp.ones(features.start.shape[0])
+    tree: dict[str, Any] = {}
+    for i, one in enumerate(jax.random.split(key, members)):
+        of_step, of_start = jax.random.split(one)
+        step = head(of_step, features.hidden, features.step_mask)
+        tree[str(i)] = (
+            {"step": step, "start": head(of_start, features.start, ones)}
+            if kind == ANSWER
+            else {"state": step}
+        )
+    return tree
+
+
+def _members(progress: Params) -> list[Params]:
+    return [progress] if "out" in progress else [progress[str(i)] for i in range(len(progress))]
+
+
+def _outputs(member: Params, hidden: chex.Array, start: chex.Array) -> tuple[jax.Array, jax.Array]:
+    """What a member's heads read off the states of the steps and off those before the first."""
+    if "out" in member:
+        return heads.read(member, hidden), jnp.zeros(start.shape[:-1])
+    of_step = member.get("step", member.get("state"))
+    return heads.read(of_step, hidden), heads.read(member.get("start", of_step), start)
+
+
+def _compose(
+    member: Params, step: chex.Array, start: chex.Array, mask: chex.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(c [N, S], b [N]) from what the heads read off the steps [N, S] and the starts [N]."""
+    if "state" not in member:
+        return step, start
+    # The state before a step is the one behind the last step that wrote a token.
+    number = jnp.where(mask > 0, jnp.arange(1, mask.shape[1] + 1), 0)
+    before = jax.lax.cummax(jnp.pad(number, ((0, 0), (1, 0)))[:, :-1], axis=1)
+    states = jnp.concatenate([start[:, None], step], axis=1)
+    return step - jnp.take_along_axis(states, before, 1), start
+
+
+def contributions(progress: Params, features: StepFeatures) -> tuple[jax.Array, jax.Array]:
+    """What the heads give each step, and what they expect before the first.
+
+    Args:
+      progress: the heads.
+      features: of N trajectories.
+
+    Returns:
+      (c [N, S], 0 where the mask is 0; b [N], 0 for `paper`), the means of the members.
+    """
+    mask, found = features.step_mask, []
+    for member in _members(progress):
+        step, start = _outputs(member, features.hidden, features.start)
+        c, b = _compose(member, step, start, mask)
+        found.append((jnp.where(mask > 0, c, 0.0), b))
+    c, b = (jnp.mean(jnp.stack(x), 0) for x in zip(*found, strict=True))
+    return c, b
+
+
+def _member_loss(
+    member: Params,
+    outputs: tuple[chex.Array, chex.Array],
+    mask: chex.Array,
+    final_reward: chex.Array,
+    *,
+    prefixes: float,
+) -> tuple[jax.Array, jax.Array]:
+    """(the sum of the losses, that of the squared errors at the end) of a member."""
+    c, b = _compose(member, *outputs, mask)
+    if "out" in member:
+        error, _ = estimator.progress_loss(c, mask, final_reward)
+        return error, error
+    return estimator.prefix_loss(c, b, mask, final_reward, prefixes=prefixes)
+
+
+def _mean_loss(losses: list[tuple[jax.Array, jax.Array]], counts: Counts) -> tuple[jax.Array, Sums]:
+    loss, error = (sum(x) / len(losses) for x in zip(*losses, strict=True))
+    return loss / counts["trajectories"], {"squared_error": jnp.asarray(error)}
+
+
+def estimator_loss(
+    params: Params, frozen: Params, batch: StepFeatures, counts: Counts, *, prefixes: float = 0.0
+) -> tuple[jax.Array, Sums]:
+    """L = sum_i (R_hat_i - R_i)^2 / (number of trajectories of the update), and what prefixes add.
+
+    Source: SPA-RL, arXiv 2505.20732, section 3; see `estimator.prefix_loss`.
+
+    Args:
+      params: {"progress": heads}.
       frozen: not used: the trunk's part is in the features.
       batch: the features.
       counts: "trajectories" of the whole update.
+      prefixes: the weight of the errors behind every step; `paper` has none.
 
     Returns:
-      The loss of these trajectories and the sum "squared_error".
+      The loss of these trajectories, the mean of the members', and the sum "squared_error".
     """
     del frozen
-    contributions = heads.read(params["progress"], batch.hidden)
-    error, _ = estimator.progress_loss(contributions, batch.step_mask, batch.final_reward)
-    return error / counts["trajectories"], {"squared_error": error}
+    losses = [
+        _member_loss(
+            member,
+            _outputs(member, batch.hidden, batch.start),
+            batch.step_mask,
+            batch.final_reward,
+            prefixes=prefixes,
+        )
+        for member in _members(params["progress"])
+    ]
+    return _mean_loss(losses, counts)
 
 
 def trunk_loss(
-    params: Params, frozen: Params, batch: EstimatorRows, counts: Counts, *, config: ModelConfig
+    params: Params,
+    frozen: Params,
+    batch: EstimatorRows,
+    counts: Counts,
+    *,
+    config: ModelConfig,
+    prefixes: float = 0.0,
 ) -> tuple[jax.Array, Sums]:
     """`estimator_loss`, with the hidden states computed from the tokens.
 
@@ -79,30 +217,42 @@ def trunk_loss(
         slot 1                              not a first step: no trajectory
         slot 2                  c           trajectory 1
 
-    Source: SPA-RL, arXiv 2505.20732, section 3.
-
     Args:
-      params: {"policy": the trunk, or what is trained of it, "progress": head}.
+      params: {"policy": the trunk, or what is trained of it, "progress": heads}.
       frozen: {"policy": the rest} or {}.
       batch: the rows.
       counts: "trajectories" of the whole update.
       config: the model's shape.
+      prefixes: as in `estimator_loss`.
 
     Returns:
       The loss of these rows and the sum "squared_error".
     """
-    rows = batch.rows
+    rows, progress = batch.rows, params["progress"]
     hidden = forward.rows_hidden(config, forward.with_frozen(params, frozen), rows)
-    c = heads.read(params["progress"], forward.at(hidden, rows.end_index))
+    read = rows.end_index if kind_of(progress) == PAPER else rows.answer_index
     number = rows.step_trajectory
+    slots = number.shape[1]
     same = (number[:, :, None] == number[:, None, :]) & (rows.step_mask[:, None, :] > 0)
-    first = (rows.step_mask > 0) & (jnp.argmax(same, -1) == jnp.arange(c.shape[1]))
-    mask = (same & first[:, :, None]).reshape(-1, c.shape[1])
-    by_slot = jnp.broadcast_to(c[:, None, :], same.shape).reshape(mask.shape)
-    error, _ = estimator.progress_loss(by_slot, mask, batch.final_reward.reshape(-1))
-    return error / counts["trajectories"], {"squared_error": error}
+    first = (rows.step_mask > 0) & (jnp.argmax(same, -1) == jnp.arange(slots))
+    mask = (same & first[:, :, None]).reshape(-1, slots)
+    losses = []
+    for member in _members(progress):
+        step, start = _outputs(
+            member, forward.at(hidden, read), forward.at(hidden, rows.value_index)
+        )
+        by_slot = jnp.broadcast_to(step[:, None, :], same.shape).reshape(mask.shape)
+        outputs = by_slot, start.reshape(-1)
+        target = batch.final_reward.reshape(-1)
+        losses.append(_member_loss(member, outputs, mask, target, prefixes=prefixes))
+    return _mean_loss(losses, counts)
 
 
-def make_trunk_loss(config: ModelConfig) -> LossFn:
-    """The loss of a trunk of this shape."""
-    return functools.partial(trunk_loss, config=config)
+def make_loss(prefixes: float) -> LossFn:
+    """The loss of heads on a frozen trunk."""
+    return functools.partial(estimator_loss, prefixes=prefixes)
+
+
+def make_trunk_loss(config: ModelConfig, prefixes: float) -> LossFn:
+    """The loss of a trunk of this shape, and its heads."""
+    return functools.partial(trunk_loss, config=config, prefixes=prefixes)

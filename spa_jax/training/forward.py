@@ -147,8 +147,9 @@ def score(
 
     Returns:
       All float32: log_probs [R, P]; end_hidden [R, S, D] at each step's last token; value_hidden
-      [R, S, D] and values [R, S] (0 without a value head) at the last context token before
-      each step.  With `frozen`, in the model's dtype, lower_states [R, L, D].
+      [R, S, D] and values [R, S] (0 without a value head) at the last context token before each
+      step; answer_hidden [R, S, D] at the last token before the next.  With `frozen`, in the
+      model's dtype, lower_states [R, L, D].
     """
     lower = {"lower_states": rows_lower_states(config, frozen, rows)} if frozen else {}
     policy = with_frozen(params, frozen or {})
@@ -160,5 +161,6 @@ def score(
         "log_probs": log_probs,
         "end_hidden": at(hidden, rows.end_index).astype(jnp.float32),
         "value_hidden": value_hidden,
+        "answer_hidden": at(hidden, rows.answer_index).astype(jnp.float32),
         "values": heads.read(params["value"], value_hidden) if "value" in params else values,
     }

@@ -208,6 +208,7 @@ def critic_scores(
         policy_folder=policy.folder,
         temperature=temperature,
         title="values",
+        chat=policy.chat,
         write=False,
     )
 

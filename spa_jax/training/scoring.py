@@ -15,9 +15,10 @@ import tqdm
 from flax import struct
 
 from spa_jax import batching
+from spa_jax.chat import ChatFormat, with_final_observation
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import tree
+from spa_jax.models import limits, tree
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.models.io import pretrained
 from spa_jax.runtime import distributed
@@ -32,6 +33,8 @@ class Scores:
     Attributes:
       end_hidden: [N, S, D] the trunk's last hidden state at each step's last token.
       value_hidden: [N, S, D] the same at the last context token before the step.
+      answer_hidden: [N, S, D] the same at the last token before the next step, which is behind the
+        environment's answer; of the last step only if `score` was given the chat format.
       values: [N, S]; 0 without a value head.
       step_mask: [N, S].
       log_probs: a list of N arrays [T], 0 for context tokens.
@@ -41,6 +44,7 @@ class Scores:
 
     end_hidden: np.ndarray
     value_hidden: np.ndarray
+    answer_hidden: np.ndarray
     values: np.ndarray
     step_mask: np.ndarray
     log_probs: list[np.ndarray]
@@ -60,6 +64,7 @@ def score(
     *,
     temperature: float,
     title: str,
+    chat: ChatFormat | None = None,
     train_layers: int = 0,
 ) -> Scores:
     """Scores trajectories with a policy.
@@ -71,19 +76,22 @@ def score(
       rows: the static shape.
       temperature: the policy is softmax(logits / temperature).
       title: of the progress bar; "" for none.
+      chat: the format of the conversations: the answers to the last actions are read too, where
+        rows and model have room for them; None: they are not.
       train_layers: not 0: the hidden states that enter the top `train_layers` layers are wanted
         too.
 
     Returns:
       The scores, on the host.
     """
-    packed = batching.pack(trajectories, **rows.packing)
+    read = answered(trajectories, chat, config, rows)
+    packed = batching.pack(read, **rows.packing)
     devices = jax.device_count()
     run = _compiled(config, temperature)
     top, lower = tree.split(config, params["policy"], train_layers)
     replicated = partition.replicate(params | {"policy": top})
     frozen = partition.replicate({"policy": lower} if lower else {})
-    names = ["log_probs", "end_hidden", "value_hidden", "values"] + ["lower_states"] * bool(lower)
+    names = ["log_probs", *_HIDDEN, "values"] + ["lower_states"] * bool(lower)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     cut = []
     batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
@@ -95,7 +103,20 @@ def score(
             parts[name].append(out[name].reshape(-1, *out[name].shape[2:]))
     packed = jax.tree.map(lambda *xs: np.concatenate(xs), *cut)
     joined = {name: np.concatenate(parts[name]) for name in names}
-    return _by_trajectory(packed, joined, trajectories)
+    return _by_trajectory(packed, joined, read, [len(t.token_ids) for t in trajectories])
+
+
+def answered(
+    trajectories: Sequence[Trajectory],
+    chat: ChatFormat | None,
+    config: ModelConfig,
+    rows: RowsConfig,
+) -> list[Trajectory]:
+    """The trajectories with their final observations, see `with_final_observation`."""
+    if chat is None:
+        return list(trajectories)
+    most = min(rows.row_length, limits.longest(config))
+    return [with_final_observation(chat, t, most) for t in trajectories]
 
 
 @functools.lru_cache(maxsize=4)  # the same function for a model, so that it compiles once
@@ -104,13 +125,17 @@ def _compiled(config: ModelConfig, temperature: float) -> Callable:
 
 
 def _by_trajectory(
-    packed: batching.PackedRows, joined: dict[str, np.ndarray], trajectories: Sequence[Trajectory]
+    packed: batching.PackedRows,
+    joined: dict[str, np.ndarray],
+    read: Sequence[Trajectory],
+    own: Sequence[int],
 ) -> Scores:
-    count, steps = len(trajectories), max_steps(trajectories)
+    """The scores of trajectories that were `read`, of whose tokens the first `own` are theirs."""
+    count, steps = len(read), max_steps(read)
     arrays = {}
-    for name in ("end_hidden", "value_hidden", "values"):
+    for name in (*_HIDDEN, "values"):
         arrays[name], mask = batching.gather_steps(joined[name], packed, count, steps)
-    log_probs = [np.zeros(len(t.token_ids), np.float32) for t in trajectories]
+    log_probs = [np.zeros(length, np.float32) for length in own]
     row, slot = np.nonzero(packed.token_mask)
     step_slot = packed.token_step[row, slot]
     index = packed.step_trajectory[row, step_slot]
@@ -119,8 +144,9 @@ def _by_trajectory(
         log_probs[i][at] = value
     lower = None
     if "lower_states" in joined:
-        lengths = [len(t.token_ids) for t in trajectories]
-        lower = batching.gather_tokens(joined["lower_states"], packed, lengths)
+        lengths = [len(t.token_ids) for t in read]
+        every = batching.gather_tokens(joined["lower_states"], packed, lengths)
+        lower = [states[:length] for states, length in zip(every, own, strict=True)]
     return Scores(step_mask=mask, log_probs=log_probs, lower_states=lower, **arrays)
 
 
@@ -178,6 +204,7 @@ def cached_score(
     policy_folder: pathlib.Path,
     temperature: float,
     title: str,
+    chat: ChatFormat | None = None,
     write: bool = True,
     lower_cache: pathlib.Path | None = None,
     train_layers: int = 0,
@@ -187,7 +214,8 @@ def cached_score(
     The file is used again only for the same trajectories and the same weights.
 
     Args:
-      config: as in `score`, like params, trajectories, rows, temperature, title and train_layers.
+      config: as in `score`, like params, trajectories, rows, temperature, title, chat and
+        train_layers.
       params: as there.
       trajectories: as there.
       rows: as there.
@@ -195,6 +223,7 @@ def cached_score(
       policy_folder: where `params` lie; their files' names, sizes and times name the weights.
       temperature: as there.
       title: as there.
+      chat: as there.
       write: whether scores that had to be computed are written to the file.
       lower_cache: the file that gets the lower layers' hidden states with them, for
         `cached_lower_states`; None: they are not written.
@@ -206,7 +235,8 @@ def cached_score(
     Raises:
       UserError: process 0 can read the file and this one cannot.
     """
-    digest = _digest(trajectories, temperature, config, sorted(params), _stamp(policy_folder))
+    read = answered(trajectories, chat, config, rows)
+    digest = _digest(read, temperature, config, sorted(params), _stamp(policy_folder))
     saved = _read(cache, digest, (*_BY_STEP, "log_probs"))
     if saved is not None:
         log_probs = _by_token(saved.pop("log_probs"), trajectories)
@@ -218,6 +248,7 @@ def cached_score(
         rows,
         temperature=temperature,
         title=title,
+        chat=chat,
         train_layers=train_layers,
     )
     if write and distributed.is_first():
@@ -255,7 +286,8 @@ def cached_lower_states(
     return _by_token(saved["below"].view(jnp.dtype(config.dtype)), trajectories)
 
 
-_BY_STEP = ("end_hidden", "value_hidden", "values", "step_mask")
+_HIDDEN = ("end_hidden", "value_hidden", "answer_hidden")
+_BY_STEP = (*_HIDDEN, "values", "step_mask")
 
 
 def _digest(trajectories: Sequence[Trajectory], *made_of: object) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 
 from spa_jax.config import DistributedConfig, RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import heads
 from spa_jax.runtime import distributed
 from spa_jax.training import estimator_update, partition
 from spa_jax.training import state as state_lib
@@ -28,8 +27,8 @@ def trainer_of(name: str, devices: int) -> partition.Trainer:
     """The trainer of a head: on all devices, or on the first of a single process."""
     rows = RowsConfig(partition=name, mesh=f"fsdp:{devices}" if name == "mesh" else "")
     if devices == 1:
-        return partition.Pmap(estimator_update.estimator_loss, OPTIMIZER, 1)
-    return partition.make(rows, estimator_update.estimator_loss, OPTIMIZER)
+        return partition.Pmap(estimator_update.make_loss(0.7), OPTIMIZER, 1)
+    return partition.make(rows, estimator_update.make_loss(0.7), OPTIMIZER)
 
 
 def updates(trainer: partition.Trainer, folder: pathlib.Path | None = None) -> dict:
@@ -62,7 +61,7 @@ def updates(trainer: partition.Trainer, folder: pathlib.Path | None = None) -> d
 
 
 def _contributions(params: dict, batch: estimator_update.StepFeatures) -> jax.Array:
-    return heads.read(params["progress"], batch.hidden) * batch.step_mask
+    return estimator_update.contributions(params["progress"], batch)[0]
 
 
 def talk(index: int, count: int) -> None:

@@ -62,9 +62,9 @@ def _stage(name: str, rows: RowsConfig, devices: int):
         return sft_update.make_loss(CONFIG), {}, [sft_update.SftBatch(b) for b in cut], counts
     mask = np.array([[k < len(t.steps) for k in range(3)] for t in episodes], np.float32)
     if name == "estimator":
-        trunk = estimator_data.AdaptedTrunk(None, episodes, rows)
+        trunk = estimator_data.TrainedTrunk(None, episodes, rows, paper=True, prefixes=0.0)
         batches = trunk.batches(np.arange(9), 9, devices)
-        loss_fn = estimator_update.make_trunk_loss(CONFIG)
+        loss_fn = estimator_update.make_trunk_loss(CONFIG, 0.0)
         return loss_fn, {"progress": _value()}, batches, {"trajectories": 9.0}
     table = ppo_data.make_table(episodes, mask * 0.1, PPO)
     update = ppo_data.make_update(episodes, table, np.arange(9), rows, PPO, devices=devices)
@@ -128,21 +128,30 @@ def test_the_update_is_that_of_the_merged_weights():
         np.testing.assert_allclose((old - new) / RATE, slope, atol=2e-4 * np.abs(slope).max())
 
 
-def test_an_estimator_that_reads_tokens_has_the_loss_of_one_that_reads_features():
+def _heads(kind, features):
+    """Two of them, where the kind has several, that have been trained: their output is not 0."""
+    fresh = estimator_update.init(kind, 8, 2, key=jax.random.key(1), features=features)
+    rng = np.random.default_rng(6)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), fresh)
+
+
+@pytest.mark.parametrize("kind", ["answer", "value", "paper"])
+def test_an_estimator_that_reads_tokens_has_the_loss_of_one_that_reads_features(kind):
     rows = dataclasses.replace(ROWS, row_length=96, rows_per_device=9)
-    loss_fn, head, (batch,), counts = _stage("estimator", rows, 1)
+    _, _, (batch,), counts = _stage("estimator", rows, 1)
     batch = jax.tree.map(lambda x: x[0], batch)
     assert max(len(set(row[row >= 0])) for row in batch.rows.step_trajectory) > 1
-    ours, sums = jax.jit(loss_fn)({"policy": BASE, **head}, {}, batch, counts)
     episodes = _episodes()
     scores = scoring.score(CONFIG, {"policy": BASE}, episodes, rows, temperature=1.0, title="")
-    features = estimator_update.StepFeatures(
-        scores.end_hidden, scores.step_mask, np.array([t.final_reward for t in episodes])
-    )
-    theirs, _ = estimator_update.estimator_loss(head, {}, features, counts)
+    features = estimator_data.features_of(scores, episodes, paper=kind == "paper")
+    head = {"progress": _heads(kind, features)}
+    assert estimator_update.kind_of(head["progress"]) == kind
+    loss_fn = estimator_update.make_trunk_loss(CONFIG, 0.7)
+    ours, sums = jax.jit(loss_fn)({"policy": BASE, **head}, {}, batch, counts)
+    theirs, parts_ = estimator_update.make_loss(0.7)(head, {}, features, counts)
     assert float(theirs) > 0.01
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
-    assert float(sums["squared_error"]) == pytest.approx(9 * float(theirs), rel=1e-5)
+    assert float(sums["squared_error"]) == pytest.approx(float(parts_["squared_error"]), rel=1e-5)
 
 
 def test_the_whole_policy_of_all_kinds_of_parts():

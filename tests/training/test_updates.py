@@ -79,16 +79,22 @@ def _ppo(devices: int, rows: RowsConfig):
     return ppo_update.make_loss(CONFIG, PPO, 0.7), _params(), batches, counts
 
 
-def _estimator(devices: int, rows: RowsConfig):
+def _estimator(devices: int, rows: RowsConfig, kind: str = "answer", members: int = 2):
     rng = np.random.default_rng(5)
     count, steps, size = 9, 3, CONFIG.hidden_size
     features = estimator_update.StepFeatures(
         hidden=rng.normal(size=(count, steps, size)).astype(np.float32),
+        start=rng.normal(size=(count, size)).astype(np.float32),
         step_mask=(np.arange(steps) < rng.integers(1, 4, (count, 1))).astype(np.float32),
         final_reward=rng.integers(0, 2, count).astype(np.float32),
     )
-    head = heads.Head(width=8).init(jax.random.key(2), features.hidden)["params"]
-    head["out"]["kernel"] = jnp.ones_like(head["out"]["kernel"]) * 0.3
+    progress = estimator_update.init(
+        kind, 8, members, key=jax.random.key(2), features=features
+    )
+    progress = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.ones_like(x) * 0.3 if "out" in jax.tree_util.keystr(path) else x,
+        progress,
+    )
     per_batch = devices * rows.rows_per_device
     batches = [
         estimator_data.feature_batch(
@@ -96,7 +102,7 @@ def _estimator(devices: int, rows: RowsConfig):
         )
         for i in range(0, count, per_batch)
     ]
-    return estimator_update.estimator_loss, {"progress": head}, batches, {"trajectories": count}
+    return estimator_update.make_loss(0.7), {"progress": progress}, batches, {"trajectories": count}
 
 
 UPDATES = {"sft": _sft, "estimator": _estimator, "ppo": _ppo}
