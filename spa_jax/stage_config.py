@@ -126,9 +126,9 @@ class ProgressConfig(Checked):
         group=MAY,
     )
     prefixes: float = setting(
-        1.0,
-        "Weight of the estimator's errors behind every step, beside that at the end (not for "
-        "--estimator=paper).",
+        0.0,
+        "Weight of the errors behind every step beside that at the end, with --estimator=answer "
+        "(with value it is 1, and paper has none).",
         flag="progress_prefixes",
         minimum=0,
     )
@@ -139,7 +139,10 @@ class ProgressConfig(Checked):
         flag="progress_trunk",
     )
     heads: int = setting(
-        1, "Heads of the estimator that are averaged.", flag="progress_heads", minimum=1
+        4,
+        "Heads of the estimator that are averaged; --estimator=paper has one.",
+        flag="progress_heads",
+        minimum=1,
     )
     learning_rate: float = setting(
         3e-4,
@@ -149,7 +152,7 @@ class ProgressConfig(Checked):
         group=MAY,
     )
     epochs: int = setting(
-        60,
+        20,
         "Passes of the estimator over the exploration episodes.",
         flag="progress_epochs",
         minimum=1,
@@ -168,19 +171,16 @@ class ProgressConfig(Checked):
         above=0,
     )
     width: int = setting(
-        256,
+        64,
         "Units of the estimator's hidden layer; 0: its heads are linear.",
         flag="progress_width",
         minimum=0,
     )
 
-    def check(self) -> None:
-        """Refuses what the paper's form does not have."""
-        if self.estimator == "paper" and self.heads > 1:
-            raise UserError(
-                f"--progress_heads={self.heads} with --estimator=paper, which has one; drop one "
-                "of them"
-            )
+    @property
+    def prefix_weight(self) -> float:
+        """The weight that the form of the estimator takes."""
+        return 1.0 if self.estimator == "value" else self.prefixes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,14 +56,14 @@ def run(run: Run, number: int, *, trunk: str = "") -> None:
         base, explored, settings.rows, paper=paper, ppo_layers=settings.ppo.train_layers
     )
     lora = run.lora("progress")
-    read: FrozenTrunk | TrainedTrunk = FrozenTrunk(features, progress.prefixes)
+    read: FrozenTrunk | TrainedTrunk = FrozenTrunk(features, progress.prefix_weight)
     if lora.rank or progress.trunk == "trained":
         read = TrainedTrunk(
             trainable.make(base, lora=lora, seed=run.seed),
             scoring.answered(trajectories, base.chat, base.config, settings.rows),
             settings.rows,
             paper=paper,
-            prefixes=progress.prefixes,
+            prefixes=progress.prefix_weight,
         )
     params, figures = estimation.estimate(
         read,

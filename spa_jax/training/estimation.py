@@ -44,12 +44,15 @@ def estimate(
       and the figures of the held-out episodes with the number of updates.
     """
     train, valid = estimator_data.split_by_task(tasks, _VALID_SHARE, seed)
+    learnt_from = jax.tree.map(lambda x: x[train], features)
+    clock = jax.device_get(estimator_update.make_clock(progress.estimator, learnt_from))
     params = estimator_update.init(
         progress.estimator,
         progress.width,
         progress.heads,
         key=jax.random.key(seed),
-        features=jax.tree.map(lambda x: x[train], features),
+        features=learnt_from,
+        clock=clock,
     )
     per_epoch = -(-len(train) // progress.batch_size)
     total = progress.epochs * per_epoch
@@ -57,7 +60,7 @@ def estimate(
     optimizer = state_lib.adamw(
         rate, clip_norm=progress.clip_norm, weight_decay=progress.weight_decay
     )
-    trainer = trunk.trainer(optimizer)
+    trainer = trunk.trainer(optimizer, clock)
     loop = Loop(
         out,
         trainer=trainer,
@@ -74,10 +77,16 @@ def estimate(
         epoch = carry["epoch"] + [sums["squared_error"], len(chosen)]
         if (update + 1) % per_epoch:
             return Outcome(state, None, carry={"epoch": epoch})
-        judged = estimator_data.judge(partition.unreplicate(state.params), trunk, valid)
+        now = _clocked(partition.unreplicate(state.params), clock)
+        judged = estimator_data.judge(now, trunk, valid)
         line = {"loss": epoch[0] / epoch[1], **judged}
         return Outcome(state, line, carry={"epoch": np.zeros(2)})
 
     state = loop.run(step, total=total, title="progress")
-    params = trainer.fetch(state.params)
+    params = _clocked(trainer.fetch(state.params), clock)
     return params, {"updates": total, **estimator_data.judge(params, trunk, valid)}
+
+
+def _clocked(params: Params, clock: Params) -> Params:
+    """The heads with their clock, which is not trained."""
+    return {**params, "progress": {**params["progress"], **clock}}

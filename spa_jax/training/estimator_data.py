@@ -42,9 +42,10 @@ class FrozenTrunk:
         """What is trained of it: nothing."""
         return {}
 
-    def trainer(self, optimizer: optax.GradientTransformation) -> partition.Pmap:
-        """The trainer of a head on it."""
-        return partition.Pmap(estimator_update.make_loss(self.prefixes), optimizer)
+    def trainer(self, optimizer: optax.GradientTransformation, clock: Params) -> partition.Pmap:
+        """The trainer of heads on it."""
+        loss = estimator_update.make_loss(self.prefixes)
+        return partition.Pmap(loss, optimizer, frozen=clock)
 
     def batches(self, chosen: np.ndarray, size: int, devices: int) -> list[StepFeatures]:
         """The chosen episodes, as batches of `size` episodes for the trainer."""
@@ -79,14 +80,14 @@ class TrainedTrunk:
         """What is trained of it: {"policy": tree} or {"adapter": tree}."""
         return self.trainable.parts.trained
 
-    def trainer(self, optimizer: optax.GradientTransformation) -> partition.Pmap:
+    def trainer(self, optimizer: optax.GradientTransformation, clock: Params) -> partition.Pmap:
         """The trainer of the heads and the trunk."""
         parts = self.trainable.parts
         config = self.trainable.policy.config
         return partition.Pmap(
             parts.on_parts(estimator_update.make_trunk_loss(config, self.prefixes)),
             optimizer,
-            frozen=parts.frozen_in(config.dtype),
+            frozen=parts.frozen_in(config.dtype) | clock,
         )
 
     def batches(self, chosen: np.ndarray, size: int, devices: int) -> list[EstimatorRows]:

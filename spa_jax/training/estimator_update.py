@@ -12,6 +12,11 @@ What a head reads (--estimator), of an episode of two steps:
 
 `paper` says what a step is worth before the environment has answered: whether a drawer that is
 opened holds what was looked for, nobody knows yet.
+
+The sum of an episode's contributions does not say which step earned it: what every first step gets
+can stand in b as well, and a clock on the others in the number of steps.  `answer` therefore reads
+a state less the mean of the states behind the same step of other episodes (the *clock*).  True
+advantages are like that: under the policy that played, those of all steps k have mean 0.
 """
 
 import functools
@@ -30,6 +35,7 @@ from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
 
 ANSWER, VALUE, PAPER = "answer", "value", "paper"
+_PRIOR = 4.0  # episodes that a clock's mean over all steps counts as, where few take a step
 
 
 @struct.dataclass
@@ -70,7 +76,42 @@ def kind_of(progress: Params) -> str:
     return ANSWER if "start" in progress["0"] else VALUE
 
 
-def init(kind: str, width: int, members: int, *, key: jax.Array, features: StepFeatures) -> Params:
+def make_clock(kind: str, features: StepFeatures) -> Params:
+    """The mean state behind every step: {"clock": {"mean": [S, D]}} for ANSWER, {} for the others.
+
+    m_k = (sum_i h_ik + a m) / (n_k + a),   m the mean over all steps, n_k the episodes that
+                                            take step k, a = 4
+    """
+    if kind != ANSWER:
+        return {}
+    mask = features.step_mask[..., None] > 0
+    hidden = jnp.where(mask, features.hidden, 0.0)
+    count = jnp.sum(mask, 0)
+    mean = jnp.sum(hidden, (0, 1)) / jnp.maximum(jnp.sum(count), 1)
+    return {"clock": {"mean": (jnp.sum(hidden, 0) + _PRIOR * mean) / (count + _PRIOR)}}
+
+
+def _less_clock(clocked: Params, hidden: chex.Array, number: chex.Array) -> chex.Array:
+    """Hidden states [N, S, D] behind steps `number` [N, S], less the clock's if there is one."""
+    if "clock" not in clocked:
+        return hidden
+    mean = clocked["clock"]["mean"]
+    return hidden - mean[jnp.minimum(number, mean.shape[0] - 1)]
+
+
+def _numbers(features: StepFeatures) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(features.step_mask.shape[1]), features.step_mask.shape)
+
+
+def init(
+    kind: str,
+    width: int,
+    members: int,
+    *,
+    key: jax.Array,
+    features: StepFeatures,
+    clock: Params,
+) -> Params:
     """Heads that give 0, standardised on the features.
 
     Args:
@@ -79,24 +120,26 @@ def init(kind: str, width: int, members: int, *, key: jax.Array, features: StepF
       members: how many are averaged; PAPER has one.
       key: of the first layers.
       features: what they will be trained on.
+      clock: of these, see `make_clock`.
 
     Returns:
       PAPER: a head's tree.  ANSWER: {"0": {"step": head, "start": head}, ...}, a number a member.
       VALUE: {"0": {"state": head}, ...}.
     """
     make = jax.jit(heads.Head(width=width).init)
+    hidden = _less_clock(clock, features.hidden, _numbers(features))
 
     def head(key: jax.Array, hidden: chex.Array, mask: chex.Array) -> Params:
         params = make(key, hidden[:1])["params"]
         return heads.fit_norm(params, hidden, mask)
 
     if kind == PAPER:
-        return head(key, features.hidden, features.step_mask)
+        return head(key, hidden, features.step_mask)
     ones = jnp.ones(features.start.shape[0])
     tree: dict[str, Any] = {}
     for i, one in enumerate(jax.random.split(key, members)):
         of_step, of_start = jax.random.split(one)
-        step = head(of_step, features.hidden, features.step_mask)
+        step = head(of_step, hidden, features.step_mask)
         tree[str(i)] = (
             {"step": step, "start": head(of_start, features.start, ones)}
             if kind == ANSWER
@@ -106,7 +149,9 @@ def init(kind: str, width: int, members: int, *, key: jax.Array, features: StepF
 
 
 def _members(progress: Params) -> list[Params]:
-    return [progress] if "out" in progress else [progress[str(i)] for i in range(len(progress))]
+    if "out" in progress:
+        return [progress]
+    return [progress[name] for name in sorted(progress.keys() - {"clock"}, key=int)]
 
 
 def _outputs(member: Params, hidden: chex.Array, start: chex.Array) -> tuple[jax.Array, jax.Array]:
@@ -134,15 +179,16 @@ def contributions(progress: Params, features: StepFeatures) -> tuple[jax.Array, 
     """What the heads give each step, and what they expect before the first.
 
     Args:
-      progress: the heads.
+      progress: the heads, with their clock.
       features: of N trajectories.
 
     Returns:
       (c [N, S], 0 where the mask is 0; b [N], 0 for `paper`), the means of the members.
     """
     mask, found = features.step_mask, []
+    hidden = _less_clock(progress, features.hidden, _numbers(features))
     for member in _members(progress):
-        step, start = _outputs(member, features.hidden, features.start)
+        step, start = _outputs(member, hidden, features.start)
         c, b = _compose(member, step, start, mask)
         found.append((jnp.where(mask > 0, c, 0.0), b))
     c, b = (jnp.mean(jnp.stack(x), 0) for x in zip(*found, strict=True))
@@ -179,7 +225,7 @@ def estimator_loss(
 
     Args:
       params: {"progress": heads}.
-      frozen: not used: the trunk's part is in the features.
+      frozen: the clock; the trunk's part is in the features.
       batch: the features.
       counts: "trajectories" of the whole update.
       prefixes: the weight of the errors behind every step; `paper` has none.
@@ -187,11 +233,11 @@ def estimator_loss(
     Returns:
       The loss of these trajectories, the mean of the members', and the sum "squared_error".
     """
-    del frozen
+    hidden = _less_clock(frozen, batch.hidden, _numbers(batch))
     losses = [
         _member_loss(
             member,
-            _outputs(member, batch.hidden, batch.start),
+            _outputs(member, hidden, batch.start),
             batch.step_mask,
             batch.final_reward,
             prefixes=prefixes,
@@ -219,7 +265,7 @@ def trunk_loss(
 
     Args:
       params: {"policy": the trunk, or what is trained of it, "progress": heads}.
-      frozen: {"policy": the rest} or {}.
+      frozen: {"policy": the rest} or {}, and the clock.
       batch: the rows.
       counts: "trajectories" of the whole update.
       config: the model's shape.
@@ -236,11 +282,11 @@ def trunk_loss(
     same = (number[:, :, None] == number[:, None, :]) & (rows.step_mask[:, None, :] > 0)
     first = (rows.step_mask > 0) & (jnp.argmax(same, -1) == jnp.arange(slots))
     mask = (same & first[:, :, None]).reshape(-1, slots)
+    behind = _less_clock(frozen, forward.at(hidden, read), rows.step_number)
+    before = forward.at(hidden, rows.value_index)
     losses = []
     for member in _members(progress):
-        step, start = _outputs(
-            member, forward.at(hidden, read), forward.at(hidden, rows.value_index)
-        )
+        step, start = _outputs(member, behind, before)
         by_slot = jnp.broadcast_to(step[:, None, :], same.shape).reshape(mask.shape)
         outputs = by_slot, start.reshape(-1)
         target = batch.final_reward.reshape(-1)

@@ -47,7 +47,8 @@ class Parts:
         def adapted(params: Params, frozen: Params, *rest: Any) -> Any:
             policy = lora_lib.attach(self.lora, frozen["base"], params["adapter"])
             others = {name: tree for name, tree in params.items() if name != "adapter"}
-            return function({"policy": policy, **others}, {}, *rest)
+            beside = {name: tree for name, tree in frozen.items() if name != "base"}
+            return function({"policy": policy, **others}, beside, *rest)
 
         return adapted
 

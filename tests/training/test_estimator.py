@@ -30,7 +30,7 @@ def _features(count=3, steps=4, size=16):
 @pytest.mark.parametrize("kind", ["answer", "value", "paper"])
 def test_new_heads_give_nothing(kind):
     features = _features()
-    heads = estimator_update.init(kind, 8, 1, key=jax.random.key(0), features=features)
+    heads = estimator_update.init(kind, 8, 1, key=jax.random.key(0), features=features, clock={})
     assert estimator_update.kind_of(heads) == kind
     c, start = estimator_update.contributions(heads, features)
     assert c.shape == (3, 4) and start.shape == (3,)
@@ -57,7 +57,7 @@ def test_contributions_of_values_are_their_differences():
 
 def test_several_heads_are_averaged():
     features = _features()
-    both = estimator_update.init("answer", 8, 2, key=jax.random.key(0), features=features)
+    both = estimator_update.init("answer", 8, 2, key=jax.random.key(0), features=features, clock={})
     rng = np.random.default_rng(1)
     both = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), both)
     alone = [estimator_update.contributions({"0": both[name]}, features) for name in "01"]
@@ -65,6 +65,41 @@ def test_several_heads_are_averaged():
         estimator_update.contributions(both, features), *alone, strict=True
     ):
         np.testing.assert_allclose(found, (one + other) / 2, rtol=1e-5)
+
+
+def test_a_clock_is_the_mean_state_of_each_step():
+    """Step 0 of three episodes, step 3 of one: that is drawn to the mean over all steps."""
+    features = _features()
+    clock = estimator_update.make_clock("answer", features)["clock"]["mean"]
+    mask = features.step_mask[..., None]
+    mean = (features.hidden * mask).sum((0, 1)) / mask.sum()
+    first = (features.hidden[:, 0].sum(0) + 4 * mean) / 7
+    last = (features.hidden[0, 3] + 4 * mean) / 5
+    np.testing.assert_allclose(clock[0], first, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(clock[3], last, rtol=1e-4, atol=1e-5)
+    assert estimator_update.make_clock("value", features) == {}
+
+
+def test_what_all_steps_of_a_number_have_in_common_earns_nothing():
+    """The same shift of all states behind a step, and of their mean, changes no contribution."""
+    features = _features()
+    clock = estimator_update.make_clock("answer", features)
+    heads = estimator_update.init(
+        "answer", 8, 1, key=jax.random.key(0), features=features, clock=clock
+    )
+    heads = jax.tree.map(lambda x: x + 0.1, heads)
+    shift = 3.0 * np.arange(64, dtype=np.float32).reshape(4, 16)
+    moved = features.replace(hidden=features.hidden + shift)
+    found = [
+        estimator_update.contributions({**heads, "clock": {"mean": mean}}, seen)[0]
+        for seen, mean in (
+            (features, clock["clock"]["mean"]),
+            (moved, clock["clock"]["mean"] + shift),
+            (moved, clock["clock"]["mean"]),
+        )
+    ]
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+    assert np.abs(found[2] - found[0]).max() > 0.01
 
 
 def test_a_step_is_read_behind_its_answer_and_the_last_one_too(tmp_path):

@@ -130,9 +130,14 @@ def test_the_update_is_that_of_the_merged_weights():
 
 def _heads(kind, features):
     """Two of them, where the kind has several, that have been trained: their output is not 0."""
-    fresh = estimator_update.init(kind, 8, 2, key=jax.random.key(1), features=features)
+    clock = estimator_update.make_clock(kind, features)
+    fresh = estimator_update.init(
+        kind, 8, 2, key=jax.random.key(1), features=features, clock=clock
+    )
     rng = np.random.default_rng(6)
-    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), fresh)
+    return clock, jax.tree.map(
+        lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), fresh
+    )
 
 
 @pytest.mark.parametrize("kind", ["answer", "value", "paper"])
@@ -144,11 +149,12 @@ def test_an_estimator_that_reads_tokens_has_the_loss_of_one_that_reads_features(
     episodes = _episodes()
     scores = scoring.score(CONFIG, {"policy": BASE}, episodes, rows, temperature=1.0, title="")
     features = estimator_data.features_of(scores, episodes, paper=kind == "paper")
-    head = {"progress": _heads(kind, features)}
+    clock, progress = _heads(kind, features)
+    head = {"progress": progress}
     assert estimator_update.kind_of(head["progress"]) == kind
     loss_fn = estimator_update.make_trunk_loss(CONFIG, 0.7)
-    ours, sums = jax.jit(loss_fn)({"policy": BASE, **head}, {}, batch, counts)
-    theirs, parts_ = estimator_update.make_loss(0.7)(head, {}, features, counts)
+    ours, sums = jax.jit(loss_fn)({"policy": BASE, **head}, clock, batch, counts)
+    theirs, parts_ = estimator_update.make_loss(0.7)(head, clock, features, counts)
     assert float(theirs) > 0.01
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
     assert float(sums["squared_error"]) == pytest.approx(float(parts_["squared_error"]), rel=1e-5)

@@ -89,7 +89,7 @@ def _estimator(devices: int, rows: RowsConfig, kind: str = "answer", members: in
         final_reward=rng.integers(0, 2, count).astype(np.float32),
     )
     progress = estimator_update.init(
-        kind, 8, members, key=jax.random.key(2), features=features
+        kind, 8, members, key=jax.random.key(2), features=features, clock={}
     )
     progress = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.ones_like(x) * 0.3 if "out" in jax.tree_util.keystr(path) else x,
