@@ -17,7 +17,7 @@ from spa_jax.training.loop import Loop, Outcome
 from spa_jax.training.state import TrainState
 
 _WARMUP_SHARE = 0.03
-_VALID_SHARE = 0.2  # of the tasks, held out
+_VALID_SHARE = 0.1  # of the tasks, held out
 
 
 def estimate(
