@@ -160,10 +160,11 @@ class CreditConfig(Checked):
         "What an action that the environment could not execute costs. penalty: it loses beta; "
         "bonus: every other one gains beta, the paper's formula as printed.",
     )
-    credit: Literal["spa", "terminal", "uniform", "shuffled", "random"] = setting(
+    credit: Literal["spa", "terminal", "uniform", "shuffled", "random", "subgoal"] = setting(
         "spa",
         "How an episode's credit is shared among its steps: as the estimator says (spa), or, to "
-        "compare, by a placebo of the same total.",
+        "compare, by a placebo of the same total (terminal: R at the last step). subgoal: what "
+        "the environment says that the step brought.",
         group=MAY,
     )
     credit_residual: bool = setting(
