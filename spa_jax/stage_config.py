@@ -22,7 +22,7 @@ from spa_jax.errors import UserError
 from spa_jax.settings import MAY, MUST, Checked, setting
 
 RFT = "rft"
-GROUP_OBJECTIVES = ("grpo", "rloo")  # compare the rollouts of a task with each other
+GROUP_OBJECTIVES = ("grpo", "rloo", "gigpo")  # compare the rollouts of a task with each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +176,11 @@ class CreditConfig(Checked):
 class PpoConfig(Checked):
     """The update of the policy: PPO, or another objective in its place."""
 
-    objective: Literal["ppo", "grpo", "rloo", "reinforce++", "rft"] = setting(
+    objective: Literal["ppo", "grpo", "rloo", "reinforce++", "gigpo", "rft"] = setting(
         "ppo",
         "How the policy is updated. ppo: advantages with a critic; grpo, rloo: a task's rollouts "
-        "against each other; reinforce++: returns, whitened; rft: SFT on the won episodes.",
+        "against each other; gigpo: also its steps from equal states; reinforce++: returns, "
+        "whitened; rft: SFT on the won episodes.",
         group=MAY,
     )
     gae: Literal["step", "token"] = setting(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import typing
 
 import pytest
 
@@ -31,7 +32,7 @@ from spa_jax.stage_config import (
     check_together,
 )
 
-CREDITS = ("spa", "terminal", "uniform", "shuffled", "random")
+CREDITS = typing.get_args(CreditConfig.__annotations__["credit"])
 
 
 @pytest.mark.parametrize(
@@ -71,13 +72,19 @@ def test_groups_need_rollouts_and_cloning_no_credit():
     once, twice = ExploreConfig(rollouts=1), ExploreConfig(rollouts=2)
     for objective, credit in itertools.product(OBJECTIVES, CREDITS):
         check_together(PpoConfig(objective=objective), CreditConfig(credit=credit), twice)
-    for objective in ("grpo", "rloo"):
+    for objective in stage_config.GROUP_OBJECTIVES:
         with pytest.raises(UserError, match=f"--objective={objective}.*--rollouts"):
             check_together(PpoConfig(objective=objective), CreditConfig(), once)
     for objective in ("ppo", "reinforce++", "rft"):
         check_together(PpoConfig(objective=objective), CreditConfig(), once)
     with pytest.raises(UserError, match="--credit=uniform with --objective=rft"):
         check_together(PpoConfig(objective="rft"), CreditConfig(credit="uniform"), once)
+
+
+def test_the_settings_know_the_objectives():
+    chosen = set(typing.get_args(PpoConfig.__annotations__["objective"]))
+    assert chosen == {*OBJECTIVES, stage_config.RFT}
+    assert set(stage_config.GROUP_OBJECTIVES) == {n for n, o in OBJECTIVES.items() if o.group}
 
 
 def test_a_mesh_needs_its_partition():

@@ -4,6 +4,7 @@
     grpo         returns against those of the task's rollouts, in units of their spread
     rloo         returns less the mean of the task's other rollouts
     reinforce++  returns; whitened over the update
+    gigpo        returns against those of the task's rollouts, and of equal states (gigpo.py)
 
 Only ppo has a critic: the others need no value head, no value loss and no pass for values.  All
 take the same policy loss (`losses.clipped_policy_loss`, divided by the update's policy tokens)
@@ -27,7 +28,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from spa_jax.rl import advantages
+from spa_jax.rl import advantages, gigpo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Objective:
       critic: a value head, its loss and its values.
       group: several rollouts of a task.
       whiten: advantages are whitened over the update.
+      states: which steps of a task left from the same state.
     """
 
     critic: bool = False
     group: bool = False
     whiten: bool = False
+    states: bool = False
 
 
 OBJECTIVES = {
@@ -50,6 +53,7 @@ OBJECTIVES = {
     "grpo": Objective(group=True),
     "rloo": Objective(group=True),
     "reinforce++": Objective(whiten=True),
+    "gigpo": Objective(group=True, states=True),
 }
 
 
@@ -62,6 +66,7 @@ def advantages_and_returns(
     *,
     gamma: float,
     gae_lambda: float,
+    state: chex.Array | None = None,
 ) -> tuple[chex.Array, chex.Array]:
     """A_k, not whitened, and the returns G_k of an objective of `OBJECTIVES`.
 
@@ -77,6 +82,8 @@ def advantages_and_returns(
       group: [N] int, in [0, N): the trajectories of a task have the same number.
       gamma: discount a step.
       gae_lambda: lambda; only ppo reads it.
+      state: [N, S] int, in [0, N S): steps that left from the same state of the same task; for
+        objectives with `states`.
 
     Returns:
       (advantages [N, S], returns [N, S]); both 0 where the mask is 0.
@@ -88,6 +95,8 @@ def advantages_and_returns(
         return grpo(returns, step_mask, group), returns
     if objective == "rloo":
         return rloo(returns, step_mask, group), returns
+    if objective == "gigpo":
+        return gigpo.gigpo(rewards, returns, step_mask, group, state), returns
     return returns, returns
 
 

@@ -75,8 +75,8 @@ def make_table(
     Raises:
       UserError: if the objective compares rollouts and no task has two.
     """
-    group = _groups(trajectories)
-    if objectives.OBJECTIVES[ppo.objective].group and len(np.unique(group)) == len(group):
+    group, objective = _groups(trajectories), objectives.OBJECTIVES[ppo.objective]
+    if objective.group and len(np.unique(group)) == len(group):
         raise UserError(
             f"--objective={ppo.objective} compares a task's rollouts with each other, and no task "
             "has two: explore with --rollouts of at least 2"
@@ -85,7 +85,14 @@ def make_table(
     rewards, mask, ends = places
     values = np.zeros_like(rewards) if values is None else values
     advantage, returns = objectives.advantages_and_returns(
-        ppo.objective, rewards, values, mask, group, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
+        ppo.objective,
+        rewards,
+        values,
+        mask,
+        group,
+        gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda,
+        state=states(trajectories) if objective.states else None,
     )
     if ppo.step_baseline:
         advantage = advantages.less_step_mean(advantage, mask)
@@ -130,6 +137,20 @@ def _groups(trajectories: Sequence[Trajectory]) -> np.ndarray:
     """[N] int32: trajectories of the same task have the same number."""
     _, group = np.unique([t.task for t in trajectories], return_inverse=True)
     return group.astype(np.int32)
+
+
+def states(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """[N, S] int32, in [0, N S): the state that each step left from.
+
+    Steps of the same task with the same number read the same observation, word for word.
+    """
+    shape = (len(trajectories), scoring.max_steps(trajectories))
+    number: dict[tuple[str, str], int] = {}
+    found = np.zeros(shape, np.int32)
+    for i, t in enumerate(trajectories):
+        for k, step in enumerate(t.steps):
+            found[i, k] = number.setdefault((t.task, step.observation.strip()), len(number))
+    return found
 
 
 def _step_places(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, ...]:

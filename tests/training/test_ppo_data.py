@@ -21,7 +21,7 @@ from spa_jax import batching
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
-from spa_jax.rl import advantages
+from spa_jax.rl import advantages, objectives
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import forward, ppo_data, ppo_update
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
@@ -44,6 +44,7 @@ OBJECTIVES = {
     "grpo": PpoConfig(**TERMS, objective="grpo"),
     "rloo": PpoConfig(**TERMS, objective="rloo", kl="reward"),
     "reinforce++": PpoConfig(**TERMS, objective="reinforce++", truncate_ratio=2.0),
+    "gigpo": PpoConfig(**TERMS, objective="gigpo"),
 }
 
 
@@ -80,6 +81,19 @@ def _episode(task, attempt, steps, rewards, seed, *, extra=0):
             Step("", "", "look", True, contribution=0.0, reward=r) for r in rewards[: len(steps)]
         ),
     )
+
+
+def test_a_state_is_what_a_task_was_told_before_the_step():
+    def told(task, *observations):
+        steps = tuple(Step(o, "", "look", True) for o in observations)
+        made = _episode(task, 0, [(2, 1)] * len(steps), [0] * 3, 0)
+        return dataclasses.replace(made, steps=steps)
+
+    found = ppo_data.states(
+        [told("a", "A room.", "A box.", "A room. "), told("a", "A room."), told("b", "A room.")]
+    )
+    assert found[0, 0] == found[0, 2] == found[1, 0]
+    assert len({found[0, 0], found[0, 1], found[2, 0]}) == 3 and found.max() < found.size
 
 
 def _values(episodes, ppo, salt):
@@ -315,14 +329,14 @@ def test_whitened_only_where_the_objective_says_so():
     for name, ppo in OBJECTIVES.items():
         table = ppo_data.make_table(episodes, _values(episodes, ppo, 5), ppo)
         given = ppo_data.by_place(table, ppo)["advantages"]
-        if ppo.objective in ("grpo", "rloo"):
+        if not objectives.OBJECTIVES[ppo.objective].whiten:
             np.testing.assert_array_equal(given, table.advantages)
         else:
             white = advantages.whiten(table.advantages, table.mask)
             np.testing.assert_array_equal(given, white, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "gigpo"])
 def test_tasks_played_once_have_no_group(name):
     episodes = [dataclasses.replace(t, task=f"only_{i}") for i, t in enumerate(_four())]
     with pytest.raises(UserError, match=f"--objective={name}.*--rollouts"):
