@@ -48,6 +48,8 @@ def run(run: Run, number: int, *, policy: str = "") -> None:
         trajectories = ppo_data.won(trajectories, here.annotated)
     else:
         behaviour.check_reference(here.annotated, trajectories, reference, ppo)
+    if ppo.objective == "ragen":
+        trajectories = ppo_data.uncertain(trajectories)
     start = policy_lib.load(
         played,
         policy_lib.recorded_chat_format(here.explore),

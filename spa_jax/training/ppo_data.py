@@ -21,7 +21,7 @@ from spa_jax import batching
 from spa_jax.batching import PackedRows
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.rl import advantages, critic, losses, objectives
+from spa_jax.rl import advantages, critic, losses, objectives, ragen
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import scoring
 from spa_jax.training.ppo_update import PpoBatch
@@ -312,6 +312,13 @@ def won(trajectories: Sequence[Trajectory], source: object) -> list[Trajectory]:
             "(--sft_epochs), or choose an objective that learns from lost episodes too"
         )
     return list(distinct.values())[::-1]
+
+
+def uncertain(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The episodes of the tasks whose rewards are spread most: what `--objective=ragen` keeps."""
+    final = np.array([t.final_reward for t in trajectories], np.float32)
+    kept = ragen.most_uncertain(final, _groups(trajectories))
+    return [t for t, keep in zip(trajectories, kept, strict=True) if keep]
 
 
 def make_rft_update(

@@ -45,6 +45,8 @@ OBJECTIVES = {
     "rloo": PpoConfig(**TERMS, objective="rloo", kl="reward"),
     "reinforce++": PpoConfig(**TERMS, objective="reinforce++", truncate_ratio=2.0),
     "gigpo": PpoConfig(**TERMS, objective="gigpo"),
+    "gagpo": PpoConfig(**TERMS, objective="gagpo"),
+    "ragen": PpoConfig(**TERMS | {"kl_coef": 0.0}, objective="ragen"),
 }
 
 
@@ -98,7 +100,7 @@ def test_a_state_is_what_a_task_was_told_before_the_step():
 
 def _values(episodes, ppo, salt):
     """A value for each (episode, step) or (episode, policy token), whatever the context."""
-    if ppo.objective != "ppo":
+    if not objectives.OBJECTIVES[ppo.objective].critic:
         return None
     by_token = ppo.gae == "token"
     width = max(len(t.token_ids if by_token else t.steps) for t in episodes)
@@ -336,11 +338,23 @@ def test_whitened_only_where_the_objective_says_so():
             np.testing.assert_array_equal(given, white, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo", "gigpo"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "gigpo", "gagpo", "ragen"])
 def test_tasks_played_once_have_no_group(name):
     episodes = [dataclasses.replace(t, task=f"only_{i}") for i, t in enumerate(_four())]
     with pytest.raises(UserError, match=f"--objective={name}.*--rollouts"):
         ppo_data.make_table(episodes, None, OBJECTIVES[name])
+
+
+def test_ragen_keeps_the_tasks_whose_rollouts_differ():
+    """Of five tasks two, a quarter rounded up; all rollouts of each, in their order."""
+    final = {"a": (0, 0), "b": (1, 0), "c": (1, 1), "d": (0.5, 0.4), "e": (0, 0.9)}
+    episodes = [
+        dataclasses.replace(_episode(task, i, [(2, 1)], [0], i), final_reward=rewards[i])
+        for i in (0, 1)
+        for task, rewards in final.items()
+    ]
+    kept = [(t.task, t.attempt) for t in ppo_data.uncertain(episodes)]
+    assert kept == [("b", 0), ("e", 0), ("b", 1), ("e", 1)]
 
 
 # --- rejection sampling ---------------------------------------------------------------------
