@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spa_jax.attribution import subgoal
+from spa_jax.attribution import prm4a, subgoal
 from spa_jax.errors import UserError
-from spa_jax.training import scoring
+from spa_jax.training import ppo_data, scoring
 from spa_jax.trajectory import Trajectory
 
 
@@ -27,6 +27,13 @@ def of(kind: str, trajectories: Sequence[Trajectory], scores: scoring.Scores) ->
     """
     if kind == "subgoal":
         return np.asarray(subgoal.subgoal_credit(progress_of(trajectories), scores.step_mask))
+    if kind == "prm4a":
+        fold, folds = ppo_data.folds_of(trajectories, "--credit=prm4a", "another --credit")
+        final = np.array([t.final_reward for t in trajectories], np.float32)
+        q, first = prm4a.process_values(
+            scores.value_hidden, scores.end_hidden, final, scores.step_mask, fold, folds=folds
+        )
+        return np.asarray(prm4a.process_credit(q, first, scores.step_mask))
     return None
 
 

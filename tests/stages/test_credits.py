@@ -68,3 +68,13 @@ def test_subgoal_credit_needs_progress(policy, tmp_path):
     episodes[4] = dataclasses.replace(episodes[4], initial_progress=None)
     with pytest.raises(UserError, match="--credit=subgoal.*task_1.*has no progress"):
         annotated(tmp_path, policy, episodes, "subgoal")
+
+
+def test_a_process_models_credit_adds_up_to_the_rise_of_its_value(policy, tmp_path):
+    found = rewards(annotated(tmp_path, policy, played(), "prm4a"))
+    assert np.isfinite(found).all() and np.abs(found).max() > 1e-3
+    whole = annotated(tmp_path / "whole", policy, played(), "prm4a", credit_residual=True)
+    np.testing.assert_allclose(rewards(whole).sum(1), [t.final_reward for t in whole], atol=1e-5)
+    np.testing.assert_allclose(rewards(whole)[:, :2], found[:, :2], atol=1e-5)
+    with pytest.raises(UserError, match="--credit=prm4a.*one task only.*another --credit"):
+        annotated(tmp_path / "one", policy, played(tasks=1), "prm4a")
