@@ -28,6 +28,7 @@ CRITIC_OBJECTIVES = ("ppo", "ragen")
 CLIP_HIGH = 0.28  # how far a ratio may rise above 1 in ragen; `rl.ragen` says why
 
 
+ROUND_CREDITS = ("prm4a",)  # fitted on the episodes of a round
 CreditName = Literal["spa", "terminal", "uniform", "shuffled", "random", "subgoal", "prm4a"]
 ObjectiveName = Literal[
     "ppo", "grpo", "rloo", "reinforce++", "gigpo", "gagpo", "ragen", "archer", "rft"

@@ -6,6 +6,7 @@
     reinforce++  returns; whitened over the update
     gigpo        returns against those of the task's rollouts, and of equal states (gigpo.py)
     gagpo        GAE with the mean return of equal states for a critic (gagpo.py)
+    archer       a critic of actions less one of states, both fitted before the pass (archer.py)
     ragen        ppo on the tasks whose rollouts differ most, clipped less upwards (ragen.py)
 
 Only ppo and ragen have a critic: the others need no value head, no value loss and no pass for
@@ -42,6 +43,7 @@ class Objective:
       group: several rollouts of a task.
       scaled: advantages are in units of their spread in a group.
       whiten: advantages are whitened over the update.
+      actions: values of actions and of states, fitted on a frozen policy's hidden states.
       states: which steps of a task left from the same state.
     """
 
@@ -50,6 +52,7 @@ class Objective:
     whiten: bool = False
     scaled: bool = False
     states: bool = False
+    actions: bool = False
 
 
 OBJECTIVES = {
@@ -59,6 +62,7 @@ OBJECTIVES = {
     "reinforce++": Objective(whiten=True),
     "gigpo": Objective(group=True, states=True),
     "gagpo": Objective(group=True, scaled=True, states=True),
+    "archer": Objective(actions=True),
     "ragen": Objective(critic=True, group=True, whiten=True),
 }
 
@@ -73,6 +77,7 @@ def advantages_and_returns(
     gamma: float,
     gae_lambda: float,
     state: chex.Array | None = None,
+    action_values: chex.Array | None = None,
 ) -> tuple[chex.Array, chex.Array]:
     """A_k, not whitened, and the returns G_k of an objective of `OBJECTIVES`.
 
@@ -90,6 +95,7 @@ def advantages_and_returns(
       gae_lambda: lambda; only ppo, ragen and gagpo read it.
       state: [N, S] int, in [0, N S): steps that left from the same state of the same task; for
         objectives with `states`.
+      action_values: [N, S] Q(s_k, a_k); for objectives with `actions`.
 
     Returns:
       (advantages [N, S], returns [N, S]); both 0 where the mask is 0.
@@ -103,6 +109,8 @@ def advantages_and_returns(
         return rloo(returns, step_mask, group), returns
     if objective == "gigpo":
         return gigpo.gigpo(rewards, returns, step_mask, group, state), returns
+    if objective == "archer":  # arXiv 2402.19446, the gradient of its equation for pi
+        return jnp.where(step_mask.astype(bool), action_values - values, 0.0), returns
     if objective == "gagpo":
         advantage = gagpo.gagpo(
             rewards, returns, step_mask, group, state, gamma=gamma, gae_lambda=gae_lambda
