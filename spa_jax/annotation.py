@@ -15,7 +15,7 @@ from spa_jax.models.config import Params
 from spa_jax.models.io import huggingface, peft, pretrained, tensors
 from spa_jax.policy import ADAPTER, TRUNK, Policy
 from spa_jax.stage_config import CreditConfig
-from spa_jax.training import estimator_data, estimator_update, scoring
+from spa_jax.training import estimator_data, estimator_update, scoring, step_credits
 from spa_jax.training.estimator_data import final_rewards
 from spa_jax.trajectory import Trajectory
 
@@ -38,14 +38,18 @@ def annotate(
       settings: whose credit the steps get, and how grounding enters.
       seed: of the placebos.
       reference: names the reference policy (`provenance.policy_digest`).
+
+    Raises:
+      UserError: the episodes do not say what the credit is made of.
     """
     mask = scores.step_mask
     grounded = np.zeros(mask.shape, np.float32)
     for i, trajectory in enumerate(trajectories):
         grounded[i, : len(trajectory.steps)] = [step.grounded for step in trajectory.steps]
+    own = step_credits.of(settings.credit, trajectories, scores)
     credits = credit.credit(
-        settings.credit,
-        contributions,
+        settings.credit if own is None else "spa",  # a credit of its own is shared out already
+        contributions if own is None else own,
         final_rewards(trajectories),
         mask,
         jax.random.key(seed),

@@ -22,7 +22,17 @@ from spa_jax.errors import UserError
 from spa_jax.settings import MAY, MUST, Checked, setting
 
 RFT = "rft"
-GROUP_OBJECTIVES = ("grpo", "rloo")  # compare the rollouts of a task with each other
+# Those that compare the rollouts of a task with each other, and those that have a critic.
+GROUP_OBJECTIVES = ("grpo", "rloo", "gigpo", "gagpo", "ragen")
+CRITIC_OBJECTIVES = ("ppo", "ragen")
+CLIP_HIGH = 0.28  # how far a ratio may rise above 1 in ragen; `rl.ragen` says why
+
+
+ROUND_CREDITS = ("prm4a",)  # fitted on the episodes of a round
+CreditName = Literal["spa", "terminal", "uniform", "shuffled", "random", "subgoal", "prm4a"]
+ObjectiveName = Literal[
+    "ppo", "grpo", "rloo", "reinforce++", "gigpo", "gagpo", "ragen", "archer", "rft"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +204,12 @@ class CreditConfig(Checked):
         "What an action that the environment could not execute costs. penalty: it loses beta; "
         "bonus: every other one gains beta, the paper's formula as printed.",
     )
-    credit: Literal["spa", "terminal", "uniform", "shuffled", "random"] = setting(
+    credit: CreditName = setting(
         "spa",
         "How an episode's credit is shared among its steps: as the estimator says (spa), or, to "
-        "compare, by a placebo of the same total.",
+        "compare, by a placebo of the same total (terminal: R at the last step). subgoal: what "
+        "the environment says that the step brought; prm4a: how much a value fitted on returns "
+        "rises.",
         group=MAY,
     )
     credit_residual: bool = setting(
@@ -209,10 +221,13 @@ class CreditConfig(Checked):
 class PpoConfig(Checked):
     """The update of the policy: PPO, or another objective in its place."""
 
-    objective: Literal["ppo", "grpo", "rloo", "reinforce++", "rft"] = setting(
+    objective: ObjectiveName = setting(
         "ppo",
         "How the policy is updated. ppo: advantages with a critic; grpo, rloo: a task's rollouts "
-        "against each other; reinforce++: returns, whitened; rft: SFT on the won episodes.",
+        "against each other; gigpo: also its steps from equal states; gagpo: advantages with the "
+        "mean return of equal states; ragen: ppo on the tasks whose rollouts differ most; "
+        "archer: one with a critic of actions; reinforce++: returns, whitened; rft: SFT on the won "
+        "episodes.",
         group=MAY,
     )
     gae: Literal["step", "token"] = setting(
@@ -310,26 +325,32 @@ class PpoConfig(Checked):
 def _unheeded(ppo: PpoConfig) -> list[tuple[bool, str, str]]:
     """(whether it is so, flag, why not) of what does not go together."""
     name, in_reward = ppo.objective, ppo.kl == "reward"
-    grouped = name in GROUP_OBJECTIVES
+    has_critic = name in CRITIC_OBJECTIVES
+    grouped = name in GROUP_OBJECTIVES and not has_critic
     own = "rft has no advantage" if name == RFT else "a task's rollouts are the baseline already"
     spread = (
         "rewards are divided by their spread in a group, so a KL among them would weigh more the "
         "less they differ; --kl=loss is the paper's"
     )
+    wide = f"its upper clip is {CLIP_HIGH:g}, no narrower than the lower one"
     ratio = f"--ppo_truncate_ratio={ppo.truncate_ratio:g}"
-    least = f"it must exceed 1 + --ppo_clip={1 + ppo.clip:g}, where PPO clips anyway"
+    upper = CLIP_HIGH if name == "ragen" else ppo.clip
+    least = f"it must exceed 1 + --ppo_clip={1 + upper:g}, where PPO clips anyway"
     coefs = "--ppo_kl_coef or --ppo_entropy_coef"
     has_coef = bool(ppo.kl_coef or ppo.entropy_coef)
     return [
-        (ppo.gae == "token" and name != "ppo", "--gae=token", "GAE needs a critic, ppo's alone"),
-        (ppo.critic == "ridge" and name != "ppo", "--critic=ridge", "it has no critic"),
+        (ppo.gae == "token" and not has_critic, "--gae=token", "GAE needs a critic, as ppo's"),
+        (ppo.critic == "ridge" and not has_critic, "--critic=ridge", "it has no critic"),
+        (ppo.step_baseline and name == "archer", "--step_baseline", "its critic is the baseline"),
         (ppo.critic == "ridge" and ppo.gae == "token", "--critic=ridge", "it values steps"),
         (ppo.gae == "token" and ppo.step_baseline, "--gae=token", "--step_baseline compares steps"),
         (ppo.step_baseline and (grouped or name == RFT), "--step_baseline", own),
         (in_reward and not ppo.kl_coef, "--kl=reward", "--ppo_kl_coef is 0"),
-        (in_reward and name == "grpo", "--kl=reward", spread),
+        (in_reward and name in ("grpo", "gagpo"), "--kl=reward", spread),
+        (name == "ragen" and bool(ppo.kl_coef), "--ppo_kl_coef", "StarPO-S has no KL term"),
+        (name == "ragen" and ppo.clip > CLIP_HIGH, f"--ppo_clip={ppo.clip:g}", wide),
         (name == RFT and has_coef, coefs, "rft minimises the negative log-likelihood alone"),
-        (0 < ppo.truncate_ratio <= 1 + ppo.clip, ratio, least),
+        (0 < ppo.truncate_ratio <= 1 + upper, ratio, least),
         (name == RFT and ppo.truncate_ratio > 0, "--ppo_truncate_ratio", "rft has no ratio"),
     ]
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import typing
 
 import pytest
 
@@ -19,6 +20,7 @@ from spa_jax.config import (
     ServerConfig,
 )
 from spa_jax.errors import UserError
+from spa_jax.rl import ragen
 from spa_jax.rl.objectives import OBJECTIVES
 from spa_jax.stage_config import (
     CreditConfig,
@@ -31,7 +33,7 @@ from spa_jax.stage_config import (
     check_together,
 )
 
-CREDITS = ("spa", "terminal", "uniform", "shuffled", "random")
+CREDITS = typing.get_args(CreditConfig.__annotations__["credit"])
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,11 @@ CREDITS = ("spa", "terminal", "uniform", "shuffled", "random")
         ({"objective": "rft", "entropy_coef": 0.1}, "--ppo_entropy_coef"),
         ({"truncate_ratio": 1.1}, "--ppo_truncate_ratio=1.1.*--ppo_clip=1.2"),
         ({"objective": "rft", "truncate_ratio": 2.0}, "--ppo_truncate_ratio.*no ratio"),
+        ({"objective": "gigpo", "step_baseline": True}, "--step_baseline.*rollouts"),
+        ({"objective": "gagpo", "kl": "reward", "kl_coef": 0.1}, "--kl=reward.*spread"),
+        ({"objective": "ragen", "kl_coef": 0.1}, "--ppo_kl_coef.*no KL"),
+        ({"objective": "ragen", "clip": 0.3}, "--ppo_clip=0.3.*upper clip is 0.28"),
+        ({"objective": "ragen", "truncate_ratio": 1.25}, "--ppo_truncate_ratio=1.25.*1.28"),
     ],
 )
 def test_what_an_objective_would_not_heed_is_refused(settings, words):
@@ -61,7 +68,9 @@ def test_what_an_objective_would_not_heed_is_refused(settings, words):
     ("objective", "kl", "gae"), itertools.product(OBJECTIVES, ("loss", "reward"), ("step", "token"))
 )
 def test_the_rest_is_not(objective, kl, gae):
-    refused = (gae == "token" and objective != "ppo") or (kl == "reward" and objective == "grpo")
+    critic, scaled = OBJECTIVES[objective].critic, OBJECTIVES[objective].scaled
+    refused = (gae == "token" and not critic) or (kl == "reward" and scaled)
+    refused |= objective == "ragen"  # it has no KL
     expected = pytest.raises(UserError) if refused else contextlib.nullcontext()
     with expected:
         PpoConfig(objective=objective, kl=kl, gae=gae, kl_coef=0.1, truncate_ratio=2.0)
@@ -71,13 +80,22 @@ def test_groups_need_rollouts_and_cloning_no_credit():
     once, twice = ExploreConfig(rollouts=1), ExploreConfig(rollouts=2)
     for objective, credit in itertools.product(OBJECTIVES, CREDITS):
         check_together(PpoConfig(objective=objective), CreditConfig(credit=credit), twice)
-    for objective in ("grpo", "rloo"):
+    for objective in stage_config.GROUP_OBJECTIVES:
         with pytest.raises(UserError, match=f"--objective={objective}.*--rollouts"):
             check_together(PpoConfig(objective=objective), CreditConfig(), once)
     for objective in ("ppo", "reinforce++", "rft"):
         check_together(PpoConfig(objective=objective), CreditConfig(), once)
     with pytest.raises(UserError, match="--credit=uniform with --objective=rft"):
         check_together(PpoConfig(objective="rft"), CreditConfig(credit="uniform"), once)
+
+
+def test_the_settings_know_the_objectives():
+    chosen = set(typing.get_args(PpoConfig.__annotations__["objective"]))
+    assert chosen == {*OBJECTIVES, stage_config.RFT}
+    assert set(stage_config.GROUP_OBJECTIVES) == {n for n, o in OBJECTIVES.items() if o.group}
+    assert set(stage_config.CRITIC_OBJECTIVES) == {n for n, o in OBJECTIVES.items() if o.critic}
+    assert stage_config.CLIP_HIGH == ragen.CLIP_HIGH
+    PpoConfig(objective="ragen", gae="token", critic="head", step_baseline=False)
 
 
 def test_a_mesh_needs_its_partition():

@@ -15,8 +15,8 @@ TESTS = pathlib.Path(__file__).parent
 # From the ground up: a room imports rooms of lower floors only.
 FLOORS = (
     {"errors"},
-    {"attribution", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
-    {"batching", "chat", "config", "evaluation", "importers", "store"},
+    {"machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
+    {"attribution", "batching", "chat", "config", "evaluation", "importers", "store"},
     {"models", "runtime", "stage_config"},
     {"envs", "games", "parity", "run", "sampling"},
     {"episodes", "files", "rollout"},

@@ -42,7 +42,7 @@ def cross_fitted_values(
     chex.assert_equal_shape([returns, step_mask])
     chex.assert_equal_shape_prefix([hidden, returns], 2)
     mask = step_mask.astype(bool)
-    x = _standardised(hidden, mask)
+    x = standardised(hidden, mask)
     y = jnp.where(mask, returns, 0.0).astype(jnp.float32)
 
     def values(f: chex.Array) -> chex.Array:
@@ -57,7 +57,7 @@ def cross_fitted_values(
     return jnp.where(mask, own, 0.0)
 
 
-def _standardised(hidden: chex.Array, mask: chex.Array) -> chex.Array:
+def standardised(hidden: chex.Array, mask: chex.Array) -> chex.Array:
     """[N, S, D] with mean 0 and variance 1 a coordinate over the mask; 0 outside."""
     x = jax.nn.standardize(jnp.where(mask[..., None], hidden.astype(jnp.float32), 0.0), axis=-1)
     count = jnp.maximum(jnp.sum(mask), 1)

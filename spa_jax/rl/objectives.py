@@ -4,10 +4,14 @@
     grpo         returns against those of the task's rollouts, in units of their spread
     rloo         returns less the mean of the task's other rollouts
     reinforce++  returns; whitened over the update
+    gigpo        returns against those of the task's rollouts, and of equal states (gigpo.py)
+    gagpo        GAE with the mean return of equal states for a critic (gagpo.py)
+    archer       a critic of actions less one of states, both fitted before the pass (archer.py)
+    ragen        ppo on the tasks whose rollouts differ most, clipped less upwards (ragen.py)
 
-Only ppo has a critic: the others need no value head, no value loss and no pass for values.  All
-take the same policy loss (`losses.clipped_policy_loss`, divided by the update's policy tokens)
-and any credit: they read step rewards, whoever gave them.
+Only ppo and ragen have a critic: the others need no value head, no value loss and no pass for
+values.  All take the same policy loss (`losses.clipped_policy_loss`, divided by the update's
+policy tokens; gagpo and ragen vary it) and any credit: they read step rewards, whoever gave them.
 
 With credit a step, a group's baseline must be chosen.  That of step k here is the *return-to-go*
 of the rollouts at step k, and of one that had ended before, at its last step (`at_each_step`):
@@ -27,7 +31,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from spa_jax.rl import advantages
+from spa_jax.rl import advantages, gagpo, gigpo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +41,29 @@ class Objective:
     Attributes:
       critic: a value head, its loss and its values.
       group: several rollouts of a task.
+      scaled: advantages are in units of their spread in a group.
       whiten: advantages are whitened over the update.
+      actions: values of actions and of states, fitted on a frozen policy's hidden states.
+      states: which steps of a task left from the same state.
     """
 
     critic: bool = False
     group: bool = False
     whiten: bool = False
+    scaled: bool = False
+    states: bool = False
+    actions: bool = False
 
 
 OBJECTIVES = {
     "ppo": Objective(critic=True, whiten=True),
-    "grpo": Objective(group=True),
+    "grpo": Objective(group=True, scaled=True),
     "rloo": Objective(group=True),
     "reinforce++": Objective(whiten=True),
+    "gigpo": Objective(group=True, states=True),
+    "gagpo": Objective(group=True, scaled=True, states=True),
+    "archer": Objective(actions=True),
+    "ragen": Objective(critic=True, group=True, whiten=True),
 }
 
 
@@ -62,6 +76,8 @@ def advantages_and_returns(
     *,
     gamma: float,
     gae_lambda: float,
+    state: chex.Array | None = None,
+    action_values: chex.Array | None = None,
 ) -> tuple[chex.Array, chex.Array]:
     """A_k, not whitened, and the returns G_k of an objective of `OBJECTIVES`.
 
@@ -72,11 +88,14 @@ def advantages_and_returns(
     Args:
       objective: which.
       rewards: [N, S] r_k.
-      values: [N, S] V_k; only ppo reads them.
+      values: [N, S] V_k; only objectives with a critic read them.
       step_mask: [N, S] 1 (or True) where a step is.
       group: [N] int, in [0, N): the trajectories of a task have the same number.
       gamma: discount a step.
-      gae_lambda: lambda; only ppo reads it.
+      gae_lambda: lambda; only ppo, ragen and gagpo read it.
+      state: [N, S] int, in [0, N S): steps that left from the same state of the same task; for
+        objectives with `states`.
+      action_values: [N, S] Q(s_k, a_k); for objectives with `actions`.
 
     Returns:
       (advantages [N, S], returns [N, S]); both 0 where the mask is 0.
@@ -88,6 +107,15 @@ def advantages_and_returns(
         return grpo(returns, step_mask, group), returns
     if objective == "rloo":
         return rloo(returns, step_mask, group), returns
+    if objective == "gigpo":
+        return gigpo.gigpo(rewards, returns, step_mask, group, state), returns
+    if objective == "archer":  # arXiv 2402.19446, the gradient of its equation for pi
+        return jnp.where(step_mask.astype(bool), action_values - values, 0.0), returns
+    if objective == "gagpo":
+        advantage = gagpo.gagpo(
+            rewards, returns, step_mask, group, state, gamma=gamma, gae_lambda=gae_lambda
+        )
+        return advantage, returns
     return returns, returns
 
 

@@ -5,6 +5,7 @@ W/iteration_I/annotated.jsonl: the same episodes with contributions, fused rewar
 (alpha * c + beta * grounding) and the reference policy's log-probabilities.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Collection
 
@@ -13,6 +14,7 @@ from spa_jax.config import fit_attention
 from spa_jax.errors import UserError
 from spa_jax.run import EPISODES, Run
 from spa_jax.runtime import distributed
+from spa_jax.stage_config import ROUND_CREDITS
 from spa_jax.store import Key
 from spa_jax.training import estimator_data
 from spa_jax.trajectory import Trajectory
@@ -61,6 +63,10 @@ def run_evaluation(run: Run, name: str, keys: Collection[Key] | None = None) -> 
     """
     path = run.evaluation(name) / EPISODES
     last = run.round(run.settings.method.iterations - 1)
+    if run.settings.credit.credit in ROUND_CREDITS:
+        # Nobody learns from these rewards: the contributions stand for what a round is needed for.
+        credit = dataclasses.replace(run.settings.credit, credit="spa")
+        run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, credit=credit))
     return annotate_file(run, path, out=path, progress=last.progress, base=str(run.base), keys=keys)
 
 

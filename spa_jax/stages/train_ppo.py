@@ -13,7 +13,7 @@ from spa_jax import policy as policy_lib
 from spa_jax.config import fit_attention
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
-from spa_jax.stage_config import RFT
+from spa_jax.stage_config import CRITIC_OBJECTIVES, RFT
 from spa_jax.training import behaviour, policy_update, ppo_data, trainable
 from spa_jax.training.policy_update import Learner
 
@@ -48,6 +48,8 @@ def run(run: Run, number: int, *, policy: str = "") -> None:
         trajectories = ppo_data.won(trajectories, here.annotated)
     else:
         behaviour.check_reference(here.annotated, trajectories, reference, ppo)
+    if ppo.objective == "ragen":
+        trajectories = ppo_data.uncertain(trajectories)
     start = policy_lib.load(
         played,
         policy_lib.recorded_chat_format(here.explore),
@@ -67,7 +69,7 @@ def run(run: Run, number: int, *, policy: str = "") -> None:
     del critic  # another policy's weights are gone before training starts
     mismatch = behaviour.sampler_mismatch(start, trajectories, scores if own else None, rows)
     head = {}
-    if scores is not None and ppo.critic == "head":
+    if scores is not None and ppo.objective in CRITIC_OBJECTIVES and ppo.critic == "head":
         head["value"] = policy_update.value_head(start, scores, seed)
     learner = Learner(
         trainable=trainable.make(

@@ -112,6 +112,7 @@ class Learner:
                 trajectories, chosen, rows, devices=trainer.devices, lower_states=lower
             )
         values = None if self.scores is None else self.scores.values
+        action_values = None
         if ppo.gae == "token":
             run = trainer.forward(parts.on_parts(ppo_update.make_token_values(config)))
             at_start = functools.partial(run, trainer.replicate(parts.trained | self.head))
@@ -120,7 +121,9 @@ class Learner:
             )
         if self.scores is not None and ppo.critic == "ridge":
             values = ppo_data.fitted_values(trajectories, self.scores.value_hidden, ppo)
-        table = ppo_data.make_table(trajectories, values, ppo)
+        if self.scores is not None and objectives.OBJECTIVES[ppo.objective].actions:
+            action_values, values = ppo_data.fitted_critic(trajectories, self.scores, ppo)
+        table = ppo_data.make_table(trajectories, values, ppo, action_values=action_values)
         log_probs = trainer.forward(
             parts.on_parts(ppo_update.make_log_probs(config, self.temperature))
         )
@@ -165,7 +168,10 @@ def critic_policy(policy: Policy, reference: pathlib.Path, ppo: PpoConfig) -> Po
     anew in every round, so it can read the reference in all of them: the estimator has read these
     episodes with it, and its pass is kept.
     """
-    if ppo.critic != "ridge" or not reference.exists():
+    fitted = ppo.critic == "ridge" or (
+        ppo.objective != RFT and objectives.OBJECTIVES[ppo.objective].actions
+    )
+    if not fitted or not reference.exists():
         return policy
     folder = pretrained.resolve(reference)
     if folder == policy.folder:
@@ -195,9 +201,12 @@ def critic_scores(
     Returns:
       None for an objective without a critic.
     """
-    if ppo.objective == RFT or not objectives.OBJECTIVES[ppo.objective].critic:
+    if ppo.objective == RFT:
         return None
-    read = ("value",) if ppo.critic == "head" else ()
+    objective = objectives.OBJECTIVES[ppo.objective]
+    if not (objective.critic or objective.actions):
+        return None
+    read = ("value",) if objective.critic and ppo.critic == "head" else ()
     heads_of = {name: head for name, head in policy.heads.items() if name in read}
     return scoring.cached_score(
         policy.config,

@@ -21,7 +21,7 @@ from spa_jax import batching
 from spa_jax.batching import PackedRows
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.rl import advantages, critic, losses, objectives
+from spa_jax.rl import advantages, archer, critic, losses, objectives, ragen
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import scoring
 from spa_jax.training.ppo_update import PpoBatch
@@ -61,7 +61,11 @@ class Table:
 
 
 def make_table(
-    trajectories: Sequence[Trajectory], values: np.ndarray | None, ppo: PpoConfig
+    trajectories: Sequence[Trajectory],
+    values: np.ndarray | None,
+    ppo: PpoConfig,
+    *,
+    action_values: np.ndarray | None = None,
 ) -> Table:
     """The table of all episodes.
 
@@ -71,12 +75,13 @@ def make_table(
       trajectories: N annotated trajectories.
       values: [N, S], or [N, T] by position with `gae=token`; None without a critic.
       ppo: the objective and its settings.
+      action_values: [N, S] Q, for an objective with a critic of actions.
 
     Raises:
       UserError: if the objective compares rollouts and no task has two.
     """
-    group = _groups(trajectories)
-    if objectives.OBJECTIVES[ppo.objective].group and len(np.unique(group)) == len(group):
+    group, objective = _groups(trajectories), objectives.OBJECTIVES[ppo.objective]
+    if objective.group and len(np.unique(group)) == len(group):
         raise UserError(
             f"--objective={ppo.objective} compares a task's rollouts with each other, and no task "
             "has two: explore with --rollouts of at least 2"
@@ -85,7 +90,15 @@ def make_table(
     rewards, mask, ends = places
     values = np.zeros_like(rewards) if values is None else values
     advantage, returns = objectives.advantages_and_returns(
-        ppo.objective, rewards, values, mask, group, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
+        ppo.objective,
+        rewards,
+        values,
+        mask,
+        group,
+        gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda,
+        state=states(trajectories) if objective.states else None,
+        action_values=action_values,
     )
     if ppo.step_baseline:
         advantage = advantages.less_step_mean(advantage, mask)
@@ -112,24 +125,66 @@ def fitted_values(
     Raises:
       UserError: if all episodes are of one task.
     """
-    group = _groups(trajectories)
-    folds = min(_FOLDS, int(group.max()) + 1)
-    if folds < 2:
-        raise UserError(
-            "--critic=ridge fits each task's values on the other tasks' episodes, and there is "
-            "one task only: explore more with --games, or use --critic=head"
-        )
+    fold, folds = folds_of(trajectories, "--critic=ridge", "--critic=head")
     rewards, mask, _ = _step_places(trajectories)
     _, to_go = advantages.step_gae(
         rewards, np.zeros_like(rewards), mask, gamma=ppo.gamma, gae_lambda=1.0
     )
-    return np.asarray(critic.cross_fitted_values(hidden, to_go, mask, group % folds, folds=folds))
+    return np.asarray(critic.cross_fitted_values(hidden, to_go, mask, fold, folds=folds))
+
+
+def fitted_critic(
+    trajectories: Sequence[Trajectory], scores: scoring.Scores, ppo: PpoConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """(Q, V) [N, S] of `archer.utterance_critic`; arguments and errors as `fitted_values`."""
+    fold, folds = folds_of(trajectories, "--objective=archer", "another --objective")
+    rewards, mask, _ = _step_places(trajectories)
+    q, v = archer.utterance_critic(
+        scores.value_hidden,
+        scores.end_hidden,
+        rewards,
+        mask,
+        fold,
+        folds=folds,
+        gamma=ppo.gamma,
+    )
+    return np.asarray(q), np.asarray(v)
+
+
+def folds_of(trajectories: Sequence[Trajectory], flag: str, instead: str) -> tuple[np.ndarray, int]:
+    """([N] the fold of each trajectory, how many): a task's are in one.
+
+    Raises:
+      UserError: if all are of one task; names the flag that fits values, and what to do instead.
+    """
+    group = _groups(trajectories)
+    folds = min(_FOLDS, int(group.max()) + 1)
+    if folds < 2:
+        raise UserError(
+            f"{flag} fits each task's values on the other tasks' episodes, and there is "
+            f"one task only: explore more with --games, or use {instead}"
+        )
+    return group % folds, folds
 
 
 def _groups(trajectories: Sequence[Trajectory]) -> np.ndarray:
     """[N] int32: trajectories of the same task have the same number."""
     _, group = np.unique([t.task for t in trajectories], return_inverse=True)
     return group.astype(np.int32)
+
+
+def states(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """[N, S] int32, in [0, N S): the state that each step left from.
+
+    Steps of the same task with the same number read the same observation, word for word.
+    """
+    shape = (len(trajectories), scoring.max_steps(trajectories))
+    number: dict[tuple[str, str], int] = {}
+    found = np.zeros(shape, np.int32)
+    for i, t in enumerate(trajectories):
+        for k, step in enumerate(t.steps):
+            found[i, k] = number.setdefault((t.task, step.observation.strip()), len(number))
+    return found
 
 
 def _step_places(trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, ...]:
@@ -291,6 +346,13 @@ def won(trajectories: Sequence[Trajectory], source: object) -> list[Trajectory]:
             "(--sft_epochs), or choose an objective that learns from lost episodes too"
         )
     return list(distinct.values())[::-1]
+
+
+def uncertain(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The episodes of the tasks whose rewards are spread most: what `--objective=ragen` keeps."""
+    final = np.array([t.final_reward for t in trajectories], np.float32)
+    kept = ragen.most_uncertain(final, _groups(trajectories))
+    return [t for t, keep in zip(trajectories, kept, strict=True) if keep]
 
 
 def make_rft_update(

@@ -11,7 +11,7 @@ from flax import struct
 from spa_jax.batching import PackedRows
 from spa_jax.models import heads
 from spa_jax.models.config import ModelConfig, Params
-from spa_jax.rl import losses, objectives
+from spa_jax.rl import gagpo, losses, objectives, ragen
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import forward
 from spa_jax.training.state import Counts, LossFn, Sums
@@ -75,14 +75,7 @@ def ppo_loss(
     advantages = batch.advantages
     if not by_token:
         advantages = jnp.take_along_axis(advantages, rows.token_step, 1)
-    surrogate, stats = losses.clipped_policy_loss(
-        log_probs,
-        rows.log_probs,
-        advantages,
-        rows.token_mask,
-        clip=ppo.clip,
-        truncate=ppo.truncate_ratio,
-    )
+    surrogate, stats = _policy_loss(log_probs, advantages, rows, ppo)
     kl = losses.k3_kl(log_probs, rows.ref_log_probs, rows.token_mask)
     if not ppo.entropy_coef:
         # Else its gradient over the vocabulary would be computed, and multiplied by 0.
@@ -105,6 +98,29 @@ def ppo_loss(
         loss = loss + ppo.kl_coef * kl / counts["tokens"]
     loss = loss - ppo.entropy_coef * entropy / counts["tokens"]
     return loss, jax.lax.stop_gradient(sums)
+
+
+def _policy_loss(
+    log_probs: jax.Array, advantages: jax.Array, rows: PackedRows, ppo: PpoConfig
+) -> tuple[jax.Array, losses.PolicyStats]:
+    """The clipped loss of policy tokens [R, P], as the objective weighs and clips them."""
+    if ppo.objective == "gagpo":  # an action has one ratio
+        ratio = gagpo.action_log_ratio(
+            log_probs - rows.log_probs,
+            rows.token_step,
+            rows.token_mask,
+            steps=rows.step_mask.shape[1],
+        )
+        log_probs = ratio + rows.log_probs
+    loss = ragen.clip_higher_policy_loss if ppo.objective == "ragen" else losses.clipped_policy_loss
+    return loss(
+        log_probs,
+        rows.log_probs,
+        advantages,
+        rows.token_mask,
+        clip=ppo.clip,
+        truncate=ppo.truncate_ratio,
+    )
 
 
 def make_loss(config: ModelConfig, ppo: PpoConfig, temperature: float) -> LossFn:

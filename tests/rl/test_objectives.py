@@ -14,16 +14,19 @@ from spa_jax.attribution.credit import credit
 from spa_jax.rl import advantages, objectives
 
 NAN = float("nan")
+GROUPED = [name for name, o in objectives.OBJECTIVES.items() if o.group and not o.critic]
 few = hypothesis.settings(max_examples=25, deadline=None)
 N, S = 5, 4
 GROUP = np.array([2, 0, 2, 2, 0], np.int32)  # three rollouts of one task, two of another
+STATE = np.array([[0, 1, 2, 0], [3, 4, 3, 5], [0, 1, 6, 7], [0, 8, 0, 2], [3, 5, 9, 9]], np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="objective")
-def run(objective, rewards, mask, group, gamma=0.9):
-    values = np.full(rewards.shape, 7.0, np.float32)  # that only ppo may read
+def run(objective, rewards, mask, group, *, gamma=0.9, state=None):
+    values = np.full(rewards.shape, 7.0, np.float32)  # that only those with a critic may read
     return objectives.advantages_and_returns(
-        objective, rewards, values, mask, group, gamma=gamma, gae_lambda=0.8
+        objective, rewards, values, mask, group, gamma=gamma, gae_lambda=0.8,
+        state=STATE if state is None else state, action_values=rewards - 1,
     )
 
 
@@ -116,14 +119,15 @@ class PropertiesTest(parameterized.TestCase):
             mask, order = masks(n), np.array(order)
             out = run(name, np.where(mask > 0, rewards, 0), mask, GROUP)
             dirty = np.where(mask > 0, rewards, np.where(junk > 0, junk, np.nan))
-            again = run(name, dirty[order], mask[order], (GROUP + 1)[order])
+            state = (STATE + 3)[order]
+            again = run(name, dirty[order], mask[order], (GROUP + 1)[order], state=state)
             for a, b in zip(out, again, strict=True):
                 np.testing.assert_allclose(b, np.asarray(a)[order], atol=2e-3)
                 np.testing.assert_array_equal(np.asarray(a)[mask == 0], 0)
 
         check()
 
-    @parameterized.parameters("grpo", "rloo")
+    @parameterized.parameters(*GROUPED)
     def test_other_tasks_do_not_count(self, name):
         rewards = np.random.default_rng(0).normal(size=(N, S)).astype(np.float32)
         mask = masks([4, 2, 3, 1, 4])

@@ -21,7 +21,7 @@ from spa_jax import batching
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import heads
-from spa_jax.rl import advantages
+from spa_jax.rl import advantages, objectives
 from spa_jax.stage_config import PpoConfig
 from spa_jax.training import forward, ppo_data, ppo_update
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
@@ -44,6 +44,9 @@ OBJECTIVES = {
     "grpo": PpoConfig(**TERMS, objective="grpo"),
     "rloo": PpoConfig(**TERMS, objective="rloo", kl="reward"),
     "reinforce++": PpoConfig(**TERMS, objective="reinforce++", truncate_ratio=2.0),
+    "gigpo": PpoConfig(**TERMS, objective="gigpo"),
+    "gagpo": PpoConfig(**TERMS, objective="gagpo"),
+    "ragen": PpoConfig(**TERMS | {"kl_coef": 0.0}, objective="ragen"),
 }
 
 
@@ -82,9 +85,22 @@ def _episode(task, attempt, steps, rewards, seed, *, extra=0):
     )
 
 
+def test_a_state_is_what_a_task_was_told_before_the_step():
+    def told(task, *observations):
+        steps = tuple(Step(o, "", "look", True) for o in observations)
+        made = _episode(task, 0, [(2, 1)] * len(steps), [0] * 3, 0)
+        return dataclasses.replace(made, steps=steps)
+
+    found = ppo_data.states(
+        [told("a", "A room.", "A box.", "A room. "), told("a", "A room."), told("b", "A room.")]
+    )
+    assert found[0, 0] == found[0, 2] == found[1, 0]
+    assert len({found[0, 0], found[0, 1], found[2, 0]}) == 3 and found.max() < found.size
+
+
 def _values(episodes, ppo, salt):
     """A value for each (episode, step) or (episode, policy token), whatever the context."""
-    if ppo.objective != "ppo":
+    if not objectives.OBJECTIVES[ppo.objective].critic:
         return None
     by_token = ppo.gae == "token"
     width = max(len(t.token_ids if by_token else t.steps) for t in episodes)
@@ -315,18 +331,30 @@ def test_whitened_only_where_the_objective_says_so():
     for name, ppo in OBJECTIVES.items():
         table = ppo_data.make_table(episodes, _values(episodes, ppo, 5), ppo)
         given = ppo_data.by_place(table, ppo)["advantages"]
-        if ppo.objective in ("grpo", "rloo"):
+        if not objectives.OBJECTIVES[ppo.objective].whiten:
             np.testing.assert_array_equal(given, table.advantages)
         else:
             white = advantages.whiten(table.advantages, table.mask)
             np.testing.assert_array_equal(given, white, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "gigpo", "gagpo", "ragen"])
 def test_tasks_played_once_have_no_group(name):
     episodes = [dataclasses.replace(t, task=f"only_{i}") for i, t in enumerate(_four())]
     with pytest.raises(UserError, match=f"--objective={name}.*--rollouts"):
         ppo_data.make_table(episodes, None, OBJECTIVES[name])
+
+
+def test_ragen_keeps_the_tasks_whose_rollouts_differ():
+    """Of five tasks two, a quarter rounded up; all rollouts of each, in their order."""
+    final = {"a": (0, 0), "b": (1, 0), "c": (1, 1), "d": (0.5, 0.4), "e": (0, 0.9)}
+    episodes = [
+        dataclasses.replace(_episode(task, i, [(2, 1)], [0], i), final_reward=rewards[i])
+        for i in (0, 1)
+        for task, rewards in final.items()
+    ]
+    kept = [(t.task, t.attempt) for t in ppo_data.uncertain(episodes)]
+    assert kept == [("b", 0), ("e", 0), ("b", 1), ("e", 1)]
 
 
 # --- rejection sampling ---------------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""Credits that the estimator's contributions do not make: from episodes and what a trunk reads.
+
+`--credit` names one; `annotation.annotate` asks here, and shares contributions out if there is
+none.  The functions that compute them are pure, in `attribution/`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from spa_jax.attribution import prm4a, subgoal
+from spa_jax.errors import UserError
+from spa_jax.training import ppo_data, scoring
+from spa_jax.trajectory import Trajectory
+
+
+def of(kind: str, trajectories: Sequence[Trajectory], scores: scoring.Scores) -> np.ndarray | None:
+    """[N, S] the credit of each step; None if `kind` is made of contributions.
+
+    Args:
+      kind: `CreditConfig.credit`.
+      trajectories: N episodes.
+      scores: of them under the reference policy.
+
+    Raises:
+      UserError: the episodes do not say what this credit is made of.
+    """
+    if kind == "subgoal":
+        return np.asarray(subgoal.subgoal_credit(progress_of(trajectories), scores.step_mask))
+    if kind == "prm4a":
+        fold, folds = ppo_data.folds_of(trajectories, "--credit=prm4a", "another --credit")
+        final = np.array([t.final_reward for t in trajectories], np.float32)
+        q, first = prm4a.process_values(
+            scores.value_hidden, scores.end_hidden, final, scores.step_mask, fold, folds=folds
+        )
+        return np.asarray(prm4a.process_credit(q, first, scores.step_mask))
+    return None
+
+
+def progress_of(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """[N, S + 1] float32, how much was done before the first step and after each; then 0.
+
+    Raises:
+      UserError: names an episode whose environment did not say.
+    """
+    table = np.zeros((len(trajectories), scoring.max_steps(trajectories) + 1), np.float32)
+    for i, t in enumerate(trajectories):
+        if t.progress is None:
+            raise UserError(
+                f"--credit=subgoal: the episode of task {t.task} (seed {t.seed}, attempt "
+                f"{t.attempt}) has no progress: {t.env} did not say it when it was played. Explore "
+                "again with an environment that does (Observation.progress), or choose another "
+                "--credit"
+            )
+        table[i, : len(t.progress)] = t.progress
+    return table
