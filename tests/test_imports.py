@@ -26,6 +26,7 @@ FLOORS = (
     {"stages"},
     {"method"},
     {"comparison"},
+    {"study"},
 )
 _TRAINER = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "torch"}
 _WORLD = {"absl", "glob", "io", "json", "os", "pathlib", "shutil", "subprocess", "sys", "tempfile"}
