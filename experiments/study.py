@@ -66,7 +66,8 @@ def _preset(argv: Sequence[str]) -> str:
     return ",".join(word.partition("=")[2] for word in words if word.startswith("flagfile="))
 
 
-if __name__ == "__main__":
+def define() -> None:
+    """The flags of a study."""
     flags.DEFINE_list(
         "arms",
         ["sft", "terminal", "spa"],
@@ -87,5 +88,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("only", "", "Only this run of the study, such as spa/seed_0.")
     flags.DEFINE_bool("exit_with_parent", False, "End when standard input closes.")
+
+
+if __name__ == "__main__":
+    define()
     reads: list[type | str] = [type(part) for _, part in sections(Settings())]
     flags_lib.run_program(main, reads=[*reads, "policy"], stage=False)
