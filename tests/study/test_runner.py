@@ -28,7 +28,8 @@ name = sys.argv[2].removeprefix("--only=")
 def tell(what):
     with (root / "LOG").open("a") as log:
         cores = sorted(os.sched_getaffinity(0))
-        log.write(json.dumps({"what": what, "name": name, "cores": cores, "pid": os.getpid()}) + "\\n")
+        said = {"what": what, "name": name, "cores": cores, "pid": os.getpid()}
+        log.write(json.dumps(said) + "\\n")
 tell("begins")
 aside = root / "aside" / name
 if not aside.exists():
