@@ -5,6 +5,7 @@ demonstrations -> SFT -> (exploration -> progress estimator -> annotation -> PPO
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -54,14 +55,21 @@ def check(run: Run) -> None:
     policy.check_chat_format(first, run.settings.chat.chat_format)
 
 
-def run(run: Run) -> Result:
-    """All stages; each that has ended is passed by.  `check` comes before anything is written."""
+def run(run: Run, after_round: Callable[[Run, int], object] | None = None) -> Result:
+    """All stages; each that has ended is passed by.  `check` comes before anything is written.
+
+    Args:
+      run: the run.
+      after_round: called with the run and the number of each round that has ended.
+    """
     run = prepare.run(run)
     demonstrate.run(run)
     sft.run(run)
     iterations = run.settings.method.iterations
     for number in range(iterations):
         train_round(run, number)
+        if after_round:
+            after_round(run, number)
     base = evaluate.run(run, BASE, policy=str(run.base))
     annotate.run_evaluation(run, BASE)  # all: the estimator is judged on them
     spa = evaluate.run(run, SPA, policy=str(run.newest_policy(iterations)))

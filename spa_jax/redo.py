@@ -68,8 +68,7 @@ def _followers(run: Run, stage: str, number: int, name: str) -> list[pathlib.Pat
     ]
     if before:
         rounds = [r.folder for r in run.rounds()]
-        arms = [run.continued_sft, run.terminal]
-        return [*judged, run.evaluations, *arms, *reversed(rounds), *before]
+        return [*judged, run.evaluations, *reversed(rounds), *before]
     own = run.round(number)
     parts = {
         "ppo": [own.ppo],
@@ -79,8 +78,7 @@ def _followers(run: Run, stage: str, number: int, name: str) -> list[pathlib.Pat
     }
     later = [r.folder for r in run.rounds() if r.number > number]
     trained = [p for p in run.evaluations.glob("*") if p != run.evaluation(run_lib.BASE)]
-    arms = [run.continued_sft, run.terminal] if stage == "explore" else [run.continued_sft]
     this = [
         path for s, paths in parts.items() if order <= provenance.STAGES.index(s) for path in paths
     ]
-    return [*judged, *sorted(trained), *arms, *reversed(later), *this]
+    return [*judged, *sorted(trained), *reversed(later), *this]

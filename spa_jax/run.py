@@ -12,11 +12,9 @@ This is the only place that spells a path below the workdir, W:
                   annotated.jsonl              the episodes with contributions and rewards
                   ppo/                         metrics.jsonl, tensorboard/, checkpoints/
                       policy/                  the trained policy
-    W/continued_sft/, W/terminal/              the other arms of a comparison
     W/eval/NAME/                               held-out episodes of a policy, summary.json
     W/estimator.json                           the estimator judged on held-out episodes
     W/report.html
-    W/continued_sft/, W/terminal/              other arms of `compare`; the second is a run
 
 A stage takes a run, reads what earlier stages wrote, and writes its own folder.
 """
@@ -162,21 +160,6 @@ class Run:
     def evaluation(self, name: str) -> pathlib.Path:
         """The folder of an evaluation."""
         return self.evaluations / name
-
-    @property
-    def continued_sft(self) -> pathlib.Path:
-        """The folder of the arm of `compare` in which SFT goes on."""
-        return self.workdir / "continued_sft"
-
-    @property
-    def terminal(self) -> pathlib.Path:
-        """The folder of the arm of `compare` whose reward stands at the last step: a run."""
-        return self.workdir / "terminal"
-
-    @property
-    def comparison(self) -> pathlib.Path:
-        """How the arms of a comparison did, for each seed."""
-        return self.workdir / "comparison.json"
 
     @property
     def estimator(self) -> pathlib.Path:

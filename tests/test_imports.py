@@ -25,13 +25,13 @@ FLOORS = (
     {"annotation", "export", "play", "report"},
     {"stages"},
     {"method"},
-    {"comparison"},
+    {"study"},
 )
 _TRAINER = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "torch"}
 _WORLD = {"absl", "glob", "io", "json", "os", "pathlib", "shutil", "subprocess", "sys", "tempfile"}
 _OF_A_RUN = re.compile(
-    r"iteration_[\d{]|^iteration_|^(continued_sft|eval|explore)/|^(annotated\.jsonl|"
-    r"below\.npz|checkpoints|comparison\.json|done\.json|estimator\.json|features\.npz|"
+    r"iteration_[\d{]|^iteration_|^(eval|explore)/|^(annotated\.jsonl|"
+    r"below\.npz|checkpoints|done\.json|estimator\.json|features\.npz|"
     r"fingerprint\.json|report\.html|run\.json|trajectories\.jsonl)$"
 )
 

@@ -335,7 +335,6 @@ def _whole(folder: pathlib.Path) -> Run:
         _touch(here.episodes, here.features, here.progress / "heads", here.annotated)
         _touch(run_lib.fingerprint(here.annotated), here.policy / "weights")
     _touch(run.games / "game", run.base / "weights", run.estimator, run.report, run.json)
-    _touch(run.continued_sft / "x", run.terminal / "x")
     _touch(run.evaluation("sft") / "x", run.evaluation("spa") / "x")
     return run
 
@@ -361,9 +360,8 @@ def test_redo_of_a_round_removes_what_follows(stage, tmp_path, capsys):
     removed = redo.remove(run, f"{stage}:0")
     order = list(ROUND_0)
     gone = set().union(*(ROUND_0[s] for s in order[order.index(stage) :]))
-    gone |= JUDGED | {"eval/spa/x", "continued_sft/x"}
+    gone |= JUDGED | {"eval/spa/x"}
     gone |= {path for path in before if path.startswith("iteration_1/")}
-    gone |= {"terminal/x"} if stage == "explore" else set()
     assert before - _left(run) == gone
     assert len(capsys.readouterr().out.splitlines()) == len(removed)
     assert not any(path.exists() for path in removed)
@@ -373,7 +371,7 @@ def test_redo_of_the_second_round_leaves_the_first(tmp_path):
     run = _whole(tmp_path)
     before = _left(run)
     redo.remove(run, "ppo", 1)
-    gone = JUDGED | {"eval/spa/x", "continued_sft/x", "iteration_1/ppo/policy/weights"}
+    gone = JUDGED | {"eval/spa/x", "iteration_1/ppo/policy/weights"}
     assert before - _left(run) == gone
 
 

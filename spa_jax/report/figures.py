@@ -8,7 +8,7 @@ only; their titles and legends are text of the page.
 import io
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -28,8 +28,10 @@ _CSS = {
     "#010207": "var(--series-2)",
     "#010208": "var(--plus)",
     "#010209": "var(--minus)",
+    **{f"#0102{16 + i:02x}": f"var(--arm-{i})" for i in range(8)},
 }
-_TEXT, _MUTED, _LINE, _SERIES_1, _SERIES_2, _PLUS, _MINUS = _CSS
+_TEXT, _MUTED, _LINE, _SERIES_1, _SERIES_2, _PLUS, _MINUS, *_ARMS = _CSS
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # of the first eight, the next eight
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
     "svg.hashsalt": "spa_jax",  # the same drawing has the same bytes
@@ -145,6 +147,38 @@ def running_sums(wins: Sequence[np.ndarray], failures: Sequence[np.ndarray]) -> 
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.0f}%"))
         axes.set_xlabel("share of the game's steps")
+        return _svg(figure)
+
+
+def style_of(number: int) -> tuple[str, str]:
+    """(CSS colour, kind of line) of an arm of a study, by its place from 0."""
+    kinds = ("solid", "dashed", "dotted")
+    return _CSS[_ARMS[number % len(_ARMS)]], kinds[number // len(_ARMS) % len(kinds)]
+
+
+def efficiency(
+    lines: Mapping[int, Sequence[tuple[float, float, float, float]]], label: str
+) -> Markup:
+    """Success of the arms of a study against what they cost.
+
+    Args:
+      lines: by the arm's place from 0, its points (cost, success, low, high); a mark's line is its
+        interval.
+      label: of the cost.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(_WIDE)
+        for number, points in lines.items():
+            cost, value, low, high = (np.asarray(part, float) for part in zip(*points, strict=True))
+            color = _ARMS[number % len(_ARMS)]
+            dashes = _DASHES[number // len(_ARMS) % len(_DASHES)]
+            axes.plot(cost, value, color=color, linewidth=1.6, linestyle=dashes, marker="o", ms=3)
+            axes.vlines(cost, low, high, color=color, linewidth=0.8, alpha=0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _percent_axis(axes)
+        axes.set_xlabel(label)
         return _svg(figure)
 
 

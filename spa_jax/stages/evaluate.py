@@ -14,20 +14,23 @@ from spa_jax.run import Run
 from spa_jax.stage_config import ExploreConfig
 
 
-def run(run: Run, name: str, *, policy: str) -> Summary:
+def run(run: Run, name: str, *, policy: str, games: int | None = None) -> Summary:
     """Plays the run's held-out games at --eval_temperature.
 
     Args:
       run: the run.
       name: below W/eval.
       policy: who plays.
+      games: so many of them, the first; None: as --heldout_games says.
     """
     method, data, sampling = run.settings.method, run.settings.data, run.settings.sampling
     return play_games(
         run,
         name,
         policy=policy,
-        games=ExploreConfig(split=data.heldout_split, games=data.heldout_games),
+        games=ExploreConfig(
+            split=data.heldout_split, games=data.heldout_games if games is None else games
+        ),
         sampling=dataclasses.replace(sampling, temperature=method.eval_temperature),
         flags={
             "split": "heldout_split",

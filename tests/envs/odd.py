@@ -84,3 +84,21 @@ class Slow(Odd):
     def step(self, action: str) -> Observation:
         time.sleep(0.03)
         return super().step(action)
+
+
+class Parts(Counting):
+    """A split for every part of a run; won if the second action has an even number of letters."""
+
+    splits = ("train", "valid", "explore", "heldout")
+
+    def tasks(self, split: str) -> list[str]:
+        return [f"{split}_{i}" for i in range(8)]
+
+    def step(self, action: str) -> Observation:
+        self._even.append(len(action) % 2 == 0)
+        done = len(self._even) == 2
+        won = done and self._even[-1]
+        return Observation(f"{len(action)} letters", float(won), done, won, len(action) < 9)
+
+    def expert(self) -> str:
+        return "even"

@@ -193,8 +193,11 @@ def test_contradicting_and_unknown_flags(policy, tmp_path):
     assert "--lora_rank=4" in said and "--ppo_train_layers=1" in said
     said = _refused(tmp_path, "train_ppo", "--lora_rank=4", "--lora_targets=q,w")
     assert "--lora_targets=q,w" in said and "'w'" in said
-    said = _refused(tmp_path, "compare", f"--policy={policy}", f"--base={policy}")
+    arms = "--arms=spa,continued_sft"
+    said = _refused(tmp_path, "study", arms, f"--policy={policy}", f"--base={policy}")
     assert f"--base={policy}" in said and "drop --base" in said
+    said = _refused(tmp_path, "study", "--arms=spa:credit=all", f"--policy={policy}")
+    assert "--arms: spa:credit=all: --credit=all" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -219,7 +222,9 @@ _PARSE = """
 import sys
 from absl import flags
 from experiments import flags as flags_lib
+from experiments import study
 flags_lib.define_run()
+study.define()  # a preset may be a study's
 flags.FLAGS(["run_spa", "--flagfile=" + sys.argv[1]])
 run = flags_lib.from_flags().settings  # checks that the settings agree with each other
 assert run.rows.row_length >= run.sampling.context_length, "a full episode fits no row"

@@ -1,19 +1,14 @@
 """The whole method in one command, with a tiny random policy on real games."""
 
 import dataclasses
-import json
 import re
-import shutil
-import signal
 
 import pytest
 
-from spa_jax import comparison, policy, store
+from spa_jax import policy, store
 from spa_jax.config import RowsConfig
 from spa_jax.models.io import huggingface
-from spa_jax.stage_config import MethodConfig
 from spa_jax.stages import annotate
-from spa_jax.training.metrics import read_metrics
 from tests import programs, runs, tiny
 from tests.test_chat import DROPS_THOUGHTS
 
@@ -148,32 +143,6 @@ def test_run_again_it_is_done(finished):
     assert "already done" in again
     after = (folder / "iteration_1" / "ppo" / "policy" / "model.safetensors").stat().st_mtime_ns
     assert before == after
-
-
-@pytest.mark.slow
-def test_a_comparison_stops_when_told_and_its_arms_see_as_many_tokens(finished, tmp_path):
-    folder, flags, _ = finished
-    seed = tmp_path / "seed_0"
-    shutil.copytree(folder, seed)
-    command = ("compare", *flags, f"--workdir={tmp_path}", "--seeds=0")
-    going = programs.start(*command)
-    begun = seed / "continued_sft" / "metrics.jsonl"
-    said = programs.kill_when(going, lambda: programs.lines(begun) > 0, how=signal.SIGTERM)
-    assert going.returncode == 143 and "stopped by SIGTERM" in said, said
-    out = programs.succeed(*command)
-    assert re.search(
-        r"RESULT sft=\d\.\d{4} continued_sft=\d\.\d{4} terminal=\d\.\d{4} spa=\d\.\d{4}\n$", out
-    ), out
-    found = json.loads((tmp_path / "comparison.json").read_text())
-    assert {arm: s["games"] for arm, s in found["0"].items()} == dict.fromkeys(comparison.ARMS, 3)
-    two = runs.make(seed, method=MethodConfig(iterations=2))
-    spent = [m["tokens"] for m in read_metrics(seed / "continued_sft" / "metrics.jsonl")]
-    assert sum(spent) == pytest.approx(comparison.ppo_tokens(two), abs=max(spent))
-    explored = "iteration_0/explore/trajectories.jsonl"
-    assert (seed / "terminal" / explored).read_text() == (seed / explored).read_text()
-    for t in store.read(seed / "terminal" / "iteration_1" / "annotated.jsonl"):
-        paid = [step.contribution for step in t.steps]
-        assert paid == [0.0] * (len(paid) - 1) + [t.final_reward]
 
 
 @pytest.mark.slow
