@@ -17,7 +17,7 @@ FLOORS = (
     {"errors"},
     {"attribution", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
     {"batching", "chat", "config", "evaluation", "importers", "store"},
-    {"models", "runtime", "stage_config"},
+    {"judging", "models", "runtime", "stage_config"},
     {"envs", "games", "parity", "run", "sampling"},
     {"episodes", "files", "rollout"},
     {"policy", "provenance"},

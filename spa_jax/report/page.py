@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from spa_jax import evaluation
+from spa_jax import evaluation, judging
 from spa_jax.report import figures, transcripts
 from spa_jax.report.workdir import StageMetrics, Workdir, read_workdir
 from spa_jax.run import BASE, SPA
@@ -25,6 +25,12 @@ _STATUS = {
     "max_tokens": "turn too long",
     "context_full": "context full",
     "deadline": "out of time",
+}
+# Placebo -> how the table of credits calls it.
+_PLACEBOS = {
+    "uniform": "placebo: the same sum, spread evenly",
+    "shuffled": "placebo: the same credits, shuffled",
+    "terminal": "placebo: the final reward at the last step",
 }
 
 
@@ -299,6 +305,7 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
                 "name": evaluation_name(name),
                 "wins": len(wins),
                 "failures": len(failures),
+                "credits": _judged_credits(annotated),
                 "figures": evaluation.estimator_validity(
                     [s[-1] for s in sums],
                     [t.final_reward for t in annotated],
@@ -311,6 +318,19 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
             }
         )
     return judged
+
+
+def _judged_credits(annotated: Sequence[Trajectory]) -> list[tuple[str, dict[str, float]]]:
+    """(whose credit, its figures): the estimator's with intervals, and the placebos' as chance."""
+    given = judging.contributions(annotated)
+    fakes = judging.placebos(given, [t.final_reward for t in annotated])
+    return [
+        ("estimator", judging.judge_episodes(annotated, given)),
+        *(
+            (_PLACEBOS[kind], judging.judge_episodes(annotated, fakes[kind], draws=0))
+            for kind in _PLACEBOS
+        ),
+    ]
 
 
 def _transcript_groups(evaluations: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any] | None:
