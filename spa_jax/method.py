@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from spa_jax import episodes, evaluation, files, judging, policy, store
+from spa_jax import episodes, evaluation, files, judging, policy, store, truth
 from spa_jax import run as run_lib
 from spa_jax.evaluation import Summary
 from spa_jax.report.page import write_report
@@ -90,7 +90,9 @@ def judge_estimator(run: Run) -> dict[str, float]:
     path = run.evaluation(BASE) / run_lib.EPISODES
     played = episodes.completed(store.read(path))
     contributions = judging.contributions(played)
-    return judging.judge_episodes(played, contributions) | evaluation.estimator_validity(
+    advantages = truth.read_advantages(run.advantages, BASE)
+    steps = judging.judge_episodes(played, contributions, advantages)
+    return steps | evaluation.estimator_validity(
         np.array([c.sum() for c in contributions]),
         np.array([t.final_reward for t in played]),
         [c.tolist() for c in contributions],
