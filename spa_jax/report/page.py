@@ -137,7 +137,7 @@ def render(run: Workdir) -> str:
         endings=_endings(summaries),
         played=run.played,
         stages=_stages(run),
-        judgements=_judgements(run.evaluations),
+        judgements=_judgements(run),
         shown=_transcript_groups(run.evaluations),
         ran=_ran(run.ran),
     )
@@ -290,10 +290,10 @@ def _line(metric: str, rounds: Sequence[StageMetrics]) -> tuple[figures.Curve, l
     return parts, borders
 
 
-def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[str, Any]]:
+def _judgements(run: Workdir) -> list[dict[str, Any]]:
     """The estimator on each evaluation that it annotated; a few episodes say nothing of it."""
     judged = []
-    for name, trajectories in evaluations.items():
+    for name, trajectories in run.evaluations.items():
         annotated = [t for t in trajectories if t.status is not Status.ENV_ERROR and t.steps]
         if not annotated or not all(map(transcripts.is_annotated, annotated)):
             continue
@@ -305,7 +305,7 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
                 "name": evaluation_name(name),
                 "wins": len(wins),
                 "failures": len(failures),
-                "credits": _judged_credits(annotated),
+                "credits": _judged_credits(run, name, annotated),
                 "figures": evaluation.estimator_validity(
                     [s[-1] for s in sums],
                     [t.final_reward for t in annotated],
@@ -320,17 +320,21 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
     return judged
 
 
-def _judged_credits(annotated: Sequence[Trajectory]) -> list[tuple[str, dict[str, float]]]:
+def _judged_credits(
+    run: Workdir, name: str, annotated: Sequence[Trajectory]
+) -> list[tuple[str, Mapping[str, float]]]:
     """(whose credit, its figures): the estimator's with intervals, and the placebos' as chance."""
-    given = judging.contributions(annotated)
+    given, advantages = judging.contributions(annotated), run.advantages.get(name)
     fakes = judging.placebos(given, [t.final_reward for t in annotated])
-    return [
-        ("estimator", judging.judge_episodes(annotated, given)),
-        *(
-            (_PLACEBOS[kind], judging.judge_episodes(annotated, fakes[kind], draws=0))
-            for kind in _PLACEBOS
-        ),
+    found: list[tuple[str, Mapping[str, float]]] = [
+        ("estimator", judging.judge_episodes(annotated, given, advantages))
     ]
+    if name in run.critic:
+        found.append(("ridge critic: differences of its values", run.critic[name]))
+    for kind, title in _PLACEBOS.items():
+        figures = judging.judge_episodes(annotated, fakes[kind], advantages, draws=0)
+        found.append((title, figures))
+    return found
 
 
 def _transcript_groups(evaluations: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any] | None:
