@@ -291,7 +291,9 @@ def _critic_credit(run: Run, path: pathlib.Path, played: Sequence[Trajectory]) -
     The values are fitted on the other tasks' episodes of the evaluation.
     """
     settings = run.settings
-    policy = policy_lib.load(str(run.base), compute=fit_attention(settings.compute, settings.rows))
+    chat_format = policy_lib.recorded_chat_format(path.parent)
+    compute = fit_attention(settings.compute, settings.rows)
+    policy = policy_lib.load(str(run.base), chat_format, compute)
     scores = estimator_data.scores_of(policy, path, played, settings.rows)
     rewards = estimator_data.final_rewards(played)
     _, group = np.unique([t.task for t in played], return_inverse=True)
