@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tqdm
@@ -102,8 +102,8 @@ def define_run() -> None:
         "redo",
         "",
         "Remove this stage and what follows from it, and make them anew: games, demos, sft, "
-        "explore, progress, annotate, ppo (or one of these four with :ROUND), evaluate or "
-        "evaluate:NAME.",
+        "explore, progress, annotate, ppo (or one of these four with :ROUND), evaluate, "
+        "evaluate:NAME or truth.",
     )
     define(*(type(config) for _, config in settings_lib.sections(Settings())), DistributedConfig)
 
@@ -172,6 +172,13 @@ def stage_policy() -> str:
     return _parsed.policy
 
 
+def _adopt(values: Mapping[str, Any]) -> None:
+    """Sets flags that nobody gave; names that are no flags of this version are let be."""
+    for name, value in values.items():
+        if name in flags.FLAGS and not flags.FLAGS[name].present:
+            flags.FLAGS[name].value = value
+
+
 def redo() -> str:
     """The stage that --redo names; "" if none."""
     return flags.FLAGS.redo
@@ -203,6 +210,7 @@ def run_program(
     stage: bool = True,
     stage_policy: bool = False,
     needs_workdir: bool = True,
+    made_with: Callable[[], Mapping[str, Any]] | None = None,
 ) -> None:
     """Runs a program that takes a run, as `run`.
 
@@ -213,6 +221,8 @@ def run_program(
       stage: it plays or trains: it heeds --policy and --redo, and several processes can share it.
       stage_policy: its --policy is the stage's, see `stage_policy`.
       needs_workdir: it uses the run's folder.
+      made_with: what a finished run, at which it looks, was made with: flag -> value where nobody
+        gave one.
     """
     define_run()
     if stage_policy:
@@ -223,6 +233,8 @@ def run_program(
         own |= {part} if isinstance(part, str) else _names(part)
 
     def checked(argv: Sequence[str]) -> None:
+        if made_with:
+            _adopt(made_with())
         if needs_workdir:
             from_flags()  # a mistake is told before anything is started
         main(argv)

@@ -23,6 +23,9 @@ def main(run: Run) -> None:
     print(evaluation.table({"base (SFT)": done.base, "SPA": done.spa}))
     print(
         f"\nEstimator on {done.validity['trajectories']} held-out episodes of the base: "
+        f"AUC for subgoal steps {done.validity['subgoal_auc']:.2f}, within an episode "
+        f"{done.validity['subgoal_auc_within']:.2f}, "
+        f"first steps' share {done.validity['first_step_share']:.0%}; of the sum: "
         f"MSE/Var {done.validity['mse_over_var']:.2f}, AUC {done.validity['auc']:.2f}, "
         f"spread of c within an episode {done.validity['spread']:.3f}\n"
     )

@@ -8,6 +8,7 @@ from absl import flags
 
 from experiments import flags as flags_lib
 from spa_jax import provenance, redo
+from spa_jax import run as run_lib
 from spa_jax.config import DistributedConfig
 from spa_jax.run import Run
 from spa_jax.runtime import setup
@@ -27,6 +28,7 @@ def run(
     reads: Sequence[type | str],
     stage_policy: bool = False,
     check: Callable[[Run], None] | None = None,
+    of_finished: bool = False,
 ) -> None:
     """Runs a program: in W/run.json stands what it ran with before its `main` begins.
 
@@ -36,6 +38,7 @@ def run(
       reads: the dataclasses of settings, and single flags, that it shows with --help.
       stage_policy: its --policy is this stage's alone, see `flags.stage_policy`.
       check: refuses a run that cannot be, before anything is written.
+      of_finished: it looks at a finished run: what nobody gave is as W/run.json says.
     """
 
     def with_run(argv: Sequence[str]) -> None:
@@ -54,4 +57,7 @@ def run(
 
         setup.program(body, flags_lib.read(DistributedConfig))
 
-    flags_lib.run_program(with_run, reads=reads, stage_policy=stage_policy)
+    def made_with() -> dict[str, Any]:
+        return provenance.made_with(run_lib.at(flags_lib.workdir()).json) if of_finished else {}
+
+    flags_lib.run_program(with_run, reads=reads, stage_policy=stage_policy, made_with=made_with)

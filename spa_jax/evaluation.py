@@ -218,11 +218,18 @@ def examples(
     Returns:
       (won, lost).
     """
-    played = [t for t in trajectories if t.status is not Status.ENV_ERROR and t.steps]
-    played.sort(key=lambda t: hashlib.sha256(repr(t.key).encode("utf-8", "replace")).digest())
+    played = by_hash(t for t in trajectories if t.status is not Status.ENV_ERROR and t.steps)
     won = [t for t in played if t.success]
     lost = [t for t in played if not t.success]
     return won[:number], lost[:number]
+
+
+def by_hash(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+    """The episodes in the order of a hash of their keys: any first part is a fair choice."""
+    return sorted(
+        trajectories,
+        key=lambda t: hashlib.sha256(repr(t.key).encode("utf-8", "replace")).digest(),
+    )
 
 
 def table(rows: Mapping[str, Summary]) -> str:
@@ -246,7 +253,7 @@ def table(rows: Mapping[str, Summary]) -> str:
         cells[0].append("env errors")
         for line, summary in zip(cells[1:], rows.values(), strict=True):
             line.append(str(summary.env_errors))
-    return _markdown(cells)
+    return markdown(cells)
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -359,7 +366,7 @@ def _decimals(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
-def _markdown(cells: Sequence[Sequence[str]]) -> str:
+def markdown(cells: Sequence[Sequence[str]]) -> str:
     """First column to the left, the others to the right, padded to one width."""
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from spa_jax import episodes, evaluation, files, policy, store
+from spa_jax import episodes, evaluation, files, judging, policy, store, truth
 from spa_jax import run as run_lib
 from spa_jax.evaluation import Summary
 from spa_jax.report.page import write_report
@@ -91,12 +91,17 @@ def train_round(run: Run, number: int) -> None:
 
 
 def judge_estimator(run: Run) -> dict[str, float]:
-    """The last estimator on the base policy's held-out episodes, which must be annotated."""
+    """The last estimator on the base policy's held-out episodes, which must be annotated.
+
+    Its steps are judged by the truth (`judging.judge`), its sums by the rewards.
+    """
     path = run.evaluation(BASE) / run_lib.EPISODES
     played = episodes.completed(store.read(path))
-    contributions = [[step.contribution or 0.0 for step in t.steps] for t in played]
-    return evaluation.estimator_validity(
-        np.array([sum(c) for c in contributions]),
+    contributions = judging.contributions(played)
+    advantages = truth.read_advantages(run.advantages, BASE)
+    steps = judging.judge_episodes(played, contributions, advantages)
+    return steps | evaluation.estimator_validity(
+        np.array([c.sum() for c in contributions]),
         np.array([t.final_reward for t in played]),
-        contributions,
+        [c.tolist() for c in contributions],
     )

@@ -300,15 +300,7 @@ def _play(
         bar.set_postfix(shown, refresh=False)
         bar.update()
 
-    player = rollout.Player(
-        env=env.env,
-        policy=EXPERT if policy is None else str(policy.folder),
-        version=policy.version if policy else 0,
-        max_steps=env.max_steps,
-        prompt=env.prompt,
-        max_retries=env.max_retries,
-        give_up_after=env.give_up_after,
-    )
+    player = make_player(env, policy)
     with bar:
         if policy is None:
             rollout.play_expert(client, todo, player=player, on_done=on_done)
@@ -319,6 +311,24 @@ def _play(
                 writer.write(len(done) + played, timing.metrics() | {"compiled": engine.compiled})
             if said := timing.bottleneck():
                 bar.write(said)
+
+
+def make_player(env: EnvConfig, policy: Policy | None) -> rollout.Player:
+    """Who plays, within the limits of an episode.
+
+    Args:
+      env: the environment's settings.
+      policy: None for the expert.
+    """
+    return rollout.Player(
+        env=env.env,
+        policy=EXPERT if policy is None else str(policy.folder),
+        version=policy.version if policy else 0,
+        max_steps=env.max_steps,
+        prompt=env.prompt,
+        max_retries=env.max_retries,
+        give_up_after=env.give_up_after,
+    )
 
 
 def _read_played(recording: Recording, jobs: Sequence[rollout.Job]) -> list[Trajectory]:

@@ -28,7 +28,7 @@ from spa_jax.runtime import distributed
 VERSION = 1  # of the fingerprints
 SERVED = "served"  # the identity of an environment that runs elsewhere: not compared
 ENVIRONMENT = "environment"  # the name of that input
-STAGES = ("games", "demos", "sft", "explore", "progress", "annotate", "ppo", "evaluate")
+STAGES = ("games", "demos", "sft", "explore", "progress", "annotate", "ppo", "evaluate", "truth")
 
 # What a stage depends on: sections of `Settings`, or SECTION.FIELD; never operational settings.
 _NUMBERS = ("compute.param_dtype", "compute.compute_dtype", "compute.matmul_dtype")
@@ -42,7 +42,9 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     "annotate": ("credit", *_NUMBERS),
     "ppo": ("ppo", "lora", "compute"),
     "evaluate": (*_PLAYING, "explore.split", "explore.games", "explore.first_game"),
+    "truth": (*_PLAYING, "explore.split"),
 }
+_WHOLE = ("run_spa", "compare", "study")  # programs that make a whole run
 _EARLIER = 50  # entries of run.json that are kept
 _SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # a name and password in an address
 
@@ -138,6 +140,26 @@ def _earlier(path: pathlib.Path) -> list[dict[str, Any]]:
 def _redacted(value: Any) -> Any:
     """Without the password of an address."""
     return _SECRET.sub("***", value) if isinstance(value, str) else value
+
+
+def made_with(path: pathlib.Path) -> dict[str, Any]:
+    """Flag -> value of what is no default in a run, as its run.json says; {} without one.
+
+    A program that looks at a finished run, and comes later, need not be told its settings again.
+    What a whole run was made with goes before what a single stage was given afterwards.
+    """
+    if not path.exists():
+        return {}
+    try:
+        last = json.loads(path.read_text())
+        settings = {k: s["value"] for k, s in last["settings"].items() if s["changed"]}
+        newest = last | {"settings": settings | {"policy": last["policy"]}}
+        entries = [newest, *reversed(last.get("earlier", []))]
+        chosen = next((e for e in entries if e["program"] in _WHOLE), newest)
+        given = chosen["settings"] | {"seed": chosen["seed"]}
+        return {name: value for name, value in given.items() if "***" not in str(value)}
+    except (ValueError, KeyError, TypeError):  # written by somebody else
+        return {}
 
 
 # --- what files are ---------------------------------------------------------------------------
@@ -329,7 +351,7 @@ def fingerprint(
     """What a stage is made from, as JSON has it; arguments as `check_stage`."""
     values = stage_settings(run, stage) | {k: v for k, v in settings.items() if k != "seed"}
     given = dict(inputs)
-    if stage in ("demos", "explore", "evaluate"):
+    if stage in ("demos", "explore", "evaluate", "truth"):
         splits = [values["split"]] if "split" in values else []
         identity = environment_identity(run.settings.env, run.games, splits)
         given[ENVIRONMENT] = identity or "not there"
@@ -420,7 +442,7 @@ def _has_results(folder: pathlib.Path) -> bool:
 
 def _remedy(run: Run, stage: str, folder: pathlib.Path) -> str:
     """How to make a stage anew in the same folder."""
-    here = {run.games: "games", run.demos: "demos", run.sft: "sft"}
+    here = {run.games: "games", run.demos: "demos", run.sft: "sft", run.truth: "truth"}
     here |= {run.demonstrations(part).parent: "demos" for part in ("train", "valid")}
     for r in run.rounds():
         here |= {r.explore: f"explore:{r.number}", r.progress: f"progress:{r.number}"}

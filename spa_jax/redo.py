@@ -51,15 +51,19 @@ def remove(run: Run, stage: str, number: int = 0) -> list[pathlib.Path]:
 def _redo_help() -> str:
     return (
         "give games, demos, sft, explore:ROUND, progress:ROUND, annotate:ROUND, ppo:ROUND, "
-        "evaluate or evaluate:NAME"
+        "evaluate, evaluate:NAME or truth"
     )
 
 
 def _followers(run: Run, stage: str, number: int, name: str) -> list[pathlib.Path]:
     """A stage's files, and those of all that follows from it, the last first."""
     judged = [run.report, run.estimator]
+    if stage == "truth":
+        return [*judged, run.truth]
     if stage == "evaluate":
-        return [*judged, run.evaluation(name) if name else run.evaluations]
+        # The truth is about the base's episodes, whatever their split.
+        told = [run.truth] if not name or name.startswith(run_lib.BASE) else []
+        return [*judged, *told, run.evaluation(name) if name else run.evaluations]
     order = provenance.STAGES.index(stage)
     before = [
         path
@@ -68,7 +72,7 @@ def _followers(run: Run, stage: str, number: int, name: str) -> list[pathlib.Pat
     ]
     if before:
         rounds = [r.folder for r in run.rounds()]
-        return [*judged, run.evaluations, *reversed(rounds), *before]
+        return [*judged, run.truth, run.evaluations, *reversed(rounds), *before]
     own = run.round(number)
     parts = {
         "ppo": [own.ppo],

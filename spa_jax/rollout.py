@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from spa_jax import replay
 from spa_jax.chat import ChatFormat
 from spa_jax.envs.client import EnvClient, Session
 from spa_jax.envs.protocol import NO_SERVER, USER_ERROR, EnvError, Observation, Task
@@ -46,12 +47,21 @@ _EXPERT_SESSIONS = 2  # episodes that the expert plays at once
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One episode to play; (task, seed, attempt) is its key."""
+    """One episode to play; (task, seed, attempt) is its key.
+
+    Attributes:
+      task: the game.
+      seed: of the game.
+      attempt: which rollout of both.
+      retry: tries before this one that the environment failed.
+      prefix: what has been played of the episode already (`replay.cut`); None: nothing.
+    """
 
     task: Task
     seed: int
     attempt: int
     retry: int = 0
+    prefix: Trajectory | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -156,12 +166,14 @@ class _Episode:
         # The end of the last turn, if a stop text ended it and the policy did not write it: it is
         # read as context before the next observation.
         self.forced: list[int] = []
-        self.instruction = ""
-        self.initial_progress: float | None = None
-        self.steps: list[Step] = []
-        self.ids: list[int] = []
-        self.step_id: list[int] = []
-        self.log_probs: list[float] = []
+        begun = job.prefix
+        self.instruction = begun.instruction if begun else ""
+        self.initial_progress = begun.initial_progress if begun else None
+        self.steps: list[Step] = list(begun.steps) if begun else []
+        self.ids: list[int] = list(begun.token_ids) if begun else []
+        self.step_id: list[int] = list(begun.step_id) if begun else []
+        self.log_probs: list[float] = list(begun.log_probs) if begun else []
+        self.unread = self.ids.copy()  # what the engine reads before anything else
 
     def read(self, ids: list[int]) -> None:
         """Adds context."""
@@ -323,7 +335,8 @@ class Rollout:
 
     def _reset(self, slot: int, job: Job) -> Observation:
         session = self.sessions[slot] = self.sessions[slot] or self.client.session()
-        return session.reset(job.task.task, job.task.split, job.seed, prompt=self.player.prompt)
+        first = session.reset(job.task.task, job.task.split, job.seed, prompt=self.player.prompt)
+        return first if job.prefix is None else replay.play(session, first, job.prefix)
 
     def _harvest(self) -> list[int]:
         """Slots whose environment has answered; if the engine is idle, waits until one has."""
@@ -374,15 +387,16 @@ class Rollout:
         if status is not None:
             self._end(slot, status, observation.text)
             return
+        if episode.unread:
+            ids, episode.unread = episode.unread, []
+            self._check_opening(slot, ids)
+            self.engine.submit(slot, ids)  # the record has them
+            return
         if not episode.ids:
             episode.instruction = observation.instruction
             episode.initial_progress = observation.progress
             ids = self.chat.first_turn(observation.instruction, observation.text)
-            if not self.engine.fits(slot, ids):
-                raise UserError(
-                    f"the prompt of task {episode.job.task.task} has {len(ids)} tokens, "
-                    f"--context_length={self.engine.context_length} is too short: raise it"
-                )
+            self._check_opening(slot, ids)
         else:
             ids = episode.forced + self.chat.next_turn(observation.text)
             episode.forced = []
@@ -391,6 +405,14 @@ class Rollout:
                 return
         episode.read(ids)
         self.engine.submit(slot, ids)
+
+    def _check_opening(self, slot: int, ids: list[int]) -> None:
+        """Refuses a context that has no room for what an episode opens with."""
+        if not self.engine.fits(slot, ids):
+            raise UserError(
+                f"the prompt of task {self.episodes[slot].job.task.task} has {len(ids)} tokens, "
+                f"--context_length={self.engine.context_length} is too short: raise it"
+            )
 
     def _act(self, slot: int, response: "Response") -> None:
         """Records a turn and sends its action to the environment, unless a limit cut it."""

@@ -13,6 +13,7 @@ This is the only place that spells a path below the workdir, W:
                   ppo/                         metrics.jsonl, tensorboard/, checkpoints/
                       policy/                  the trained policy
     W/eval/NAME/                               held-out episodes of a policy, summary.json
+    W/truth/                                   branches.jsonl, truth.json, credits.json
     W/estimator.json                           the estimator judged on held-out episodes
     W/report.html
 
@@ -160,6 +161,26 @@ class Run:
     def evaluation(self, name: str) -> pathlib.Path:
         """The folder of an evaluation."""
         return self.evaluations / name
+
+    @property
+    def truth(self) -> pathlib.Path:
+        """The folder of what branches say of an evaluation's steps."""
+        return self.workdir / "truth"
+
+    @property
+    def branches(self) -> pathlib.Path:
+        """How the branches ended, a line each."""
+        return self.truth / "branches.jsonl"
+
+    @property
+    def advantages(self) -> pathlib.Path:
+        """The value before, and the true advantage of, each judged step."""
+        return self.truth / "truth.json"
+
+    @property
+    def credits(self) -> pathlib.Path:
+        """Every credit judged by the truth."""
+        return self.truth / "credits.json"
 
     @property
     def estimator(self) -> pathlib.Path:

@@ -34,8 +34,12 @@ def append(path: str | os.PathLike[str], record: Trajectory) -> None:
     Raises:
       UserError: if the file ends in a torn line (call `repair` at start).
     """
+    append_line(path, _line(record))
+
+
+def append_line(path: str | os.PathLike[str], line: bytes) -> None:
+    """Adds a line, which ends in a newline, as `append`."""
     path = pathlib.Path(path)
-    line = _line(record)
     is_new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:

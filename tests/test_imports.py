@@ -17,22 +17,23 @@ FLOORS = (
     {"errors"},
     {"machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
     {"attribution", "batching", "chat", "config", "evaluation", "importers", "store"},
-    {"models", "runtime", "stage_config"},
+    {"judging", "models", "runtime", "stage_config", "truth"},
     {"envs", "games", "parity", "run", "sampling"},
-    {"episodes", "files", "rollout"},
-    {"policy", "provenance"},
+    {"episodes", "files", "replay"},
+    {"policy", "provenance", "rollout"},
     {"redo", "training"},
     {"annotation", "export", "play", "report"},
     {"stages"},
     {"method"},
-    {"study"},
+    {"branching", "study"},
 )
 _TRAINER = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "torch"}
 _WORLD = {"absl", "glob", "io", "json", "os", "pathlib", "shutil", "subprocess", "sys", "tempfile"}
 _OF_A_RUN = re.compile(
     r"iteration_[\d{]|^iteration_|^(eval|explore)/|^(annotated\.jsonl|"
-    r"below\.npz|checkpoints|done\.json|estimator\.json|features\.npz|"
-    r"fingerprint\.json|report\.html|run\.json|trajectories\.jsonl)$"
+    r"below\.npz|branches\.jsonl|checkpoints|credits\.json|done\.json|"
+    r"estimator\.json|features\.npz|fingerprint\.json|report\.html|run\.json|"
+    r"trajectories\.jsonl|truth\.json)$"
 )
 
 

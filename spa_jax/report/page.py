@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from spa_jax import evaluation
+from spa_jax import evaluation, judging
 from spa_jax.report import figures, transcripts
 from spa_jax.report.workdir import StageMetrics, Workdir, read_workdir
 from spa_jax.run import BASE, SPA
@@ -25,6 +25,12 @@ _STATUS = {
     "max_tokens": "turn too long",
     "context_full": "context full",
     "deadline": "out of time",
+}
+# Placebo -> how the table of credits calls it.
+_PLACEBOS = {
+    "uniform": "placebo: the same sum, spread evenly",
+    "shuffled": "placebo: the same credits, shuffled",
+    "terminal": "placebo: the final reward at the last step",
 }
 
 
@@ -131,7 +137,7 @@ def render(run: Workdir) -> str:
         endings=_endings(summaries),
         played=run.played,
         stages=_stages(run),
-        judgements=_judgements(run.evaluations),
+        judgements=_judgements(run),
         shown=_transcript_groups(run.evaluations),
         ran=_ran(run.ran),
     )
@@ -284,10 +290,10 @@ def _line(metric: str, rounds: Sequence[StageMetrics]) -> tuple[figures.Curve, l
     return parts, borders
 
 
-def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[str, Any]]:
+def _judgements(run: Workdir) -> list[dict[str, Any]]:
     """The estimator on each evaluation that it annotated; a few episodes say nothing of it."""
     judged = []
-    for name, trajectories in evaluations.items():
+    for name, trajectories in run.evaluations.items():
         annotated = [t for t in trajectories if t.status is not Status.ENV_ERROR and t.steps]
         if not annotated or not all(map(transcripts.is_annotated, annotated)):
             continue
@@ -299,6 +305,7 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
                 "name": evaluation_name(name),
                 "wins": len(wins),
                 "failures": len(failures),
+                "credits": _judged_credits(run, name, annotated),
                 "figures": evaluation.estimator_validity(
                     [s[-1] for s in sums],
                     [t.final_reward for t in annotated],
@@ -311,6 +318,23 @@ def _judgements(evaluations: Mapping[str, Sequence[Trajectory]]) -> list[dict[st
             }
         )
     return judged
+
+
+def _judged_credits(
+    run: Workdir, name: str, annotated: Sequence[Trajectory]
+) -> list[tuple[str, Mapping[str, float]]]:
+    """(whose credit, its figures): the estimator's with intervals, and the placebos' as chance."""
+    given, advantages = judging.contributions(annotated), run.advantages.get(name)
+    fakes = judging.placebos(given, [t.final_reward for t in annotated])
+    found: list[tuple[str, Mapping[str, float]]] = [
+        ("estimator", judging.judge_episodes(annotated, given, advantages))
+    ]
+    if name in run.critic:
+        found.append(("ridge critic: differences of its values", run.critic[name]))
+    for kind, title in _PLACEBOS.items():
+        figures = judging.judge_episodes(annotated, fakes[kind], advantages, draws=0)
+        found.append((title, figures))
+    return found
 
 
 def _transcript_groups(evaluations: Mapping[str, Sequence[Trajectory]]) -> dict[str, Any] | None:

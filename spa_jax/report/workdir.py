@@ -6,10 +6,13 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from spa_jax import evaluation, store
+import numpy as np
+
+from spa_jax import evaluation, store, truth
 from spa_jax import run as run_lib
 from spa_jax.errors import UserError
 from spa_jax.run import Run
+from spa_jax.store import Key
 from spa_jax.training import metrics
 from spa_jax.trajectory import Trajectory
 
@@ -35,6 +38,8 @@ class Workdir:
       stages: "sft", "progress" and "ppo" -> its metrics, one a round, those that have a line.
       evaluations: name -> episodes, the base ("sft") first and "spa" after it.
       ran: what W/run.json says: settings, command, versions, machine; {} without one.
+      advantages: name of an evaluation -> the true advantages of its episodes' steps, by key.
+      critic: name of an evaluation -> the figures of the ridge critic's credit of its episodes.
     """
 
     name: str
@@ -42,6 +47,8 @@ class Workdir:
     stages: Mapping[str, list[StageMetrics]]
     evaluations: Mapping[str, list[Trajectory]]
     ran: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    advantages: Mapping[str, Mapping[Key, np.ndarray]] = dataclasses.field(default_factory=dict)
+    critic: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def read_workdir(folder: pathlib.Path) -> Workdir:
@@ -55,6 +62,7 @@ def read_workdir(folder: pathlib.Path) -> Workdir:
         raise UserError(f"--workdir={folder}: no such folder; give the --workdir of a run")
     run = run_lib.at(folder)
     rounds = run.rounds()
+    evaluations = _evaluations(run.evaluations)
     found = Workdir(
         name=folder.resolve().name,
         played=_played(run),
@@ -63,8 +71,10 @@ def read_workdir(folder: pathlib.Path) -> Workdir:
             "progress": _metrics((r.number, r.progress) for r in rounds),
             "ppo": _metrics((r.number, r.ppo) for r in rounds),
         },
-        evaluations=_evaluations(run.evaluations),
+        evaluations=evaluations,
         ran=_ran(run),
+        advantages={name: truth.read_advantages(run.advantages, name) for name in evaluations},
+        critic=_critic(run),
     )
     if not (found.played or found.evaluations or any(found.stages.values())):
         raise UserError(
@@ -106,6 +116,20 @@ def _evaluations(folder: pathlib.Path) -> dict[str, list[Trajectory]]:
     ordered += sorted(names - set(ordered))
     read = {name: store.read(folder / name / run_lib.EPISODES) for name in ordered}
     return {name: trajectories for name, trajectories in read.items() if trajectories}
+
+
+def _critic(run: Run) -> dict[str, dict[str, float]]:
+    """What judge_credit found of the ridge critic, by the evaluation that it was judged on."""
+    if not run.credits.exists():
+        return {}
+    try:
+        judged = json.loads(run.credits.read_text())
+        figures = judged["credits"].get("ridge critic")
+        return {judged["evaluation"]: figures} if figures else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run.credits}: not what judge_credit writes ({error}); remove it, and run it again"
+        ) from error
 
 
 def _ran(run: Run) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def episode(
         + ", ".join(f"a {place}" for place in _PLACES)
         + f".\nYour task is to: put a {thing[:-2]} in/on {goal[:-2]}."
     )
-    steps = []
+    steps, progress = [], 0.0
     for k in range(count):
         place = str(rng.choice(_PLACES))
         action, answer, grounded = f"go to {place}", f"On the {place}, you see nothing.", True
@@ -77,6 +77,8 @@ def episode(
         if won and k == count - 1:
             action, answer = f"put {thing} in/on {goal}", f"You put the {thing} in/on the {goal}."
             grounded = True
+        if k == found or (won and k == count - 1):
+            progress += 0.5
         value = 0.02 + 0.06 * rng.standard_normal() + (0.35 if k in (found, count - 1) else 0)
         value -= 0.04 if not won else 0.0
         c = float(value) if annotate else None
@@ -87,6 +89,7 @@ def episode(
             grounded=grounded,
             contribution=c,
             reward=None if c is None else c + 0.5 * (grounded - 1),
+            progress=progress,
         ))
         observation = answer
     return Trajectory(
@@ -94,7 +97,8 @@ def episode(
         seed=0, attempt=0, policy=policy,
         status=Status.SUCCESS if won else (Status.MAX_STEPS if number % 5 else Status.CONTEXT_FULL),
         final_reward=float(won), instruction="Interact with a household to solve a task.",
-        steps=tuple(steps), final_observation=observation, task_type=_TYPES[number % 6],
+        steps=tuple(steps), final_observation=observation, initial_progress=0.0,
+        task_type=_TYPES[number % 6],
         sampling=Sampling(temperature=0.0, max_new_tokens=48),
     )
 

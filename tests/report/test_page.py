@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from spa_jax import store
+from spa_jax import files, judging, store, truth
+from spa_jax import run as run_lib
 from spa_jax.errors import UserError
 from spa_jax.report.page import write_report
 from tests.report import synthetic
@@ -127,6 +128,66 @@ def test_transcripts_show_each_step_beside_what_it_got(page, workdir):
     for t in shown:
         total = sum(step.contribution for step in t.steps)
         assert f"sum {total:.2f}".replace("-", "\N{MINUS SIGN}") in page.words
+
+
+def test_the_steps_are_judged_before_the_sums(page, workdir):
+    played = store.read(workdir / "eval" / "sft" / "trajectories.jsonl")
+    given = judging.contributions(played)
+    found = judging.judge_episodes(played, given)
+    assert found["subgoal_auc"] > 0.9 and found["judged_episodes"] == 24
+    steps, sums = page.words.index("Base (SFT): the steps"), page.words.index(": the sums")
+    auc, low = found["subgoal_auc"], found["subgoal_auc_low"]
+    shown = page.words.index(f"{auc:.2f} subgoals: how often")
+    assert steps < shown < sums < page.words.index("error over variance")
+    assert f"95% interval {low:.2f} to {found['subgoal_auc_high']:.2f}." in page.words
+    for good in ("0.96 and more is good", "0.95 and more is good", "10% and less is good",
+                 "no further from 0 than that of the true advantages"):
+        assert steps < page.words.index(good) < sums, good
+    # What chance gives, on the same episodes.
+    uniform = judging.placebos(given, [t.final_reward for t in played])["uniform"]
+    chance = judging.judge_episodes(played, uniform, draws=0)
+    assert chance["subgoal_auc_within"] == 0.5
+    row = f"spread evenly {chance['subgoal_auc']:.2f} 0.50 {100 * chance['first_step_share']:.0f}%"
+    assert row in page.words
+    assert "experiments.judge_credit finds them out" in page.words
+
+
+def test_an_environment_that_tells_no_progress_is_named_as_one(tmp_path):
+    rng = synthetic.np.random.default_rng(0)
+    played = [synthetic.episode(rng, i, 0.5, annotate=True) for i in range(6)]
+    played = [dataclasses.replace(t, initial_progress=None) for t in played]
+    store.write(tmp_path / "eval" / "sft" / "trajectories.jsonl", played)
+    write_report(tmp_path, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page.problems == []
+    assert "The environment does not tell progress in these episodes" in page.words
+    assert "0.96 and more" not in page.words and "10% and less is good" in page.words
+
+
+def test_true_advantages_are_shown_for_the_episodes_that_they_are_of(tmp_path):
+    """Base and SPA play the same games, so their episodes have the same keys."""
+    rng = synthetic.np.random.default_rng(0)
+    for name in ("sft", "spa"):
+        played = [synthetic.episode(rng, i, 0.5, annotate=True) for i in range(6)]
+        store.write(tmp_path / "eval" / name / "trajectories.jsonl", played)
+    base = store.read(tmp_path / "eval" / "sft" / "trajectories.jsonl")[:4]
+    rewards = {t.key: rng.integers(0, 2, (len(t.steps), 8)).astype(float) for t in base}
+    told = {t.key: truth.estimate(rewards[t.key], t.final_reward) for t in base}
+    run = run_lib.at(tmp_path)
+    files.write_json(run.advantages, truth.to_json(told, evaluation="sft"))
+    advantages = truth.read_advantages(run.advantages, "sft")
+    every = store.read(tmp_path / "eval" / "sft" / "trajectories.jsonl")
+    found = judging.judge_episodes(every, judging.contributions(every), advantages)
+    critic = found | {"advantage_correlation": 0.77, "subgoal_auc": float("nan")}
+    files.write_json(run.credits, {"evaluation": "sft", "credits": {"ridge critic": critic}})
+    write_report(tmp_path, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page.problems == []
+    shown = f"{found['advantage_correlation']:+.2f}".replace("-", "\N{MINUS SIGN}")
+    assert f"{shown} rank correlation with the true advantages" in page.words
+    assert "after each step of 4 episodes" in page.words
+    assert re.search("ridge critic: differences of its values \N{EN DASH} .*? [+]0.77 ", page.words)
+    assert page.words.count("finds them out") == 1 and page.words.count("ridge critic") == 1
 
 
 def test_the_same_workdir_gives_the_same_page(page, workdir, tmp_path):
