@@ -1,6 +1,7 @@
 """When an episode ends, what is kept of a turn that a limit cut, and where the time goes."""
 
 import dataclasses
+import json
 import os
 
 import numpy as np
@@ -12,9 +13,18 @@ from spa_jax.config import ServerConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import Observation, Task
-from spa_jax.rollout import Job, Player, Rollout, Timing, _Episode, _final_reward, _outcome
+from spa_jax.rollout import (
+    Job,
+    Player,
+    Rollout,
+    Timing,
+    _Episode,
+    _final_reward,
+    _outcome,
+    play_expert,
+)
 from spa_jax.sampling.engine import Engine, Usage
-from spa_jax.trajectory import Sampling, Status, Step
+from spa_jax.trajectory import Sampling, Status, Step, from_json, to_json
 from tests import programs, tiny
 
 
@@ -158,6 +168,47 @@ def test_a_stop_string_ends_a_turn_whose_end_is_then_forced(chat, client):
                 start = own[-1] + 2
                 assert ids[start : start + len(follows)].tolist() == follows
     assert stopped > 3
+
+
+@pytest.fixture(scope="module")
+def marching():
+    """A server of an environment that says its progress: 0, then a quarter an action."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{programs.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        config = ServerConfig("tests.envs.odd:Marching", env="custom", max_sessions=4)
+        with LocalServer(config, start_deadline_s=120) as server:
+            yield EnvClient(server.address)
+
+
+def test_progress_is_recorded_of_a_policys_episodes_and_never_read(chat, marching):
+    played, _ = _play(chat, marching, Sampling(max_new_tokens=40))
+    for t in played:
+        assert t.status is Status.SUCCESS
+        assert t.progress == (0.0, 0.25, 0.5, 0.75, 1.0) and t.initial_progress == 0.0
+        context = chat.decode([i for i, s in zip(t.token_ids, t.step_id, strict=True) if s == -1])
+        assert "march" in context and "step 3" in context
+        assert not any(told in context for told in ("progress", "0.25", "0.5", "0.75"))
+        assert from_json(json.loads(json.dumps(to_json(t)))) == t
+
+
+def test_a_turn_that_is_cut_leaves_progress_as_it_was(chat, marching):
+    played, _ = _play(chat, marching, Sampling(max_new_tokens=6), ends=-20.0)
+    for t in played:
+        assert t.status is Status.MAX_TOKENS and t.progress == (0.0, 0.0)
+
+
+def test_an_environment_that_does_not_know_its_progress_tells_none(chat, client):
+    played, _ = _play(chat, client, Sampling(max_new_tokens=40), episodes=2)
+    assert all(t.progress is None and t.steps for t in played)
+
+
+def test_progress_is_recorded_of_the_experts_episodes(marching):
+    player = Player("custom", "expert", 0, max_steps=3, prompt="short")
+    played = []
+    jobs = [Job(Task(f"train_{i}", "train", "", ""), 0, 0) for i in range(2)]
+    play_expert(marching, jobs, player=player, on_done=played.append)
+    assert [t.progress for t in played] == [(0.0, 0.25, 0.5, 0.75)] * 2
+    assert {t.status for t in played} == {Status.MAX_STEPS}
 
 
 def test_slow_environments_are_named_as_the_bottleneck(chat, client):

@@ -175,6 +175,38 @@ def test_killed_again_and_again_no_episode_is_lost_or_doubled(tmp_path):
         written = len(attempts)
 
 
+def test_a_record_of_schema_1_is_read_and_written_back_as_2(tmp_path):
+    path, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    store.append(path, episode())
+    record = json.loads(path.read_text())
+    del record["initial_progress"], record["steps"][0]["progress"]
+    path.write_text(json.dumps(record | {"schema": 1}) + "\n")
+    (old,) = store.read(path)
+    assert old == episode() and old.progress is None and old.initial_progress is None
+    store.write(new, [old])
+    assert json.loads(new.read_text()) == record | {
+        "schema": 2,
+        "initial_progress": None,
+        "steps": [record["steps"][0] | {"progress": None}],
+    }
+    path.write_text(json.dumps(record | {"schema": 3}) + "\n")
+    with pytest.raises(UserError, match=r"old.jsonl:1: trajectory schema 3.*reads 1 and 2"):
+        store.read(path)
+
+
+def test_progress_is_kept_and_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "t.jsonl"
+    steps = tuple(Step("o", "a", "a", True, progress=p) for p in (0.5, 1 / 3, 1.0))
+    whole = episode(attempt=0, steps=steps, initial_progress=0.25)
+    unknown = episode(attempt=1, steps=steps)  # nobody said what was done before
+    torn = episode(attempt=2, steps=(steps[0], Step("o", "a", "a", True)), initial_progress=0.0)
+    for one in (whole, unknown, torn):
+        store.append(path, one)
+    told = [one.progress for one in store.read(path)]
+    assert told == [(0.25, 0.5, 1 / 3, 1.0), None, None]
+    assert episode(steps=(), step_id=(-1, -1, -1), initial_progress=0.0).progress == (0.0,)
+
+
 def test_the_file_is_plain_json_lines(tmp_path):
     path = tmp_path / "t.jsonl"
     store.append(path, episode())

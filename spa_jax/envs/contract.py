@@ -37,7 +37,8 @@ class Engine(Protocol[_Opened]):
             random do not look at it.
 
         Returns:
-          The first observation: reward 0, not done, grounded, with the instruction.
+          The first observation: reward 0, not done, grounded, with the instruction, and with the
+          progress before the first step if the environment knows it.
 
         Raises:
           UserError: if the task's data is missing or broken, the prompt is unknown, or an expert
@@ -54,7 +55,9 @@ class Engine(Protocol[_Opened]):
 
         Returns:
           What came of it.  The step that ends the episode pays R, in [0, 1]; what was won stays
-          won if the client plays on.
+          won if the client plays on.  Its `progress` is that of the state after the action, in
+          [0, 1]: it may fall, an action that is not executed leaves it as it is, and a task that
+          was won stays at 1.  No text, instruction or expert's action tells it.
         """
 
 

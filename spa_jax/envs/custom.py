@@ -9,7 +9,9 @@ The class is named, like a console script's entry point, by --custom_data=MODULE
         def reset(self, task: str, seed: int) -> str: ...      the first observation
         def step(self, action: str) -> Observation: ...
 
-A fourth method is optional: `expert(self) -> str`, the action that an expert would take now.
+A fourth method is optional: `expert(self) -> str`, the action that an expert would take now.  A
+class that knows how much of a task is done says it in `Observation.progress`, and its `reset` then
+returns an Observation too.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ import inspect
 from typing import Any
 
 from spa_jax.envs.contract import Engine, Index
-from spa_jax.envs.protocol import Observation, Task
+from spa_jax.envs.protocol import Observation, Task, checked_progress
 from spa_jax.errors import UserError
 
 # A class has one instruction, whatever --prompt says.
@@ -121,13 +123,17 @@ class CustomEngine(Engine[str]):
             self._env, self._name = load_class(place)(), place
         if expert and not hasattr(self._env, "expert"):
             raise UserError(f"{place} has no expert: give it a method expert()")
-        text = self._env.reset(task, seed)
-        if not isinstance(text, str):
-            raise UserError(f"{place}.reset returned {type(text).__name__}, not a text")
+        first = self._env.reset(task, seed)
+        if isinstance(first, str):
+            first = Observation(first, 0.0, False, False, True)
+        if not isinstance(first, Observation):
+            kind = type(first).__name__
+            raise UserError(f"{place}.reset returned {kind}, not a text or an Observation")
+        if first.done or first.reward:
+            raise UserError(f"{place}.reset returned an end or a reward: only a step can")
         self._task, self._expert = task, expert
-        first = Observation(text, 0.0, False, False, True)
         instruction = inspect.cleandoc(self._env.instruction)
-        return self._with_expert(dataclasses.replace(first, instruction=instruction, task=task))
+        return self._completed(dataclasses.replace(first, instruction=instruction), "reset")
 
     def step(self, action: str) -> Observation:
         """Plays the action."""
@@ -135,9 +141,13 @@ class CustomEngine(Engine[str]):
         if not isinstance(now, Observation):
             kind = type(now).__name__
             raise UserError(f"{self._name}.step returned {kind}, not an Observation")
-        return self._with_expert(dataclasses.replace(now, task=self._task))
+        return self._completed(now, "step")
 
-    def _with_expert(self, now: Observation) -> Observation:
-        if not self._expert or now.done:
-            return now
-        return dataclasses.replace(now, expert_action=self._env.expert())
+    def _completed(self, now: Observation, method: str) -> Observation:
+        """What a method returned, with the task, and the expert's action if one is wanted."""
+        try:
+            progress = checked_progress(now.progress)
+        except ValueError as error:
+            raise UserError(f"{self._name}.{method} returned an observation: {error}") from error
+        expert = self._env.expert() if self._expert and not now.done else now.expert_action
+        return dataclasses.replace(now, task=self._task, progress=progress, expert_action=expert)

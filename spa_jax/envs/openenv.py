@@ -18,11 +18,12 @@ from typing import Any
 
 from spa_jax.config import EnvConfig
 from spa_jax.envs.client import EnvClient, Wire
-from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation, Task
+from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation, Task, checked_progress
 from spa_jax.envs.text import parse_action
 from spa_jax.errors import UserError
 
 OPENENV = "openenv"
+NONE = "none"  # as a mapping's "progress": no field says it
 EXTENSION = "x-spa-jax"  # the key of a mapping in the schema of an observation
 
 # Usual names of what an environment says and of what it is told, best first.
@@ -56,6 +57,8 @@ class OpenEnvMapping:
         there is one, else that the episode ended with R = 1.
       grounded: the same for whether the action could be executed, such as "!error"; empty:
         `grounded` if there is one, else always.
+      progress: how much of the task is done, a number in [0, 1] or null; "none": nothing says it;
+        empty: `progress` if there is one that is no text.
 
     Raises:
       UserError: if a value has the wrong type, or makes no sense.
@@ -71,6 +74,7 @@ class OpenEnvMapping:
     reward_scale: float = 1.0
     success: str = ""
     grounded: str = ""
+    progress: str = ""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -82,6 +86,8 @@ class OpenEnvMapping:
             raise UserError(f'"reward_scale" must be a number other than 0, not {scale!r:.100}')
         if not self.reward:
             raise UserError('"reward" must be "last", "sum" or a field of the observation')
+        if self.progress.startswith("!"):
+            raise UserError('"progress" must be a field with a number, which has no opposite')
 
 
 _KEYS = tuple(field.name for field in dataclasses.fields(OpenEnvMapping))
@@ -207,7 +213,16 @@ def complete_mapping(schema: Any, given: Mapping[str, Any]) -> OpenEnvMapping:
         ),
         success=_flag("success", mapping.success, shown, "success"),
         grounded=_flag("grounded", mapping.grounded, shown, "grounded"),
+        progress=_progress(mapping.progress, shown),
     )
+
+
+def _progress(wanted: str, shown: Mapping[str, Any]) -> str:
+    """The field that tells it; "" for none."""
+    if wanted == NONE:
+        return ""
+    usual = "progress" if shown.get("progress", {}).get("type") != "string" else ""
+    return _flag("progress", wanted, shown, usual)
 
 
 def _field(
@@ -292,7 +307,19 @@ class TextWire(Wire):
             grounded=_holds(self._mapping.grounded, shown, True),
             instruction=self._mapping.instruction if first else "",
             task=first,
+            progress=self._progress(shown),
         )
+
+    def _progress(self, shown: dict[str, Any]) -> float | None:
+        """How much of the task is done; None if no field says it, or this observation's is null."""
+        field = self._mapping.progress
+        try:
+            return checked_progress(shown.get(field)) if field else None
+        except ValueError as error:
+            raise _user_error(
+                f"the environment's field {field!r}: {error}; name another one, or "
+                f'"{NONE}", by "progress" in --openenv_mapping'
+            ) from error
 
     def _reward(self, paid: Any, shown: dict[str, Any], done: bool) -> float:
         """What the episode is paid so far, of which the last is R."""

@@ -20,6 +20,7 @@ action and parses nothing.
 """
 
 import dataclasses
+import numbers
 from typing import Any
 
 # Codes of OpenEnv's protocol.
@@ -95,6 +96,21 @@ class Task:
     task_type: str
     layout: str
     seed: int | None = None
+
+
+def checked_progress(value: Any) -> float | None:
+    """What an environment that is not ours says of its progress, as a float.
+
+    Raises:
+      ValueError: if it is neither None nor a number in [0, 1].
+    """
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    # Sums of shares are as exact as floats are.
+    if not number or not -1e-9 <= value <= 1 + 1e-9:
+        raise ValueError(f"its progress must be a number in [0, 1] or None, not {value!r:.100}")
+    return min(max(float(value), 0.0), 1.0)
 
 
 def observation_to_wire(observation: Observation) -> dict[str, Any]:

@@ -78,6 +78,20 @@ class Split(Counting):
     splits = ("train", "other")
 
 
+class Marching(Odd):
+    """Is done after four actions, whatever they are, and says after each how far it is."""
+
+    def reset(self, task: str, seed: int) -> Observation:
+        self._steps = 0
+        return Observation(f"{task}: march", 0.0, False, False, True, progress=0.0)
+
+    def step(self, action: str) -> Observation:
+        self._steps += 1
+        done = self._steps == 4
+        share = self._steps / 4
+        return Observation(f"step {self._steps}", float(done), done, done, True, progress=share)
+
+
 class Slow(Odd):
     """Takes 30 ms for a step."""
 

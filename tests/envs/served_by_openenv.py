@@ -22,6 +22,7 @@ class SayObservation(Observation):
     echoed_message: str
     solved: bool = False
     error: str = ""
+    progress: float | None = None
 
 
 class DeclaredObservation(SayObservation):
@@ -66,6 +67,7 @@ class EchoEnvironment(Environment):
             reward=10.0 if solved else -1.0,
             done=solved or self._state.step_count >= 30,
             error="" if action.message.isdecimal() else "not a digit",
+            progress=None if action.message == "hm" else float(solved),
         )
 
     @property

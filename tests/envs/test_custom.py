@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spa_jax import store
@@ -87,10 +88,84 @@ def test_a_class_that_breaks_its_contract_is_told_so(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             custom.load_class(name)
     engine = custom.CustomEngine()
-    with pytest.raises(UserError, match="reset returned int"):
+    with pytest.raises(UserError, match="reset returned int, not a text or an Observation"):
         engine.reset("broken:Half", task="a")
     with pytest.raises(UserError, match="no expert"):
         engine.reset("broken:Other", task="a", expert=True)
     engine.reset("broken:Other", task="a")
     with pytest.raises(UserError, match="step returned str, not an Observation"):
         engine.step("x")
+
+
+class Told:
+    """Says the progress that it is given: in reset, or in a step."""
+
+    instruction, splits = "Say.", ("train",)
+    first: object = "begin"
+    told: object = None
+
+    def tasks(self, split: str) -> list[str]:
+        return ["a"]
+
+    def reset(self, task: str, seed: int) -> object:
+        return self.first
+
+    def step(self, action: str) -> Observation:
+        return Observation("go on", 0.0, False, False, True, progress=self.told)
+
+
+def _engine(monkeypatch, **values: object) -> custom.CustomEngine:
+    for name, value in values.items():
+        monkeypatch.setattr(Told, name, value)
+    return custom.CustomEngine()
+
+
+def _first(**fields: object) -> Observation:
+    fields = {"reward": 0.0, "done": False, "success": False, "grounded": True} | fields
+    return Observation("begin", **fields)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (0, 0.0),
+        (0.25, 0.25),
+        (1, 1.0),
+        (np.float32(0.5), 0.5),
+        (np.int64(1), 1.0),
+        (0.7 + 0.2 + 0.1 + 2e-16, 1.0),  # a sum of shares
+    ],
+)
+def test_a_class_may_say_its_progress(monkeypatch, value, expected):
+    engine = _engine(monkeypatch, first=_first(progress=value), told=value)
+    for now in (engine.reset(f"{__name__}:Told", task="a"), engine.step("x")):
+        assert now.progress == expected and type(now.progress) in (float, type(None))
+        assert now.task == "a"
+    assert engine.reset(f"{__name__}:Told", task="a").instruction == "Say."
+
+
+def test_a_text_from_reset_says_nothing_of_progress(monkeypatch):
+    engine = _engine(monkeypatch, told=0.5)
+    assert engine.reset(f"{__name__}:Told", task="a").progress is None
+    assert engine.step("x").progress == 0.5
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, 57, float("nan"), float("inf"), True, "0.5", [0.5]])
+def test_a_progress_that_is_none_is_told_so(monkeypatch, value):
+    place = f"{__name__}:Told"
+    message = re.escape(f"[0, 1] or None, not {value!r}")
+    engine = _engine(monkeypatch, first=_first(progress=value), told=value)
+    with pytest.raises(UserError, match=rf"^{place}\.reset returned .*progress.*{message}"):
+        engine.reset(place, task="a")
+    engine = _engine(monkeypatch, first="begin")
+    engine.reset(place, task="a")
+    with pytest.raises(UserError, match=rf"^{place}\.step returned .*progress.*{message}"):
+        engine.step("x")
+
+
+@pytest.mark.parametrize("ended", [{"done": True}, {"reward": 1.0}])
+def test_a_reset_neither_ends_nor_pays(monkeypatch, ended):
+    engine = _engine(monkeypatch, first=_first(**ended))
+    with pytest.raises(UserError, match="reset returned an end or a reward"):
+        engine.reset(f"{__name__}:Told", task="a")

@@ -1,5 +1,6 @@
 """OpenEnv's protocol in both directions, against the real package `openenv-core`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -147,14 +148,17 @@ def test_our_client_plays_an_environment_that_the_package_serves(echo, write):
         digit = str(seed_of(task.task) % 10)
         assert first.text == f"say {digit}" and first.instruction.startswith("Read what")
         assert session.state()["episode_id"] == f"seed {seed_of(task.task)}"
+        assert first.progress is None  # null: the environment does not know
         now = session.step("Thought: hm.\nAction: hello")
         assert (now.text, now.done, now.grounded, now.instruction) == ("hello", False, False, "")
+        assert now.progress == 0 and session.step("hm").progress is None
         with pytest.raises(EnvError, match="told to") as caught:
             session.step("crash")
         assert (caught.value.code, caught.value.retryable) == (protocol.ENV_ERROR, True)
         now = session.step(digit)
         assert (now.done, now.success, now.grounded, now.reward) == (True, True, True, 1.0)
-        assert session.state()["step_count"] == 3
+        assert now.progress == 1
+        assert session.state()["step_count"] == 4
 
 
 def test_the_environments_author_can_say_what_its_fields_mean(echo, write):
@@ -292,6 +296,8 @@ def test_a_schema_can_declare_a_mapping_and_given_keys_win():
         ({"reward_scale": 0}, '"reward_scale" must be a number other than 0'),
         ({"reward_scale": True}, '"reward_scale" must be a number other than 0'),
         ({"reward": ""}, '"reward" must be'),
+        ({"progress": "!left"}, '"progress" must be a field with a number'),
+        ({"progress": 1}, '"progress" must be a text'),
         ([1], "a mapping is a JSON object with keys of instruction, action"),
     ],
 )
@@ -328,6 +334,66 @@ def test_which_reward_is_r(choice, rewards, expected):
             now = wire.read({"observation": shown, "reward": reward, "done": i == 2})
         assert now.reward == expected
         assert now.success == (expected == 1.0)
+
+
+_TOLD = _schema({"guess": "string"}, {"text": "string", "progress": "number", "share": "number"})
+
+
+@pytest.mark.parametrize(
+    ("schema", "given", "field"),
+    [
+        (_TOLD, {}, "progress"),
+        (_TOLD, {"progress": "share"}, "share"),
+        (_TOLD, {"progress": "none"}, ""),
+        (_schema({"guess": "string"}, {"text": "string"}), {}, ""),
+        (_schema({"guess": "string"}, {"text": "string", "progress": "string"}), {}, ""),
+    ],
+)
+def test_which_field_is_the_progress(schema, given, field):
+    mapping = complete_mapping(schema, given)
+    assert mapping.progress == field
+    shown = {"text": "", "progress": 0.25, "share": 0.75}
+    told = {"": None, "progress": 0.25, "share": 0.75}
+    assert _read(mapping, shown).progress == told[field]
+    assert _read(mapping, {"text": ""}).progress is None
+    assert _read(mapping, {"text": "", "progress": None, "share": None}).progress is None
+
+
+def _read(mapping: OpenEnvMapping, shown: dict) -> protocol.Observation:
+    return TextWire(mapping).read({"observation": shown, "reward": None, "done": False})
+
+
+@pytest.mark.parametrize("value", [57, -1, "half", True, float("nan"), [1]])
+def test_a_field_that_is_no_progress_is_named(value):
+    """With what to do about it: the field may mean something else."""
+    with pytest.raises(EnvError, match="field 'progress'.*'?none'?.*--openenv_mapping") as caught:
+        _read(complete_mapping(_TOLD, {}), {"text": "", "progress": value})
+    assert caught.value.code == protocol.USER_ERROR
+    assert f"not {value!r}" in str(caught.value)
+
+
+def test_a_progress_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match='"progress": "done": there is no.*progress, share'):
+        complete_mapping(_TOLD, {"progress": "done"})
+
+
+def test_our_servers_send_their_progress_on_the_wire():
+    """It is in /schema, and a server of before it is read as one that does not know."""
+    config = ServerConfig("tests.envs.odd:Marching", env="custom", max_sessions=1)
+    with LocalServer(config, start_deadline_s=120) as server:
+        with urllib.request.urlopen(f"{server.address}/schema", timeout=60) as answer:
+            assert "progress" in json.load(answer)["observation"]["properties"]
+        for client in (
+            EnvClient(server.address),
+            OpenEnvClient(server.address, EnvConfig(env="openenv")),
+        ):
+            with client.session() as session:
+                told = [session.reset("train_0", "train")] + [session.step("on") for _ in range(4)]
+            assert [now.progress for now in told] == [0, 0.25, 0.5, 0.75, 1]
+    wire = protocol.observation_to_wire(told[1])
+    assert protocol.observation_from_wire(wire) == told[1]
+    del wire["observation"]["progress"]
+    assert protocol.observation_from_wire(wire) == dataclasses.replace(told[1], progress=None)
 
 
 def test_splits_have_different_seeds():

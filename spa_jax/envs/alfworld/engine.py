@@ -30,6 +30,7 @@ from textworld.envs.pddl import logic as pddl_logic
 from spa_jax.envs.alfworld import prompt as prompts
 from spa_jax.envs.alfworld.expert import Expert
 from spa_jax.envs.alfworld.games import read_game
+from spa_jax.envs.alfworld.progress import Progress, read_subgoals
 from spa_jax.envs.contract import Engine
 from spa_jax.envs.protocol import Observation
 
@@ -150,10 +151,26 @@ class AlfworldEngine(Engine[Path]):
         self._state = self._env.reset()
         self._won = False
         self._task, self._task_type = task, game.task_type
+        self._progress = self._watch(game.data["pddl_problem"])
         text = self._state.feedback.replace("UNKNOWN GOAL", sentence)
         text = text.removeprefix("-= Welcome to TextWorld, ALFRED! =-").strip()
         self._expert = Expert(text) if expert else None
         return self._observation(text, 0.0, True, instruction=instruction)
+
+    def _watch(self, problem: str) -> Progress | None:
+        """What follows the game's progress; None if its goal is none of ALFWorld's."""
+        subgoals = read_subgoals(problem)
+        if subgoals is None:
+            return None
+        names = {info.id: info.name for info in self._pddl._entity_infos.values()}
+        return Progress(subgoals, self._pddl._pddl_state, names)
+
+    def _share(self, text: str) -> float | None:
+        """How much of the task is done when the text is shown; what was won stays won."""
+        if self._progress is None:
+            return None
+        self._progress.see(text)
+        return 1.0 if self._won else self._progress.share()
 
     def step(self, action: str) -> Observation:
         """Plays an action.  Text that is no command does nothing and never raises."""
@@ -188,4 +205,5 @@ class AlfworldEngine(Engine[Path]):
             task=self._task,
             task_type=self._task_type,
             expert_action=expert_action,
+            progress=self._share(text),
         )

@@ -15,13 +15,21 @@ from spa_jax.envs.virtualhome.tasks import Goal, HomeTask, read_task
 from spa_jax.errors import UserError
 
 
-def reached(goal: Goal, world: World) -> bool:
-    """Whether a goal holds: every state and edge of it."""
-    for node_id, name, states in goal.states:
+def share_reached(goal: Goal, world: World) -> float:
+    """The share of a goal's conditions that hold, in [0, 1]; 1 exactly when all do.
+
+    A condition is the states of one node, which are exactly those, or one edge that must hold, or
+    must not.
+    """
+
+    def has_states(node_id: int, name: str, states: tuple[str, ...]) -> bool:
         node = world.node(node_id)
-        if node is None or node.class_name != name or states_of(node) != states:
-            return False
-    return all(map(world.has_edge, goal.present)) and not any(map(world.has_edge, goal.absent))
+        return node is not None and node.class_name == name and states_of(node) == states
+
+    held = [has_states(*state) for state in goal.states]
+    held += [world.has_edge(edge) for edge in goal.present]
+    held += [not world.has_edge(edge) for edge in goal.absent]
+    return sum(held) / len(held) if held else 1.0
 
 
 class VirtualhomeEngine(Engine[Path]):
@@ -69,6 +77,7 @@ class VirtualhomeEngine(Engine[Path]):
         self._objects = Objects(home_task.objects)
         self._home_task, self._task = home_task, task
         self._won = False
+        self._share = share_reached(home_task.goal, self._world)
         self._expert = Expert(home_task.program) if expert else None
         text = observe.introduce(home_task.title, home_task.description)
         return self._observation(text, 0.0, True, instruction)
@@ -79,7 +88,8 @@ class VirtualhomeEngine(Engine[Path]):
         if self._expert is not None:
             self._expert.observe(action)
         # A solved task goes on and can be undone: what was won stays won.
-        first = not self._won and reached(self._home_task.goal, self._world)
+        self._share = share_reached(self._home_task.goal, self._world)
+        first = not self._won and self._share == 1
         self._won = self._won or first
         text = observe.describe(self._world) if grounded else observe.NOTHING_HAPPENS
         return self._observation(text, float(first), grounded)
@@ -110,4 +120,5 @@ class VirtualhomeEngine(Engine[Path]):
             task=self._task,
             task_type=self._home_task.title,
             expert_action=expert_action,
+            progress=1.0 if self._won else self._share,
         )

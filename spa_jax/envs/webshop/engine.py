@@ -54,6 +54,20 @@ class Shop:
         """The product whose page or detail is open."""
         return self._item
 
+    @property
+    def worth(self) -> float:
+        """The reward of buying what is open now, as it is chosen; after the purchase its reward.
+
+        0 with no product open.  A detail of a product has no button that buys: there it is still
+        what the product would pay.
+        """
+        if self.score is None:
+            return self._score(self._item).reward if self._item is not None else 0.0
+        return self.score.reward
+
+    def _score(self, item: Product) -> Score:
+        return score(item, self.goal, item.price, self.options, self._title)
+
     def act(self, action: str) -> bool:
         """Does "search[...]" or "click[...]"; returns whether it could be done."""
         name, argument = prompts.split_action(action)
@@ -73,7 +87,7 @@ class Shop:
         text, kind, item = self.goal.instruction_text, self.page.kind, self._item
         detail = next((detail for detail in pages.DETAILS if detail.lower() == name), None)
         if name == pages.BUY.lower() and item is not None:
-            self.score = score(item, self.goal, item.price, self.options, self._title)
+            self.score = self._score(item)
             self.page = pages.done_page(item.asin, self.options, self.score.reward)
         elif name == pages.BACK.lower():
             self.query, self._number, self._item, self.options = "", 1, None, {}
@@ -170,4 +184,5 @@ class WebshopEngine(Engine[Path]):
             task=self._task,
             task_type=shop.goal.category,
             expert_action=expert_action,
+            progress=shop.worth,
         )

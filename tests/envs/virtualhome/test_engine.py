@@ -8,7 +8,7 @@ import pytest
 from spa_jax.envs.protocol import Observation
 from spa_jax.envs.text import parse_action
 from spa_jax.envs.virtualhome import prompt
-from spa_jax.envs.virtualhome.engine import VirtualhomeEngine
+from spa_jax.envs.virtualhome.engine import VirtualhomeEngine, share_reached
 from spa_jax.envs.virtualhome.simulator import World
 from spa_jax.envs.virtualhome.tasks import Goal, HomeTask, TaskIndex, read_task
 from spa_jax.errors import UserError
@@ -89,6 +89,7 @@ def test_wording(engine: VirtualhomeEngine) -> None:
         instruction="Do it.",
         task="t",
         task_type="Tidy up",
+        progress=1 / 3,  # the fridge is closed; the mug is on the table and in no fridge
     )
     written = [f"Thought: so.\nAction: {command}" for command in _PROGRAM]
     texts = [engine.step(parse_action(text)).text for text in written]
@@ -102,6 +103,33 @@ def test_wording(engine: VirtualhomeEngine) -> None:
         "fridge is CLEAN and OPEN and PLUGGED_IN, milk, mug is CLEAN, mug is DIRTY. ",
         "fridge is CLEAN and CLOSED and PLUGGED_IN. ",
     ]
+
+
+def test_progress_is_the_share_of_conditions_that_hold(engine: VirtualhomeEngine) -> None:
+    told = [round(3 * engine.step(command).progress) for command in _PROGRAM]
+    #  walk, walk, find; grab: off the table; walk; open: not closed; put in; close
+    assert told == [1, 1, 1, 2, 2, 1, 2, 3]
+    undone = _play(engine, "open fridge", "grab mug")
+    assert undone.success and undone.progress == 1  # what was won stays won
+
+
+def test_what_cannot_be_done_leaves_progress_as_it_is(engine: VirtualhomeEngine) -> None:
+    before = _play(engine, *_PROGRAM[:4]).progress
+    for text in ("", "open fridge", "grab unicorn", "dance"):
+        now = engine.step(text)
+        assert (now.grounded, now.progress) == (False, before) and before == 2 / 3
+
+
+def test_a_state_is_one_condition_and_must_be_exactly_that(engine: VirtualhomeEngine) -> None:
+    states = (
+        (6, "fridge", ("CLEAN", "CLOSED", "PLUGGED_IN")),
+        (3, "table", ("CLEAN", "CLOSED")),  # it is clean alone
+        (4, "cup", ("CLEAN",)),  # node 4 is a mug
+        (99, "mug", ("CLEAN",)),  # there is no such node
+    )
+    goal = Goal(states, absent=((10, "ON", 9),), present=((4, "ON", 3), (7, "INSIDE", 1)))
+    assert share_reached(goal, World(_GRAPH)) == 3 / 7
+    assert share_reached(Goal((), (), ()), World(_GRAPH)) == 1
 
 
 def test_success_is_checked_every_step_and_stays(engine: VirtualhomeEngine) -> None:
@@ -221,11 +249,12 @@ def test_the_expert_solves_every_task(homes: Path, engine: VirtualhomeEngine) ->
         assert observation.instruction == prompt.instruction("paper")
         steps = 0
         while not observation.done:
-            assert steps < 40
+            assert steps < 40 and 0 <= observation.progress < 1
             observation = engine.step(observation.expert_action)
             assert observation.grounded
             steps += 1
         assert observation.success and observation.expert_action == ""
+        assert observation.progress == 1
         assert (observation.task, observation.task_type) == (task.task, task.task_type)
 
 

@@ -81,6 +81,38 @@ def test_a_purchase_ends_the_episode(shop_data: Path, catalogue: Catalogue) -> N
     assert (after.reward, after.done, after.grounded) == (0.0, True, False)
 
 
+def test_progress_is_what_buying_now_would_pay(shop_data: Path, catalogue: Catalogue) -> None:
+    place = _with_options(catalogue)
+    goal, engine = catalogue.goal(place), WebshopEngine()
+    first, second = goal.options  # the values that the goal asks for
+    product = catalogue.find(goal.asin)
+    others = next(values for values in product.options.values() if first in values)
+    parts = len(goal.attributes) + 3
+    bare = (len(goal.attributes) + 1) / parts  # no option chosen
+
+    def told(action: str) -> float:
+        now = engine.step(action)
+        assert now.grounded and (now.done or now.reward == 0)
+        return now.progress
+
+    assert engine.reset(shop_data, task=f"goal_{place}").progress == 0
+    assert told(f"search[{goal.name}]") == 0
+    assert told(f"click[{goal.asin}]") == bare
+    assert told(f"click[{first}]") == pytest.approx(bare + 1 / parts)
+    assert told("click[Features]") == pytest.approx(bare + 1 / parts)  # no button there buys
+    assert engine.step("click[Buy Now]").progress == pytest.approx(bare + 1 / parts)  # not grounded
+    assert told("click[< Prev]") == pytest.approx(bare + 1 / parts)
+    assert told("click[< Prev]") == 0  # results: nothing is open, nothing chosen
+    assert told(f"click[{goal.asin}]") == bare
+    assert told(f"click[{second}]") == pytest.approx(bare + 1 / parts)
+    assert told(f"click[{first}]") == 1
+    wrong = next(value for value in others if value != first)
+    assert told(f"click[{wrong}]") == pytest.approx(bare + 1 / parts)
+    bought = engine.step("click[Buy Now]")
+    assert bought.done and bought.progress == bought.reward == pytest.approx(bare + 1 / parts)
+    assert engine.step("click[Buy Now]").progress == bought.reward
+
+
 def test_the_policy_is_never_shown_the_available_actions(shop_data: Path) -> None:
     observation = WebshopEngine().reset(shop_data, task="goal_0")
     assert "clickables" not in dataclasses.asdict(observation)
