@@ -15,7 +15,7 @@ TESTS = pathlib.Path(__file__).parent
 # From the ground up: a room imports rooms of lower floors only.
 FLOORS = (
     {"errors"},
-    {"attribution", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
+    {"attribution", "horizons", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
     {"batching", "chat", "config", "evaluation", "importers", "store"},
     {"models", "runtime", "stage_config"},
     {"envs", "games", "parity", "run", "sampling"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"annotation", "export", "play", "report"},
     {"stages"},
     {"method"},
-    {"comparison"},
+    {"comparison", "lab"},
 )
 _TRAINER = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "torch"}
 _WORLD = {"absl", "glob", "io", "json", "os", "pathlib", "shutil", "subprocess", "sys", "tempfile"}
