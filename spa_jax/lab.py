@@ -43,7 +43,7 @@ RECORD = "lab.json"
 _MAKING = "making"
 _FIRST_SEED = 90_000  # of the games; each seed of a lab has a hundred
 # Tokens that an episode may have, by horizon: the prompt, and what a step takes times their limit.
-_CONTEXT = {"8": 512, "16": 1024, "32": 2048}
+_CONTEXT = {"8": 640, "16": 1280, "32": 2304}
 _ROW = 2048  # tokens of a row of SFT
 GIVE_UP_AFTER = 4  # of its arms too: who is stuck stays so
 _USER, _ASSISTANT, _END = _SPECIAL = ("<|user|>", "<|assistant|>", "<|end|>")
@@ -72,7 +72,7 @@ class LabConfig(Checked):
     games: int = setting(2000, "Games of the expert that it is cloned from.", minimum=1)
     valid_games: int = setting(60, "Games of the held-out loss.", minimum=1)
     heldout_games: int = setting(400, "Held-out games that it is judged on.", minimum=1)
-    updates: int = setting(500, "Updates of SFT.", minimum=1)
+    updates: int = setting(400, "Updates of SFT.", minimum=1)
     batch_size: int = setting(32, "Demonstrations in an update.", minimum=1)
     learning_rate: float = setting(2e-3, "The largest learning rate of SFT.", above=0)
 

@@ -65,7 +65,7 @@ def test_what_is_made_is_not_made_again(start, tmp_path):
     }
     (out / lab.RECORD).write_text(json.dumps(record))
     assert lab.make(out, SMALL, 3) == record
-    with pytest.raises(UserError, match="--updates was 500, is 7; --seed was 3, is 4.*another --o"):
+    with pytest.raises(UserError, match="--updates was 400, is 7; --seed was 3, is 4.*another --o"):
         lab.make(out, dataclasses.replace(SMALL, updates=7), 4)
     (out / lab.RECORD).write_text(json.dumps(record | {"digest": "0"}))
     with pytest.raises(UserError, match="its weights are not those"):
