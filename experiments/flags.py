@@ -25,7 +25,7 @@ from spa_jax.config import DistributedConfig
 from spa_jax.errors import UserError, complaint
 from spa_jax.run import Run
 from spa_jax.runtime import interrupt
-from spa_jax.stage_config import Settings
+from spa_jax.stage_config import Settings, at_horizon
 
 Config = TypeVar("Config")
 Main = Callable[[Sequence[str]], None]
@@ -133,7 +133,10 @@ def settings() -> Settings:
     Raises:
       UserError: as `read`.
     """
-    return Settings(**{name: read(type(c)) for name, c in settings_lib.sections(Settings())})
+    parts = {name: read(type(c)) for name, c in settings_lib.sections(Settings())}
+    given = {name for name in flags.FLAGS if flags.FLAGS[name].present}
+    parts["data"], parts["env"] = at_horizon(parts["data"], parts["env"], given)
+    return Settings(**parts)
 
 
 def workdir() -> pathlib.Path:

@@ -45,7 +45,7 @@ def commands(
     if env == "webshop":
         return [_webshop(data, root, counts)]
     seeds = {split: str(data.generate_seed + i) for i, split in enumerate(SPLITS)}
-    make = {"alfworld": _alfworld, "virtualhome": _virtualhome}[env]
+    make = {"alfworld": alfworld, "virtualhome": _virtualhome}[env]
     return [make(data, root / split, count, seeds[split]) for split, count in counts.items()]
 
 
@@ -53,10 +53,12 @@ def _program(env: str, out: pathlib.Path, seed: str) -> list[str]:
     return [sys.executable, "-m", f"spa_jax.envs.{env}.generate", "--out", str(out), "--seed", seed]
 
 
-def _alfworld(data: DataConfig, out: pathlib.Path, games: int, seed: str) -> list[str]:
+def alfworld(data: DataConfig, out: pathlib.Path, games: int, seed: str) -> list[str]:
+    """What generates `games` games of ALFWorld into the folder `out`."""
     least, most = str(data.min_receptacles), str(data.max_receptacles)
     command = [*_program("alfworld", out, seed), "--games", str(games), "--workers", "2"]
     command += ["--min_receptacles", least, "--max_receptacles", most]
+    command += ["--closed"] if data.closed_rooms else []
     return command + (["--task_types", data.task_types] if data.task_types else [])
 
 

@@ -34,7 +34,14 @@ STAGES = ("games", "demos", "sft", "explore", "progress", "annotate", "ppo", "ev
 _NUMBERS = ("compute.param_dtype", "compute.compute_dtype", "compute.matmul_dtype")
 _PLAYING = ("env", "sampling", "chat", *_NUMBERS)
 _DEPENDS: dict[str, tuple[str, ...]] = {
-    "games": ("env.env", "data.generate_", "data.task_types", "data.min_", "data.max_"),
+    "games": (
+        "env.env",
+        "data.generate_",
+        "data.task_types",
+        "data.min_",
+        "data.max_",
+        "data.closed_",
+    ),
     "demos": ("env",),
     "sft": ("sft", "lora", "chat", "compute"),
     "explore": (*_PLAYING, "explore"),

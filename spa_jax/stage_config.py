@@ -5,7 +5,8 @@
 
 import dataclasses
 import typing
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 from spa_jax.config import (
     DEFAULT_COMPUTE,
@@ -19,6 +20,7 @@ from spa_jax.config import (
     fit_attention,
 )
 from spa_jax.errors import UserError
+from spa_jax.horizons import HORIZONS, Horizon
 from spa_jax.settings import MAY, MUST, Checked, setting
 
 RFT = "rft"
@@ -423,6 +425,17 @@ class DataConfig(Checked):
         4, "Fewest receptacles of a generated room (ALFWorld).", minimum=1
     )
     max_receptacles: int = setting(8, "Most receptacles of a generated room (ALFWorld).", minimum=1)
+    closed_rooms: bool = setting(
+        False,
+        "Generated rooms are filled with places that must be opened and may hold what is wanted: "
+        "longer searches (ALFWorld).",
+    )
+    horizon: Horizon = setting(
+        "none",
+        "Games whose episodes take about so many steps: sets --min_receptacles, --max_receptacles, "
+        "--closed_rooms, --task_types and --max_steps, and refuses others beside it (ALFWorld).",
+        group=MAY,
+    )
     generate_products: int = setting(
         0, "Products of the generated catalogue (WebShop); 0: four a task.", minimum=0
     )
@@ -434,6 +447,39 @@ class DataConfig(Checked):
                 f"--min_receptacles={self.min_receptacles} exceeds "
                 f"--max_receptacles={self.max_receptacles}; give fewer"
             )
+
+
+def at_horizon(
+    data: DataConfig, env: EnvConfig, given: Collection[str] = ()
+) -> tuple[DataConfig, EnvConfig]:
+    """The settings with what --horizon sets.
+
+    Args:
+      data: names the horizon; with "none" both come back as they are.
+      env: the environment.
+      given: flags that somebody gave: they must say what the horizon says.
+
+    Raises:
+      UserError: one says something else, or the environment has no such rooms.
+    """
+    if data.horizon == "none":
+        return data, env
+    if env.env != "alfworld":
+        raise UserError(
+            f"--horizon={data.horizon} with --env={env.env}: it is made of ALFWorld's rooms; drop "
+            "it, and choose tasks and --max_steps yourself"
+        )
+    wanted = HORIZONS[data.horizon]
+    has = dataclasses.asdict(env) | dataclasses.asdict(data)
+    for flag, value in wanted.items():
+        if flag in given and has[flag] != value:
+            raise UserError(
+                f"--horizon={data.horizon} sets --{flag}={value}, and it is {has[flag]}: drop one "
+                "of them"
+            )
+    steps: dict[str, Any] = {"max_steps": wanted["max_steps"]}
+    rooms = {flag: value for flag, value in wanted.items() if flag not in steps}
+    return dataclasses.replace(data, **rooms), dataclasses.replace(env, **steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,6 +506,7 @@ class Settings(Checked):
 
     def check(self) -> None:
         """Refuses stages that do not fit each other, or the machine's parts that they use."""
+        at_horizon(self.data, self.env, given=HORIZONS.get(self.data.horizon, ()))
         check_together(self.ppo, self.credit, self.explore)
         fit_attention(self.compute, self.rows)
         check_trained(self.adapters("sft"), self.sft.train_layers, "--sft_train_layers")

@@ -15,7 +15,7 @@ TESTS = pathlib.Path(__file__).parent
 # From the ground up: a room imports rooms of lower floors only.
 FLOORS = (
     {"errors"},
-    {"machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
+    {"horizons", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
     {"attribution", "batching", "chat", "config", "evaluation", "importers", "store"},
     {"judging", "models", "runtime", "stage_config", "truth"},
     {"envs", "games", "parity", "run", "sampling"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"annotation", "export", "play", "report"},
     {"stages"},
     {"method"},
-    {"branching", "study"},
+    {"branching", "lab", "study"},
 )
 _TRAINER = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "torch"}
 _WORLD = {"absl", "glob", "io", "json", "os", "pathlib", "shutil", "subprocess", "sys", "tempfile"}

@@ -57,6 +57,23 @@ def test_rooms_have_the_size_that_was_asked_for_and_hide_things() -> None:
     assert min(objects) >= 2 and max(objects) <= 8
 
 
+def test_closed_rooms_are_filled_with_places_that_must_be_opened(tmp_path: Path) -> None:
+    for closed in (False, True):
+        _, data, _ = generator.make_game(3, 5, "pick_two_obj_and_place", 14, 14, closed=closed)
+        opened = str(data["pddl_problem"]).count("(openable ")
+        assert opened >= 10 if closed else opened < 10
+    names = generator.generate(
+        tmp_path,
+        games=2,
+        seed=3,
+        task_types=["pick_two_obj_and_place"],
+        min_receptacles=24,
+        max_receptacles=24,
+        closed=True,
+    )  # which wins each, though more than nine places are of one type
+    assert len(names) == 2
+
+
 def test_the_official_loader_reads_them(games: Path) -> None:
     config = {
         "env": {"goal_desc_human_anns_prob": 0.0, "task_types": [1, 2, 3, 4, 5, 6]},
@@ -85,7 +102,7 @@ def test_a_run_that_was_stopped_goes_on(games: Path, tmp_path: Path) -> None:
 def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, data, trajectory = generator.make_game(7, 0, TASK_TYPES[0], 4, 8)
     broken = data | {"walkthrough": ["look"]}
-    monkeypatch.setattr(generator, "make_game", lambda *_: (name, broken, trajectory))
+    monkeypatch.setattr(generator, "make_game", lambda *_, **__: (name, broken, trajectory))
     with pytest.raises(RuntimeError, match="not won"):
         generator.generate(tmp_path, games=1, seed=7)
     assert not list(tmp_path.iterdir())

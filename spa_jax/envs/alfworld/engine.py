@@ -28,6 +28,7 @@ from textworld.envs.pddl import PddlEnv, textgen
 from textworld.envs.pddl import logic as pddl_logic
 
 from spa_jax.envs.alfworld import prompt as prompts
+from spa_jax.envs.alfworld import translation
 from spa_jax.envs.alfworld.expert import Expert
 from spa_jax.envs.alfworld.games import read_game
 from spa_jax.envs.alfworld.progress import Progress, read_subgoals
@@ -40,14 +41,15 @@ _TASK_PLACEHOLDER = "Your task is to: UNKNOWN GOAL."
 
 @functools.cache
 def memoise() -> None:
-    """Caches TextWorld's parsers and the planner's translation in this process, for good."""
+    """Caches TextWorld's parsers in this process, and the planner's translation on the disk too."""
     logic_parse = functools.lru_cache(maxsize=8)(pddl_logic._parse_and_convert)
     pddl_logic._parse_and_convert = logic_parse
     textgen._parse_and_convert = _fresh_copies(textgen._parse_and_convert)
     query = functools.lru_cache(maxsize=4096)(textworld.logic.Rule.parse_conjunctive_query)
     textworld.logic.Rule.parse_conjunctive_query = staticmethod(query)
     textgen.copy_context = _copy_context
-    translate = functools.lru_cache(maxsize=2)(fast_downward.pddl2sas)
+    kept = translation.kept(fast_downward.pddl2sas, translation.user_folder())
+    translate = functools.lru_cache(maxsize=2)(kept)
     # Asked for at the load and again at the reset, each time also in a form that only
     # TextWorld's planner reads, which is never called here.
     fast_downward.pddl2sas = lambda domain, problem, **unused: translate(domain, problem)

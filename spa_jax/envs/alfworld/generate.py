@@ -160,12 +160,29 @@ def _choose_goal(rng: random.Random, task_type: str) -> tuple[str, str, str, lis
         return kind, wanted, parent, needed + ([source] if source not in needed else [])
 
 
-def _draw_scene(rng: random.Random, task_type: str, fewest: int, most: int) -> _Scene:
+def _filling(
+    rng: random.Random, kind: str, wanted: str, types: Sequence[str], *, count: int, closed: bool
+) -> list[str]:
+    """The types of `count` receptacles beside those that the goal needs.
+
+    As many of each as the kind of room has; or, `closed`, any number of those that must be opened
+    and may hold what is wanted (if the room has such a type).
+    """
+    room = _ROOMS[kind].receptacles
+    hiding = [r for r in room if r in constants.OPENABLE_CLASS_SET and wanted in _FITS[r]]
+    if closed and hiding:
+        return [rng.choice(hiding) for _ in range(count)]
+    pool = [r for r, n in room.items() for _ in range(n - types.count(r))]
+    return rng.sample(pool, min(count, len(pool)))
+
+
+def _draw_scene(
+    rng: random.Random, task_type: str, fewest: int, most: int, closed: bool = False
+) -> _Scene:
     kind, wanted, parent, types = _choose_goal(rng, task_type)
     size = max(rng.randint(fewest, most), len(types))
-    pool = [r for r, n in _ROOMS[kind].receptacles.items() for _ in range(n - types.count(r))]
-    types = types + rng.sample(pool, min(size - len(types), len(pool)))
-    receptacles = _number(types)
+    filling = _filling(rng, kind, wanted, types, count=size - len(types), closed=closed)
+    receptacles = _number([*types, *filling])
     count = 2 if task_type == "pick_two_obj_and_place" else rng.choice((1, 1, 1, 2))
     others = rng.sample([o for o in _ROOMS[kind].objects if o != wanted], rng.randint(2, 5))
     objects = _number([wanted] * count + [o for o in others if rng.random() < 0.9])
@@ -196,7 +213,8 @@ class _Names:
         self._count = collections.Counter(t.type for t in (*scene.receptacles, *scene.places))
 
     def __call__(self, thing: _Thing) -> str:
-        index = self._count[thing.type] + 1 - thing.number
+        count = self._count[thing.type]
+        index = f"{count + 1 - thing.number:0{len(str(count))}}"  # so that names sort as numbers
         if thing.type.endswith("Basin"):  # a sinkbasin is a part of a sink
             return f"{thing.type.removesuffix('Basin')}_bar_{index}_bar_{thing.type}"
         return f"{thing.type}_bar_{index}"
@@ -286,11 +304,18 @@ def _walkthrough(scene: _Scene) -> list[str]:
 
 
 def make_game(
-    seed: int, index: int, task_type: str, min_receptacles: int, max_receptacles: int
+    seed: int,
+    index: int,
+    task_type: str,
+    min_receptacles: int,
+    max_receptacles: int,
+    *,
+    closed: bool = False,
 ) -> tuple[str, dict[str, object], dict[str, object]]:
     """The game of (seed, index): its name "<game>/<trial>", game.tw-pddl and traj_data.json."""
-    rng = random.Random(f"{seed}/{index}/{task_type}/{min_receptacles}/{max_receptacles}")
-    scene = _draw_scene(rng, task_type, min_receptacles, max_receptacles)
+    drawn = f"{seed}/{index}/{task_type}/{min_receptacles}/{max_receptacles}"
+    rng = random.Random(drawn + "/closed" * closed)
+    scene = _draw_scene(rng, task_type, min_receptacles, max_receptacles, closed)
     toggle = _LAMP if task_type == "look_at_obj_in_light" else ""
     sentence = rng.choice(gdict[task_type]["templates"]).format(
         obj=scene.object.lower(), recep=scene.parent.lower(), toggle=toggle.lower(), mrecep=""
@@ -340,10 +365,10 @@ def _check_won(folder: Path, walkthrough: Sequence[str]) -> None:
         raise RuntimeError(f"{folder} is not won by its walkthrough")
 
 
-def _write_game(job: tuple[Path, int, int, str, int, int]) -> str:
+def _write_game(job: tuple[Path, int, int, str, int, int, bool]) -> str:
     """Makes, checks and writes one game; returns its name."""
-    out, seed, index, task_type, fewest, most = job
-    name, data, trajectory = make_game(seed, index, task_type, fewest, most)
+    out, seed, index, task_type, fewest, most, closed = job
+    name, data, trajectory = make_game(seed, index, task_type, fewest, most, closed=closed)
     final = out / name
     if final.is_dir():
         return name
@@ -369,6 +394,7 @@ def generate(
     task_types: Sequence[str] = TASK_TYPES,
     min_receptacles: int = 4,
     max_receptacles: int = 8,
+    closed: bool = False,
     workers: int = 1,
 ) -> list[str]:
     """Writes `games` games into `out` and returns their names, in order of their index.
@@ -395,10 +421,11 @@ def generate(
     root = Path(out)
     root.mkdir(parents=True, exist_ok=True)
     jobs = [
-        (root, seed, i, task_types[i % len(task_types)], min_receptacles, max_receptacles)
+        (root, seed, i, task_types[i % len(task_types)], min_receptacles, max_receptacles, closed)
         for i in range(games)
     ]
-    missing = sum(not (root / make_game(*job[1:])[0]).is_dir() for job in jobs)
+    names = (make_game(*job[1:-1], closed=closed)[0] for job in jobs)
+    missing = sum(not (root / name).is_dir() for name in names)
     workers = min(workers, 1 + missing // _GAMES_WORTH_A_WORKER)
     bar = {"total": games, "desc": "games", "unit": "game"}
     if workers == 1:
@@ -418,6 +445,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task_types", default=",".join(TASK_TYPES), help="comma-separated")
     parser.add_argument("--min_receptacles", type=int, default=4, help="fewest a room")
     parser.add_argument("--max_receptacles", type=int, default=8, help="most a room")
+    parser.add_argument(
+        "--closed",
+        action="store_true",
+        help="fill rooms with places that must be opened and may hide the object: longer searches",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes, at the most")
 
     def work(flags: argparse.Namespace) -> str:
@@ -428,6 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             task_types=flags.task_types.split(","),
             min_receptacles=flags.min_receptacles,
             max_receptacles=flags.max_receptacles,
+            closed=flags.closed,
             workers=flags.workers,
         )
         return f"games={len(names)}"
