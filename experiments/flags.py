@@ -22,10 +22,11 @@ from absl import app, flags
 from experiments import help_pages
 from spa_jax import settings as settings_lib
 from spa_jax.config import DistributedConfig
+from spa_jax.data_config import at_horizon
 from spa_jax.errors import UserError, complaint
 from spa_jax.run import Run
 from spa_jax.runtime import interrupt
-from spa_jax.stage_config import Settings, at_horizon
+from spa_jax.stage_config import Settings
 
 Config = TypeVar("Config")
 Main = Callable[[Sequence[str]], None]

@@ -6,8 +6,9 @@ A generator is a program of its own, because it loads the environment, and the t
 import pathlib
 import sys
 
+from spa_jax.data_config import DataConfig
 from spa_jax.errors import UserError
-from spa_jax.stage_config import DataConfig, MethodConfig
+from spa_jax.stage_config import MethodConfig
 
 SPLITS = ("train", "valid", "explore", "heldout")
 _PRODUCTS_A_TASK = 4

@@ -27,6 +27,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from spa_jax import files, games, provenance, store, tokenizer
 from spa_jax.config import EnvConfig, RowsConfig, SamplingConfig
+from spa_jax.data_config import DataConfig, at_horizon
 from spa_jax.errors import UserError
 from spa_jax.horizons import HORIZONS
 from spa_jax.models import transformer
@@ -35,7 +36,7 @@ from spa_jax.models.io import huggingface
 from spa_jax.run import BASE, Run
 from spa_jax.runtime import children
 from spa_jax.settings import Checked, setting
-from spa_jax.stage_config import DataConfig, Settings, SftConfig, at_horizon
+from spa_jax.stage_config import Settings, SftConfig
 from spa_jax.stages import demonstrate, evaluate, prepare, sft
 from spa_jax.trajectory import Trajectory
 

@@ -6,9 +6,10 @@ import subprocess
 import pytest
 
 from spa_jax import games
+from spa_jax.data_config import DataConfig
 from spa_jax.envs.webshop import tasks
 from spa_jax.errors import UserError
-from spa_jax.stage_config import DataConfig, MethodConfig
+from spa_jax.stage_config import MethodConfig
 
 METHOD = MethodConfig()
 

@@ -6,9 +6,10 @@ import pytest
 
 from spa_jax import games
 from spa_jax.config import EnvConfig
+from spa_jax.data_config import DataConfig, at_horizon
 from spa_jax.errors import UserError
 from spa_jax.horizons import HORIZONS
-from spa_jax.stage_config import DataConfig, Settings, at_horizon
+from spa_jax.stage_config import Settings
 
 
 def _at(horizon, **given):

@@ -11,16 +11,10 @@ from spa_jax import provenance, redo
 from spa_jax import run as run_lib
 from spa_jax import settings as settings_lib
 from spa_jax.config import EnvConfig, LoraConfig, RowsConfig, SamplingConfig
+from spa_jax.data_config import DataConfig
 from spa_jax.errors import UserError
 from spa_jax.run import Run
-from spa_jax.stage_config import (
-    CreditConfig,
-    DataConfig,
-    MethodConfig,
-    PpoConfig,
-    Settings,
-    SftConfig,
-)
+from spa_jax.stage_config import CreditConfig, MethodConfig, PpoConfig, Settings, SftConfig
 from tests import tiny
 
 ADAPTED_TRUNK = MethodConfig(lora_stages=("progress",))

@@ -5,8 +5,9 @@ import pytest
 from spa_jax import run as run_lib
 from spa_jax import store
 from spa_jax.config import SamplingConfig
+from spa_jax.data_config import DataConfig
 from spa_jax.errors import UserError
-from spa_jax.stage_config import DataConfig, ExploreConfig, MethodConfig
+from spa_jax.stage_config import ExploreConfig, MethodConfig
 from spa_jax.stages import demonstrate, evaluate, explore
 from tests import runs, tiny
 
