@@ -170,3 +170,19 @@ def test_a_base_whose_template_drops_thoughts(tmp_path):
             opening = trained.chat.first_turn(t.instruction, t.steps[0].observation)
             assert list(t.token_ids[: len(opening)]) == opening
             assert t.step_id[len(opening)] == 0
+
+
+def test_its_credit_is_judged_by_branches_with_the_settings_that_it_had(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    before = json.loads((folder / "estimator.json").read_text())
+    assert list(before)[0] == "subgoal_auc" and "advantage_correlation" not in before
+    out = programs.succeed(
+        "judge_credit", f"--workdir={folder}", "--split=heldout", "--episodes=2", "--branches=2"
+    )
+    assert re.search(r"RESULT episodes=2 steps=\d+ subgoal_auc=", out)
+    after = json.loads((folder / "estimator.json").read_text())
+    assert before.items() <= after.items()  # the same episodes: they were not played again
+    assert {"advantage_correlation", "advantage_correlation_low"} <= after.keys()
+    credits = json.loads((folder / "truth" / "credits.json").read_text())["credits"]
+    assert {"estimator", "ridge critic", "uniform", "shuffled", "terminal"} <= credits.keys()
+    assert credits["estimator"]["advantage_episodes"] == 2
