@@ -25,6 +25,7 @@ def annotate(
     scores: scoring.Scores,
     contributions: np.ndarray,
     *,
+    expected: np.ndarray,
     settings: CreditConfig,
     seed: int,
     reference: str,
@@ -35,6 +36,7 @@ def annotate(
       trajectories: N episodes.
       scores: of them under the reference policy.
       contributions: [N, S] c_k; 0 where there is no step.
+      expected: [N] the reward that the estimator expects before the first step.
       settings: whose credit the steps get, and how grounding enters.
       seed: of the placebos.
       reference: names the reference policy (`provenance.policy_digest`).
@@ -64,9 +66,10 @@ def annotate(
         grounding=settings.grounding,
     )
     annotated = []
-    for t, c, r, ref in zip(
+    for t, c, b, r, ref in zip(
         trajectories,
         contributions.tolist(),
+        expected.tolist(),
         np.asarray(rewards).tolist(),
         scores.log_probs,
         strict=True,
@@ -77,7 +80,11 @@ def annotate(
         )
         annotated.append(
             dataclasses.replace(
-                t, steps=steps, ref_log_probs=tuple(ref.tolist()), ref_policy=reference
+                t,
+                steps=steps,
+                expected=b,
+                ref_log_probs=tuple(ref.tolist()),
+                ref_policy=reference,
             )
         )
     return annotated
@@ -89,8 +96,8 @@ def contributions(
     trajectories: Sequence[Trajectory],
     scores: scoring.Scores,
     rows: RowsConfig,
-) -> np.ndarray:
-    """[N, S] what the estimator of a folder gives each step; 0 where there is none.
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the estimator of a folder gives each step, and expects before the first.
 
     Args:
       base: the trunk, or the policy beside which the head lies.
@@ -98,6 +105,9 @@ def contributions(
       trajectories: N episodes.
       scores: of them under `base`.
       rows: the static shape.
+
+    Returns:
+      ([N, S] c_k, 0 where there is no step; [N] the reward that is expected before the first).
     """
     head = progress_head(base, progress)
     trunk = _own_trunk(base, progress)
@@ -113,7 +123,8 @@ def contributions(
         )
     paper = estimator_update.kind_of(head) == estimator_update.PAPER
     features = estimator_data.features_of(scores, trajectories, paper=paper)
-    return np.asarray(estimator_update.contributions(head, features)[0])
+    given, expected = estimator_update.contributions(head, features)
+    return np.asarray(given), np.asarray(expected)
 
 
 def head_folder(progress: pathlib.Path, base: str) -> pathlib.Path:

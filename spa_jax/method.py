@@ -101,7 +101,7 @@ def judge_estimator(run: Run) -> dict[str, float]:
     advantages = truth.read_advantages(run.advantages, BASE)
     steps = judging.judge_episodes(played, contributions, advantages)
     return steps | evaluation.estimator_validity(
-        np.array([c.sum() for c in contributions]),
+        np.array([t.predicted for t in played]),
         np.array([t.final_reward for t in played]),
         [c.tolist() for c in contributions],
     )

@@ -17,6 +17,7 @@ it (`spa_jax.batching`).
 
 import dataclasses
 import enum
+import math
 from typing import Any
 
 from spa_jax.errors import UserError
@@ -106,6 +107,8 @@ class Trajectory:
       steps: the environment steps, in order.
       final_observation: what the environment answered to the last action.
       initial_progress: `Step.progress` before the first step.
+      expected: the R that the estimator expects before the first step: with the contributions it
+        adds up to the estimate of R; None until annotated.
       sampling: how tokens were drawn; None for a scripted policy.
       token_ids: exactly the ids that the policy read and wrote (empty for a
         scripted policy: `chat.encode_trajectory` makes them).
@@ -129,6 +132,7 @@ class Trajectory:
     steps: tuple[Step, ...]
     final_observation: str = ""
     initial_progress: float | None = None
+    expected: float | None = None
     task_type: str = ""
     retry: int = 0
     sampling: Sampling | None = None
@@ -148,6 +152,11 @@ class Trajectory:
     def success(self) -> bool:
         """Whether the environment paid the full reward."""
         return self.status is Status.SUCCESS
+
+    @property
+    def predicted(self) -> float:
+        """The estimator's R of an annotated episode."""
+        return (self.expected or 0.0) + math.fsum(step.contribution or 0.0 for step in self.steps)
 
     @property
     def progress(self) -> tuple[float, ...] | None:

@@ -85,9 +85,10 @@ def is_annotated(trajectory: Trajectory) -> bool:
 
 
 def running_sum(trajectory: Trajectory) -> np.ndarray:
-    """[steps + 1] float64: 0, c_1, c_1 + c_2, ... of an annotated trajectory."""
+    """[steps + 1] float64: b, b + c_1, ... of an annotated trajectory, b expected at the start."""
     contributions = [step.contribution for step in trajectory.steps]
-    return np.concatenate([[0.0], np.cumsum(np.asarray(contributions, np.float64))])
+    start = trajectory.expected or 0.0
+    return np.cumsum(np.asarray([start, *contributions], np.float64))
 
 
 def bar_scale(trajectories: Sequence[Trajectory]) -> float:

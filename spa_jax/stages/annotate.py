@@ -94,11 +94,14 @@ def annotate_file(
     if not trajectories:
         raise UserError(f"{data}: holds no episode to annotate")
     scores = estimator_data.scores_of(reference, data, trajectories, settings.rows)
-    given = annotation.contributions(reference, progress, trajectories, scores, settings.rows)
+    given, expected = annotation.contributions(
+        reference, progress, trajectories, scores, settings.rows
+    )
     annotated = annotation.annotate(
         trajectories,
         scores,
         given,
+        expected=expected,
         settings=settings.credit,
         seed=run.seed,
         reference=provenance.policy_digest(reference.folder),

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -22,6 +24,9 @@ def test_running_sum_by_hand():
     t = episode(step(0.25), step(-0.5), step(1.0))
     np.testing.assert_allclose(transcripts.running_sum(t), [0, 0.25, -0.25, 0.75])
     assert [s.sum for s in transcripts.view(t, 1.0).steps] == [0.25, -0.25, 0.75]
+    t = dataclasses.replace(t, expected=0.5)
+    np.testing.assert_allclose(transcripts.running_sum(t), [0.5, 0.75, 0.25, 1.25])
+    assert t.predicted == 1.25
 
 
 def test_half_annotated_is_not_annotated():

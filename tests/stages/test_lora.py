@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from spa_jax import policy, store
+from spa_jax import episodes, policy, store
 from spa_jax import run as run_lib
 from spa_jax.config import LoraConfig
 from spa_jax.errors import UserError
@@ -24,7 +24,7 @@ from spa_jax.stage_config import (
     SftConfig,
 )
 from spa_jax.stages import annotate, sft, train_ppo, train_progress
-from spa_jax.training import trainable
+from spa_jax.training import estimator_data, estimator_update, scoring, trainable
 from tests import runs, tiny
 
 SFT = SftConfig(updates=3, batch_size=8, learning_rate=1e-2, eval_every=3)
@@ -108,7 +108,9 @@ def test_an_estimator_whose_trunk_has_adapters(finished, tmp_path):
     """It learns through them, and annotation reads its contributions from the adapted trunk."""
     run = runs.make(
         tmp_path,
-        progress=ProgressConfig(epochs=3, batch_size=8, learning_rate=1e-2, width=16),
+        progress=ProgressConfig(
+            estimator="paper", epochs=3, batch_size=8, learning_rate=1e-2, width=16
+        ),
         method=MethodConfig(base=str(finished.base), lora_stages=("progress",)),
         lora=LORA,
     )
@@ -134,6 +136,40 @@ def test_an_estimator_whose_trunk_has_adapters(finished, tmp_path):
     ours = [step.contribution for step in first.steps]
     np.testing.assert_allclose(ours, found["adapted"], atol=1e-4)
     assert np.abs(found["base"] - found["adapted"]).max() > 1e-3
+
+
+def test_an_estimator_whose_trunk_is_trained_whole(finished, tmp_path):
+    """Its own copy is what annotation reads; the base stays as it was."""
+    progress = ProgressConfig(epochs=3, batch_size=8, learning_rate=1e-3, trunk="trained")
+    run = runs.make(
+        tmp_path, progress=progress, method=MethodConfig(base=str(finished.base))
+    )
+    here = run.round(0)
+    store.write(here.episodes, runs.episodes(8, seed=3))
+    train_progress.run(run, 0)
+    base, own = policy.load(run.base), policy.load(here.progress / policy.TRUNK)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), own.params, base.params)
+    assert min(jax.tree.leaves(moved["layers"])) > 0
+    ours = [[step.contribution for step in t.steps] for t in annotate.run(run, 0)]
+    head = tensors.load_heads(here.progress)["progress"]
+    found = {}
+    for name, read in (("own", own), ("base", base)):
+        played = episodes.load(here.episodes)
+        scores = scoring.score(
+            base.config,
+            {"policy": read.params},
+            played,
+            run.settings.rows,
+            temperature=1.0,
+            title="",
+            chat=base.chat,
+        )
+        features = estimator_data.features_of(scores, played, paper=False)
+        c = np.asarray(estimator_update.contributions(head, features)[0])
+        found[name] = [row[: len(t.steps)] for row, t in zip(c, played, strict=True)]
+    for one, wanted, other in zip(ours, found["own"], found["base"], strict=True):
+        np.testing.assert_allclose(one, wanted, atol=1e-4)
+        assert np.abs(wanted - other).max() > 1e-4
 
 
 def test_a_checkpoint_of_adapters_is_not_one_of_weights(finished):
