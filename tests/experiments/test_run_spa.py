@@ -1,7 +1,9 @@
 """The whole method in one command, with a tiny random policy on real games."""
 
 import dataclasses
+import json
 import re
+import shutil
 
 import pytest
 
