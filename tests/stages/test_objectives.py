@@ -59,7 +59,7 @@ def test_every_objective_takes_every_credit(objective, kind):
     least = 0.005 if OBJECTIVES[objective].actions else 0.05  # of random features little is learnt
     values = np.full((12, 3), 0.1, np.float32) if OBJECTIVES[objective].critic else None
     rng = np.random.default_rng(0)
-    hidden = rng.normal(size=(2, 12, 3, 4)).astype(np.float32)
+    hidden = rng.normal(size=(3, 12, 3, 4)).astype(np.float32)
     scores = scoring.Scores(*hidden, values=None, step_mask=None, log_probs=[])
 
     def make(episodes):
