@@ -6,7 +6,8 @@
 
 Games, the expert's demonstrations, SFT from random weights, held-out games; prints how many it
 wins, and its hash, which is in OUT/lab.json too.  Run again, it goes on where it stopped, or says
-that the policy is made.  TIME on two cores.
+that the policy is made.  SFT took 20 minutes on two cores that others used too; the default wins
+31.5% of 400 games.
 """
 
 import pathlib
