@@ -60,8 +60,28 @@ ARMS: dict[str, Arm] = {
     "grpo": Arm("GRPO", f"objective=grpo {_FINAL} {_NO_CRITIC} step_baseline=false kl=loss"),
     "rloo": Arm("RLOO", f"objective=rloo {_FINAL} {_NO_CRITIC} step_baseline=false"),
     "reinforce++": Arm("REINFORCE++", f"objective=reinforce++ {_FINAL} {_NO_CRITIC}"),
+    "gigpo": Arm(
+        "GiGPO: rollouts against each other, and steps from equal states",
+        f"objective=gigpo {_FINAL} {_NO_CRITIC} step_baseline=false kl=loss",
+    ),
+    "gagpo": Arm(
+        "GAGPO: GAE with the mean return of equal states as the value",
+        f"objective=gagpo {_FINAL} {_NO_CRITIC} step_baseline=false kl=loss",
+    ),
+    "ragen": Arm(
+        "RAGEN (StarPO-S): PPO on the most uncertain tasks, clipped less upwards",
+        f"objective=ragen {_FINAL} kl=loss ppo_kl_coef=0",
+    ),
+    "archer": Arm(
+        "ArCHer: an utterance's Q less its state's V",
+        f"objective=archer {_FINAL} {_NO_CRITIC} step_baseline=false kl=loss",
+    ),
+    "prm4a": Arm("PPO on a process model of Monte-Carlo returns (AgentPRM)", "credit=prm4a"),
     "spa": Arm("SPA: the preset as it is"),
-    "spa_paper": Arm("SPA with the paper's estimator", "credit=spa estimator=paper"),
+    "spa_paper": Arm(
+        "SPA with the paper's estimator",
+        "credit=spa estimator=paper progress_epochs=60 progress_width=256",
+    ),
     "spa_no_grounding": Arm("SPA without grounding", "credit=spa beta=0"),
     # The paper's ablation rewards grounding at each step and R at the last: `terminal`, where the
     # preset has a grounding weight.  It stays a name of its own, for the paper's table.
@@ -106,20 +126,6 @@ class Chosen:
         return self.arm.kind == other.arm.kind and self.settings == other.settings
 
 
-def known() -> dict[str, Arm]:
-    """The arms whose flags there are, and may have the values that they ask for."""
-    fields = {flag: field for flag, (field, _) in settings_lib.by_flag(Settings()).items()}
-
-    def there(arm: Arm) -> bool:
-        pairs = (word.split("=", 1) for word in arm.flags.split())
-        return all(
-            flag in fields and (value in (c := settings_lib.choices(fields[flag])) or not c)
-            for flag, value in pairs
-        )
-
-    return {name: arm for name, arm in ARMS.items() if there(arm)}
-
-
 def choose(names: Sequence[str], preset: Settings) -> list[Chosen]:
     """The arms that were asked for, in order.
 
@@ -132,7 +138,7 @@ def choose(names: Sequence[str], preset: Settings) -> list[Chosen]:
         do not go together.
     """
     if not names:
-        raise UserError(f"--arms is empty; give some of {', '.join(known())}")
+        raise UserError(f"--arms is empty; give some of {', '.join(ARMS)}")
     found = [_choose(name.strip(), preset) for name in names]
     folders = [chosen.folder for chosen in found]
     twice = [name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1]
@@ -143,9 +149,9 @@ def choose(names: Sequence[str], preset: Settings) -> list[Chosen]:
 
 def _choose(name: str, preset: Settings) -> Chosen:
     stem, *given = name.split(":")
-    if stem not in known():
-        raise UserError(f"--arms: {stem!r} is none of {', '.join(known())}; give one of them")
-    arm = known()[stem]
+    if stem not in ARMS:
+        raise UserError(f"--arms: {stem!r} is none of {', '.join(ARMS)}; give one of them")
+    arm = ARMS[stem]
     if given and arm.kind == "base":
         raise UserError(f"--arms: {name}: {stem} is the base as it is: nothing of it can be set")
     pairs = [_pair(name, word, arm.kind) for word in given]

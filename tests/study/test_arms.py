@@ -23,7 +23,7 @@ def test_every_arm_goes_with_presets_of_all_kinds():
         PpoConfig(kl="reward", kl_coef=0.1, entropy_coef=0.01, truncate_ratio=3.0),
         PpoConfig(gae="token"),
     ):
-        for chosen in arms.choose(list(arms.known()), Settings(explore=many, ppo=ppo)):
+        for chosen in arms.choose(list(arms.ARMS), Settings(explore=many, ppo=ppo)):
             for word in chosen.arm.flags.split():
                 flag, value = word.split("=")
                 now = settings_lib.by_flag(chosen.settings)[flag][1]

@@ -39,7 +39,8 @@ def kept(translate: Callable[[str, str], Any], folder: pathlib.Path) -> Callable
 
 def user_folder() -> pathlib.Path:
     """Where the translations of this user's games lie."""
-    return pathlib.Path.home() / ".cache" / "spa_jax" / "alfworld"
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "spa_jax" / "alfworld"
 
 
 @functools.cache
