@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import tqdm
@@ -36,12 +35,11 @@ from spa_jax.run import BASE, EPISODES, Run
 from spa_jax.runtime import distributed
 from spa_jax.stage_config import ExploreConfig
 from spa_jax.stages import annotate, evaluate
-from spa_jax.training import estimator_data
+from spa_jax.training import estimator_data, ppo_data
 from spa_jax.trajectory import Status, Trajectory
 from spa_jax.truth import Branch, Key, StepTruth
 
 MOST = 10_000  # branches of a step, and steps of an episode
-_FOLDS = 8  # of the critic that is judged
 _ESTIMATOR, _CRITIC, _TRUTH = "estimator", "ridge critic", "true advantage"
 
 Figures = dict[str, dict[str, float]]
@@ -77,7 +75,9 @@ def run(run: Run, *, split: str, episodes: int, branches: int) -> Judged:
         policy is greedy, or the environment does not play an episode again as it was.
     """
     _check(run, branches)
-    run = _on_its_games(run)
+    env = run.settings.env
+    if not (env.data or env.env_address) and run.games.is_dir():
+        run = run.on_its_games()
     name = _evaluated(run, split)
     played = episodes_lib.completed(store.read(run.evaluation(name) / EPISODES))
     chosen = evaluation.by_hash(played)[: episodes or None]
@@ -112,16 +112,6 @@ def _check(run: Run, branches: int) -> None:
             "--eval_temperature=0: a greedy policy goes on in one way only, so no step has an "
             "advantage; evaluate at a temperature above 0"
         )
-
-
-def _on_its_games(run: Run) -> Run:
-    """The run on the games that it generated, if it has no other data."""
-    env = run.settings.env
-    if env.data or env.env_address or not run.games.is_dir():
-        return run
-    data: dict[str, Any] = {f"{env.env}_data": str(run.games)}
-    settings = dataclasses.replace(run.settings, env=dataclasses.replace(env, **data))
-    return dataclasses.replace(run, settings=settings)
 
 
 def _evaluated(run: Run, split: str) -> str:
@@ -296,13 +286,12 @@ def _critic_credit(run: Run, path: pathlib.Path, played: Sequence[Trajectory]) -
     policy = policy_lib.load(str(run.base), chat_format, compute)
     scores = estimator_data.scores_of(policy, path, played, settings.rows)
     rewards = estimator_data.final_rewards(played)
-    _, group = np.unique([t.task for t in played], return_inverse=True)
-    folds = min(_FOLDS, int(group.max()) + 1)
+    fold, folds = ppo_data.folds_of(played, "--critic=ridge", "more --heldout_games")
     values = critic.cross_fitted_values(
         scores.value_hidden,
         rewards[:, None] * scores.step_mask,
         scores.step_mask,
-        (group % folds).astype(np.int32),
+        fold,
         folds=folds,
     )
     return [

@@ -23,6 +23,7 @@ A stage takes a run, reads what earlier stages wrote, and writes its own folder.
 import dataclasses
 import pathlib
 import re
+from typing import Any
 
 from spa_jax.config import LoraConfig
 from spa_jax.stage_config import AdaptedStage, ExploreConfig, Settings
@@ -129,6 +130,13 @@ class Run:
         """The base policy: what SFT makes, or --base."""
         given = self.settings.method.base
         return pathlib.Path(given) if given else self.sft / "policy"
+
+    def on_its_games(self) -> "Run":
+        """The run with the games that it generated as its environment's data."""
+        env = self.settings.env
+        data: dict[str, Any] = {f"{env.env}_data": str(self.games)}
+        settings = dataclasses.replace(self.settings, env=dataclasses.replace(env, **data))
+        return dataclasses.replace(self, settings=settings)
 
     def round(self, number: int) -> Round:
         """The files of a round, from 0."""

@@ -1,8 +1,5 @@
 """Before the first stage: games are generated; nothing that is held out is trained on."""
 
-import dataclasses
-from typing import Any
-
 from spa_jax import games, play, provenance
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
@@ -22,9 +19,7 @@ def run(run: Run) -> Run:
     if not (env.data or env.env_address):
         provenance.check_stage(run, "games", run.games, inputs={})
         _generate(run)
-        data: dict[str, Any] = {f"{env.env}_data": str(run.games)}
-        env = dataclasses.replace(env, **data)
-        run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, env=env))
+        run = run.on_its_games()
         provenance.record_environment(run)
     _check_splits(run)
     return run
