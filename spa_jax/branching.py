@@ -125,7 +125,7 @@ def _evaluated(run: Run, split: str) -> str:
         run,
         name,
         policy=str(run.base),
-        games=ExploreConfig(split=split, games=run.settings.data.heldout_games),
+        games=ExploreConfig(split=split, games=run.settings.data.heldout_games, rollouts=1),
         sampling=dataclasses.replace(run.settings.sampling, temperature=temperature),
         flags={"games": "heldout_games", "temperature": "eval_temperature"},
     )

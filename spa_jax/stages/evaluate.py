@@ -1,4 +1,4 @@
-"""Stage 6: a policy plays held-out games once each, and how well is written down.
+"""Stage 6: a policy plays held-out games, and how well is written down.
 
 Writes W/eval/NAME/{trajectories.jsonl,summary.json}.  Run again, it plays what is missing.
 """
@@ -6,10 +6,10 @@ Writes W/eval/NAME/{trajectories.jsonl,summary.json}.  Run again, it plays what 
 import dataclasses
 from collections.abc import Mapping
 
-from spa_jax import files, play
+from spa_jax import attempts, files, play
 from spa_jax.config import SamplingConfig
 from spa_jax.evaluation import Summary
-from spa_jax.play import Recording
+from spa_jax.play import Recorded, Recording
 from spa_jax.run import Run
 from spa_jax.stage_config import ExploreConfig
 
@@ -29,7 +29,9 @@ def run(run: Run, name: str, *, policy: str, games: int | None = None) -> Summar
         name,
         policy=policy,
         games=ExploreConfig(
-            split=data.heldout_split, games=data.heldout_games if games is None else games
+            split=data.heldout_split,
+            games=data.heldout_games if games is None else games,
+            rollouts=1,
         ),
         sampling=dataclasses.replace(sampling, temperature=method.eval_temperature),
         flags={
@@ -37,7 +39,7 @@ def run(run: Run, name: str, *, policy: str, games: int | None = None) -> Summar
             "games": "heldout_games",
             "temperature": "eval_temperature",
         },
-    )
+    ).summary()
 
 
 def play_games(
@@ -48,14 +50,16 @@ def play_games(
     games: ExploreConfig,
     sampling: SamplingConfig,
     flags: Mapping[str, str] | None = None,
-) -> Summary:
-    """Plays one episode of each chosen game, and writes the summary.
+) -> Recorded:
+    """Plays the chosen games, each as often as `games.rollouts`, and writes the summary.
+
+    With several episodes of a game summary.json holds pass@k too, as `attempts`.
 
     Args:
       run: the run.
       name: below W/eval.
       policy: who plays.
-      games: which games.
+      games: which games, and how often each.
       sampling: how the policy writes.
       flags: the flags that set these, see `play.Recording`.
     """
@@ -66,12 +70,14 @@ def play_games(
             stage="evaluate",
             folder=folder,
             policy=policy,
-            games=dataclasses.replace(games, rollouts=1),
+            games=games,
             sampling=sampling,
             title=f"evaluate {name}",
             flags=flags or {},
         ),
     )
-    summary = played.summary()
-    files.write_json(folder / "summary.json", summary.to_dict())
-    return summary
+    content = played.summary().to_dict()
+    if games.rollouts > 1 and (found := attempts.summarize(played.episodes)):
+        content["attempts"] = found.to_dict()
+    files.write_json(folder / "summary.json", content)
+    return played

@@ -1,5 +1,6 @@
 """Every environment behind the server: its expert, through `evaluate`, on data of our own."""
 
+import json
 import re
 
 import pytest
@@ -36,11 +37,15 @@ def test_the_expert_wins_through_the_server(env, shop, homes, tmp_path):
         f"--env={env}",
         f"--{env}_data={data}",
         "--split=test",
-        "--games=4",
+        "--games=2",
+        "--rollouts=2",
         "--policy=expert",
         f"--workdir={tmp_path}",
     )
     assert re.search(r"RESULT success=1.0000 grounding=1.0000 games=4 ", said)
+    assert "2 attempts a game" in said and "  pass@2: 100.0% (100.0 - 100.0%)" in said
+    summary = json.loads((tmp_path / "eval" / "policy" / "summary.json").read_text())
+    assert (summary["attempts"]["games"], summary["attempts"]["attempts"]) == (2, 2)
     played = store.read(tmp_path / "eval" / "policy" / "trajectories.jsonl")
     assert {(t.env, t.status, t.final_reward) for t in played} == {(env, Status.SUCCESS, 1.0)}
 
