@@ -1,5 +1,6 @@
 """For every test: eight virtual devices on the CPU, and compiled programs that are kept."""
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -41,3 +42,24 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if _accepted(_OLD_EMITTERS):
         os.environ["XLA_FLAGS"] += f" {_OLD_EMITTERS}"
+
+
+# Every compiled program takes some areas of memory for itself, and Linux lets a process have 65,530
+# (vm.max_map_count): the compiler aborts the process that wants more.
+_MOST_AREAS = 20_000
+
+
+def _areas() -> int:
+    """The areas of memory that this process has; 0 where the system does not say."""
+    try:
+        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forgets compiled programs between modules when there are many; the disk still has them."""
+    between = nextitem is None or nextitem.path != item.path
+    if between and "jax" in sys.modules and _areas() > _MOST_AREAS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
