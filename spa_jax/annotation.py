@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from spa_jax.stage_config import CreditConfig
 from spa_jax.training import estimator_data, estimator_update, scoring, step_credits
 from spa_jax.training.estimator_data import final_rewards
 from spa_jax.trajectory import Trajectory
+from spa_jax.truth import Key
 
 
 def annotate(
@@ -29,6 +30,7 @@ def annotate(
     settings: CreditConfig,
     seed: int,
     reference: str,
+    branches: Mapping[Key, np.ndarray] | None = None,
 ) -> list[Trajectory]:
     """The same episodes with contributions and fused rewards.
 
@@ -40,6 +42,7 @@ def annotate(
       settings: whose credit the steps get, and how grounding enters.
       seed: of the placebos.
       reference: names the reference policy (`provenance.policy_digest`).
+      branches: as in `step_credits.of`.
 
     Raises:
       UserError: the episodes do not say what the credit is made of.
@@ -48,7 +51,7 @@ def annotate(
     grounded = np.zeros(mask.shape, np.float32)
     for i, trajectory in enumerate(trajectories):
         grounded[i, : len(trajectory.steps)] = [step.grounded for step in trajectory.steps]
-    own = step_credits.of(settings.credit, trajectories, scores)
+    own = step_credits.of(settings.credit, trajectories, scores, branches)
     credits = credit.credit(
         settings.credit if own is None else "spa",  # a credit of its own is shared out already
         contributions if own is None else own,

@@ -10,36 +10,30 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import tqdm
 
 from spa_jax import (
     annotation,
+    continuations,
     evaluation,
     files,
     judging,
     method,
-    play,
     provenance,
-    replay,
-    rollout,
     store,
     truth,
 )
 from spa_jax import episodes as episodes_lib
 from spa_jax import policy as policy_lib
 from spa_jax.config import fit_attention
-from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.rl import critic
 from spa_jax.run import BASE, EPISODES, Run
-from spa_jax.runtime import distributed
 from spa_jax.stage_config import ExploreConfig
 from spa_jax.stages import annotate, evaluate
 from spa_jax.training import estimator_data, ppo_data
-from spa_jax.trajectory import Status, Trajectory
-from spa_jax.truth import Branch, Key, StepTruth
+from spa_jax.trajectory import Trajectory
+from spa_jax.truth import Key, StepTruth
 
-MOST = 10_000  # branches of a step, and steps of an episode
 _ESTIMATOR, _CRITIC, _TRUTH = "estimator", "ridge critic", "true advantage"
 
 Figures = dict[str, dict[str, float]]
@@ -91,7 +85,15 @@ def run(run: Run, *, split: str, episodes: int, branches: int) -> Judged:
         settings={"split": split, "temperature": run.settings.method.eval_temperature},
         flags={"temperature": "eval_temperature"},
     )
-    rewards = _branch(run, chosen, branches)
+    rewards = continuations.play(
+        run,
+        chosen,
+        policy=str(run.base),
+        count=branches,
+        temperature=run.settings.method.eval_temperature,
+        path=run.branches,
+        log=run.truth / "server.log",
+    )
     told = {t.key: truth.estimate(rewards[t.key], t.final_reward) for t in chosen}
     content = truth.to_json(told, evaluation=name, split=split, branches=branches)
     files.write_json(run.advantages, content)
@@ -103,10 +105,8 @@ def run(run: Run, *, split: str, episodes: int, branches: int) -> Judged:
 
 
 def _check(run: Run, branches: int) -> None:
-    if distributed.count() > 1:
-        raise UserError("--num_processes: judge_credit runs in one process; drop the flag")
-    if not 2 <= branches < MOST:
-        raise UserError(f"--branches={branches} must be at least 2 and below {MOST}")
+    if not 2 <= branches < continuations.MOST:
+        raise UserError(f"--branches={branches} must be at least 2 and below {continuations.MOST}")
     if run.settings.method.eval_temperature == 0:
         raise UserError(
             "--eval_temperature=0: a greedy policy goes on in one way only, so no step has an "
@@ -135,101 +135,6 @@ def _evaluated(run: Run, split: str) -> str:
 def _digest(played: Iterable[Trajectory]) -> str:
     """Names episodes by what was read and written in them, annotated or not."""
     return hashlib.sha256(repr([(t.key, t.token_ids) for t in played]).encode()).hexdigest()[:16]
-
-
-# --- branches ---------------------------------------------------------------------------------
-
-
-def _branch(run: Run, chosen: Sequence[Trajectory], count: int) -> dict[Key, np.ndarray]:
-    """Plays the branches that W/truth lacks; key -> [n, K] final rewards.
-
-    Raises:
-      UserError: the environment failed some of them.
-    """
-    store.repair(run.branches)
-    found = {b.key: b for b in truth.read_branches(run.branches)}
-    todo = [job for t in chosen for job in _jobs(t, count) if _leaves(job) not in found]
-    every = sum(len(t.steps) for t in chosen) * count
-    if todo:
-        bar = tqdm.tqdm(total=every, initial=every - len(todo), desc="branches", unit="branch")
-        with bar:
-            for branch in _play(run, todo, bar):
-                found[branch.key] = branch
-    else:
-        print(f"branches: all {every} are there ({run.branches})", flush=True)
-    missing = [job for job in todo if _leaves(job) not in found]
-    if missing:
-        raise UserError(
-            f"the environment failed {len(missing)} of {every} branches, the first in task "
-            f"{missing[0].task.task!r}; run the same command again: it plays these alone"
-        )
-    return {
-        t.key: np.array(
-            [
-                [found[*t.key, step, b].final_reward for b in range(count)]
-                for step in range(len(t.steps))
-            ]
-        )
-        for t in chosen
-    }
-
-
-def _jobs(trajectory: Trajectory, count: int) -> list[rollout.Job]:
-    """The branches of an episode, those of a step one after the other: they share their context."""
-    t = trajectory
-    if len(t.steps) >= MOST:
-        raise UserError(f"task {t.task!r} has {len(t.steps)} steps; fewer than {MOST} are judged")
-    task = Task(t.task, t.split, t.task_type, layout="")
-    return [
-        rollout.Job(task, t.seed, _attempt(t.attempt, step, b), prefix=replay.cut(t, step))
-        for step in range(len(t.steps))
-        for b in range(count)
-    ]
-
-
-def _attempt(attempt: int, step: int, branch: int) -> int:
-    """The number of a branch among all rollouts of its task and seed.
-
-    It seeds the branch's tokens, and is no number that a rollout from the start has.
-    """
-    return (attempt * MOST + step + 1) * MOST + branch
-
-
-def _leaves(job: rollout.Job | Trajectory) -> tuple[str, int, int, int, int]:
-    """The key of a job's, or of a played, branch: what `_attempt` put together."""
-    task, seed, number = job.key
-    above, branch = divmod(number, MOST)
-    attempt, step = divmod(above - 1, MOST)
-    return (task, seed, attempt, step, branch)
-
-
-def _play(run: Run, jobs: Sequence[rollout.Job], bar: tqdm.tqdm) -> list[Branch]:
-    """Plays branches; each is on disk when it ends.  Those that the environment failed are not."""
-    settings, done = run.settings, []
-    policy = policy_lib.load(str(run.base), settings.chat.chat_format, settings.compute)
-    sampling = dataclasses.replace(settings.sampling, temperature=settings.method.eval_temperature)
-    slots = min(sampling.slots, len(jobs))
-    engine = play.make_engine(policy, sampling, slots, run.seed)
-    engine.warm_up()
-
-    def on_done(t: Trajectory) -> None:
-        if t.status is Status.ENV_ERROR:
-            return
-        branch = Branch(*_leaves(t), t.final_reward, t.status.value)
-        store.append_line(run.branches, branch.line())
-        done.append(branch)
-        bar.update()
-
-    with play.open_env(settings.env, slots, run.truth / "server.log") as client:
-        player = play.make_player(settings.env, policy)
-        playing = rollout.Rollout(engine, policy.chat, client, player=player, on_done=on_done)
-        timing = playing.play(jobs)
-    if said := timing.bottleneck():
-        bar.write(said)
-    return done
-
-
-# --- judging ----------------------------------------------------------------------------------
 
 
 def judge(run: Run, name: str) -> Figures:

@@ -55,6 +55,11 @@ class Round:
         return self.explore / EPISODES
 
     @property
+    def branches(self) -> pathlib.Path:
+        """How the policy went on from each step of them, with --credit=branching."""
+        return self.explore / "branches.jsonl"
+
+    @property
     def features(self) -> pathlib.Path:
         """The base model's hidden states of them: a cache."""
         return features_of(self.episodes)

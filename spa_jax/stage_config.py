@@ -28,8 +28,11 @@ RFT = "rft"
 GROUP_OBJECTIVES = ("grpo", "rloo", "gigpo", "gagpo", "ragen")
 CRITIC_OBJECTIVES = ("ppo", "ragen")
 CLIP_HIGH = 0.28  # how far a ratio may rise above 1 in ragen; `rl.ragen` says why
-ROUND_CREDITS = ("prm4a",)  # fitted on the episodes of a round
-CreditName = Literal["spa", "terminal", "uniform", "shuffled", "random", "subgoal", "prm4a"]
+BRANCHING = "branching"
+ROUND_CREDITS = ("prm4a", BRANCHING)  # made from, or of, the episodes of a round
+CreditName = Literal[
+    "spa", "terminal", "uniform", "shuffled", "random", "subgoal", "prm4a", "branching"
+]
 ObjectiveName = Literal[
     "ppo", "grpo", "rloo", "reinforce++", "gigpo", "gagpo", "ragen", "archer", "rft"
 ]
@@ -209,8 +212,12 @@ class CreditConfig(Checked):
         "How an episode's credit is shared among its steps: as the estimator says (spa), or, to "
         "compare, by a placebo of the same total (terminal: R at the last step). subgoal: what "
         "the environment says that the step brought; prm4a: how much a value fitted on returns "
-        "rises.",
+        "rises; branching: how much more the policy wins that goes on from after the step than "
+        "from before it (costly).",
         group=MAY,
+    )
+    branches: int = setting(
+        4, "Episodes that go on from before each step, with --credit=branching.", minimum=2
     )
     credit_residual: bool = setting(
         False, "The last step also gets what the credits lack of the final reward.", group=MAY

@@ -7,14 +7,14 @@ import os
 import numpy as np
 import pytest
 
-from spa_jax import branching, play, policy, replay, rollout, store, truth
+from spa_jax import branching, continuations, play, policy, replay, rollout, store, truth
 from spa_jax.config import EnvConfig, RowsConfig, SamplingConfig
 from spa_jax.envs.protocol import Task
 from spa_jax.errors import UserError
 from spa_jax.report.page import write_report
 from spa_jax.run import Run
-from spa_jax.stage_config import MethodConfig
-from spa_jax.stages import evaluate
+from spa_jax.stage_config import CreditConfig, ExploreConfig, MethodConfig, ProgressConfig
+from spa_jax.stages import annotate, evaluate, explore, train_progress
 from tests import programs, runs, tiny
 
 BRANCHES, EPISODES = 12, 4
@@ -164,13 +164,40 @@ def test_an_environment_that_is_another_one_each_time_is_refused(base, tmp_path,
         branching.run(run, **ASKED)
 
 
+def test_branches_are_a_credit_too(base, tmp_path):
+    run = _run(tmp_path, base)
+    settings = dataclasses.replace(
+        run.settings,
+        explore=ExploreConfig(split="heldout", rollouts=1),
+        progress=ProgressConfig(epochs=1, width=8),
+        credit=CreditConfig(credit="branching", branches=3, beta=0.0),
+    )
+    run = dataclasses.replace(run, settings=settings)
+    explore.run(run, 0)
+    train_progress.run(run, 0)
+    found = annotate.run(run, 0)
+    branches = truth.read_branches(run.round(0).branches)
+    assert len(branches) == 3 * sum(len(t.steps) for t in found)
+    for t in found:
+        value = [
+            np.mean([b.final_reward for b in branches if b.key[:4] == (*t.key, step)])
+            for step in range(len(t.steps))
+        ]
+        rises = np.diff([*value, t.final_reward])
+        np.testing.assert_allclose([step.reward for step in t.steps], rises, atol=1e-6)
+    assert any(step.reward for t in found for step in t.steps)
+    before = run.round(0).branches.read_bytes()
+    run.round(0).annotated.unlink()
+    assert annotate.run(run, 0) == found and run.round(0).branches.read_bytes() == before
+
+
 def test_the_number_of_a_branch_says_where_it_leaves_which_episode():
     numbers = set()
     for attempt in (0, 1, 7):
         for step in (0, 1, 40):
             for branch in (0, 15):
-                number = branching._attempt(attempt, step, branch)
+                number = continuations._attempt(attempt, step, branch)
                 job = rollout.Job(Task("t", "train", "", ""), 3, number)
-                assert branching._leaves(job) == ("t", 3, attempt, step, branch)
+                assert continuations._leaves(job) == ("t", 3, attempt, step, branch)
                 numbers.add(number)
     assert len(numbers) == 18 and min(numbers) > 100  # no rollout from the start has it

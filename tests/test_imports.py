@@ -24,6 +24,7 @@ FLOORS = (
     {"policy", "provenance", "rollout"},
     {"redo", "training"},
     {"annotation", "export", "play", "report"},
+    {"continuations"},
     {"stages"},
     {"method"},
     {"branching", "lab", "study"},

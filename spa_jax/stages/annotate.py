@@ -7,9 +7,11 @@ W/iteration_I/annotated.jsonl: the same episodes with contributions, fused rewar
 
 import dataclasses
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from spa_jax import annotation, episodes, policy, provenance, store
+import numpy as np
+
+from spa_jax import annotation, continuations, episodes, policy, provenance, store
 from spa_jax.config import fit_attention
 from spa_jax.errors import UserError
 from spa_jax.run import EPISODES, Run
@@ -50,7 +52,10 @@ def run(
     if same and distributed.broadcast(f"{files.annotated}: is there", files.annotated.exists):
         print(f"annotate: already done ({files.annotated})", flush=True)
         return store.read(files.annotated)
-    return annotate_file(run, data, out=files.annotated, progress=files.progress, base=base)
+    branches = continuations.of_round(run, number, data)
+    return annotate_file(
+        run, data, out=files.annotated, progress=files.progress, base=base, branches=branches
+    )
 
 
 def run_evaluation(run: Run, name: str, keys: Collection[Key] | None = None) -> list[Trajectory]:
@@ -78,11 +83,12 @@ def annotate_file(
     progress: pathlib.Path,
     base: str,
     keys: Collection[Key] | None = None,
+    branches: Mapping[Key, np.ndarray] | None = None,
 ) -> list[Trajectory]:
     """Writes the episodes of `data` to the file `out`, annotated; returns those.
 
-    With `keys`, only the episodes with these keys are annotated; the others are written as they
-    are, and environment errors are left out either way.
+    `branches` is as in `annotation.annotate`. With `keys`, only the episodes with these keys are
+    annotated; the others are written as they are, and environment errors are left out either way.
     """
     settings = run.settings
     chat_format = policy.recorded_chat_format(data.parent)
@@ -105,6 +111,7 @@ def annotate_file(
         settings=settings.credit,
         seed=run.seed,
         reference=provenance.policy_digest(reference.folder),
+        branches=branches,
     )
     by_key = {t.key: t for t in annotated}
     every = [by_key.get(t.key, t) for t in played]

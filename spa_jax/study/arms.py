@@ -94,6 +94,11 @@ ARMS: dict[str, Arm] = {
     "shuffled": Arm("placebo: SPA's contributions, shuffled in an episode", "credit=shuffled"),
     "random": Arm("placebo: SPA's total, dealt out at random", "credit=random"),
     "subgoal": Arm("upper bound: the environment's own progress", "credit=subgoal"),
+    # With gamma = 0 the return of a step is its own reward, so its advantage is V' - V and no more.
+    "branching": Arm(
+        "upper bound: true advantages by branching (VinePPO)",
+        f"objective=reinforce++ credit=branching credit_residual=false gamma=0 {_NO_CRITIC}",
+    ),
 }
 
 _OF_THE_STUDY = ("data", "env")  # sections that no arm changes

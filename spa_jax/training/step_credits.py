@@ -4,23 +4,31 @@
 none.  The functions that compute them are pure, in `attribution/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spa_jax.attribution import prm4a, subgoal
+from spa_jax.attribution import branching, prm4a, subgoal
 from spa_jax.errors import UserError
 from spa_jax.training import ppo_data, scoring
 from spa_jax.trajectory import Trajectory
+from spa_jax.truth import Key
 
 
-def of(kind: str, trajectories: Sequence[Trajectory], scores: scoring.Scores) -> np.ndarray | None:
+def of(
+    kind: str,
+    trajectories: Sequence[Trajectory],
+    scores: scoring.Scores,
+    branches: Mapping[Key, np.ndarray] | None = None,
+) -> np.ndarray | None:
     """[N, S] the credit of each step; None if `kind` is made of contributions.
 
     Args:
       kind: `CreditConfig.credit`.
       trajectories: N episodes.
       scores: of them under the reference policy.
+      branches: for `branching`: an episode's key -> [n, K] final rewards of the branches from
+        before each of its steps.
 
     Raises:
       UserError: the episodes do not say what this credit is made of.
@@ -34,7 +42,26 @@ def of(kind: str, trajectories: Sequence[Trajectory], scores: scoring.Scores) ->
             scores.value_hidden, scores.end_hidden, final, scores.step_mask, fold, folds=folds
         )
         return np.asarray(prm4a.process_credit(q, first, scores.step_mask))
+    if kind == "branching":
+        assert branches is not None
+        returns, count = _table(trajectories, branches, scores.step_mask.shape)
+        final = np.array([t.final_reward for t in trajectories], np.float32)
+        given, _ = branching.branching_credit(returns, count, final, scores.step_mask)
+        return np.asarray(given)
     return None
+
+
+def _table(
+    trajectories: Sequence[Trajectory], branches: Mapping[Key, np.ndarray], shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """([N, S, K] final rewards of branches, [N, S] how many: K where a step is, else 0)."""
+    most = max(branches[t.key].shape[1] for t in trajectories)
+    returns, count = np.zeros((*shape, most), np.float32), np.zeros(shape, np.int32)
+    for i, t in enumerate(trajectories):
+        found = branches[t.key]
+        returns[i, : len(found), : found.shape[1]] = found
+        count[i, : len(found)] = found.shape[1]
+    return returns, count
 
 
 def progress_of(trajectories: Sequence[Trajectory]) -> np.ndarray:
