@@ -28,6 +28,7 @@ STOPPED = "stopped by Ctrl-C"
 # The main thread must answer the first press within this time, or wait for an update.
 _ANSWER_WITHIN_S = 3.0
 _AGAIN_AFTER_S = 0.01  # see `insist`
+_WAKE_AFTER_S = 0.2  # see `_wake`
 
 
 def leave() -> NoReturn:
@@ -177,9 +178,21 @@ def _watch(pipe: int) -> None:
                 end_at_once()
             if what := _State.answer.waits_for():
                 say(f"Ctrl-C: ends after {what}; press again to end at once")
-            timer = threading.Timer(_ANSWER_WITHIN_S, _leave_if_unanswered)
-            timer.daemon = True
-            timer.start()
+            for delay, act in ((_WAKE_AFTER_S, _wake), (_ANSWER_WITHIN_S, _leave_if_unanswered)):
+                timer = threading.Timer(delay, act)
+                timer.daemon = True
+                timer.start()
+
+
+def _wake() -> None:
+    """Wakes the main thread if it has not heard of the first press.
+
+    A press that comes between Python's last look for signals and the start of a sleep, or of
+    another wait, does not interrupt it: the main thread would sleep on.
+    """
+    main = threading.main_thread().ident
+    if not _State.presses and main is not None:
+        signal.pthread_kill(main, signal.SIGALRM)
 
 
 def _leave_if_unanswered() -> None:

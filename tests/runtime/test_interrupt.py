@@ -95,6 +95,27 @@ setup.program(main, DistributedConfig())
     assert said == "stopped by Ctrl-C; run the same command again to continue\n"
 
 
+def test_a_main_thread_that_sleeps_on_hears_of_the_press():
+    """Another thread takes the signal, so it interrupts no wait of the main one."""
+    work = """
+def main():
+    import signal, threading, time
+    def press():
+        time.sleep(0.5)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+    threading.Thread(target=press).start()
+    try:
+        print("busy", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+setup.program(main, DistributedConfig())
+"""
+    process = _start(_STAGE + work, "busy")
+    out, said = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "cleaned up\n"), said
+
+
 def test_an_update_that_hangs_ends_at_the_second_press():
     process = _start(_STAGE + _STUCK + _DEFERRED)
     process.send_signal(signal.SIGINT)
