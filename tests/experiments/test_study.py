@@ -3,10 +3,13 @@
 import json
 import pathlib
 import re
+import shutil
 
 import psutil
 import pytest
 
+from spa_jax import store
+from spa_jax.training.metrics import read_metrics
 from tests import programs, tiny
 
 _FLAGS = (
@@ -93,3 +96,59 @@ def test_killed_it_goes_on_and_replays_nothing(finished):
     assert rounds == [0, 1, 2]
     assert "auc" in found["arms"]["spa"]["seeds"]["0"]["credit"]
     assert "<svg" in (folder / "study.html").read_text()
+
+
+@pytest.mark.slow
+def test_arms_begin_with_the_same_and_differ_in_their_credit(finished):
+    folder, _, _, _ = finished
+    for seed in ("seed_0", "seed_1"):
+        explored = [
+            (folder / arm / seed / "iteration_0" / "explore" / "trajectories.jsonl").read_bytes()
+            for arm in ("start", "terminal", "spa")
+        ]
+        assert explored[0] == explored[1] == explored[2]
+        for t in store.read(folder / "terminal" / seed / "iteration_1" / "annotated.jsonl"):
+            final = [0.0] * (len(t.steps) - 1) + [t.final_reward]
+            paid = [r - 0.5 * (not s.grounded) for r, s in zip(final, t.steps, strict=True)]
+            assert [step.reward for step in t.steps] == pytest.approx(paid, abs=1e-6)
+        assert (folder / "spa" / seed / "report.html").exists()
+        ran = json.loads((folder / "spa" / seed / "run.json").read_text())
+        assert ran["program"] == "study" and f"--only=spa/{seed}" in ran["command"]
+    one, other = ((folder / "start" / s / "run.json").read_text() for s in ("seed_0", "seed_1"))
+    assert json.loads(one)["settings"]["base"] == json.loads(other)["settings"]["base"]
+
+
+@pytest.mark.slow
+def test_continued_sft_sees_as_many_tokens_as_spa(finished):
+    folder, _, _, _ = finished
+    found = json.loads((folder / "study.json").read_text())["arms"]
+    for seed in ("0", "1"):
+        spent = read_metrics(folder / "continued_sft" / f"seed_{seed}" / "sft" / "metrics.jsonl")
+        tokens = [m["tokens"] for m in spent]
+        assert found["continued_sft"]["seeds"][seed]["tokens"] == sum(tokens)
+        # A study gives whole updates, one at least.
+        spa = found["spa"]["seeds"][seed]["tokens"]
+        assert spa == pytest.approx(sum(tokens), abs=max(tokens))
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told_and_the_others_go_on(finished):
+    folder, flags, _, _ = finished
+    bad = folder / "uniform" / "seed_0" / "iteration_0" / "explore" / "trajectories.jsonl"
+    shutil.copytree(folder / "start" / "seed_0" / "iteration_0" / "explore", bad.parent)
+    (bad.parent / "done.json").unlink()
+    bad.write_text("no episode\n" + bad.read_text())
+    done = programs.run("study", *flags, f"{_ARMS},uniform")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"uniform/seed_0: FAILED: {bad}:1" in done.stdout and "log.txt" in done.stdout
+    found = json.loads((folder / "study.json").read_text())
+    assert list(found["runs"]["failed"]) == ["uniform/seed_0"] and found["runs"]["finished"] == 7
+    assert set(found["arms"]["uniform"]["seeds"]) == {"1"}
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused_in_the_same_folder(finished):
+    folder, flags, _, _ = finished
+    done = programs.run("study", *flags, _ARMS, "--beta=0.3")
+    assert done.returncode == 2
+    assert "was made with other settings: --beta was 0.5, is 0.3" in done.stderr
