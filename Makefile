@@ -4,13 +4,16 @@
 # make test-slow    installs, fetches the policy, runs the slow tests
 # make setup-peers  installs PyTorch and peft too, which some benchmarks and tests compare with
 # make lint         ruff and mypy
+# make lock         writes locks/ anew: the newest versions that fit, for both Pythons
 # make clean        removes .venv and caches; keeps models/ and runs/
+#
+# LOCKED=1 installs exactly the versions of locks/, which the published figures are of.
 #
 # Needs Python 3.11 or 3.12 (with venv), make and a C/C++ compiler; everything else goes into .venv.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart setup setup-peers policy test test-slow lint clean
+.PHONY: help quickstart setup setup-peers policy test test-slow lint lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -24,6 +27,7 @@ POLICY := models/smollm2-135m-instruct
 PYTHON ?=
 CANDIDATES = $(or $(PYTHON),python3 python3.12 python3.11)
 ARGS ?=
+LOCKED ?=
 PYTEST_ARGS ?=
 
 help:
@@ -55,13 +59,20 @@ $(ALFWORLD): requirements.txt pyproject.toml
 	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	  echo "creating $(VENV) with $$found (Python $$version)"; \
 	  $$found -m venv --clear $(VENV) || exit 2; \
-	fi
+	fi; \
+	$(INSTALL) --upgrade pip setuptools || exit 2
 	@echo "installing into $(VENV): some minutes"
 # TextWorld's planner and another of its parts are compiled here, while the rest is fetched; the
 # set-up of one calls a program named python.  (Without --use-pep517 the pip of Python 3.11's first
 # releases wants a package `wheel` beside it.)  Byte code is left to the first import: most modules
 # of these packages never see one.
 	@export PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
+	if [ -n "$(LOCKED)" ]; then \
+	  version=$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  $(INSTALL) --no-deps --require-hashes -r locks/python$$version.txt \
+	    && $(INSTALL) --no-deps -e . && touch $(ALL); \
+	  exit $$?; \
+	fi; \
 	$(PIP) wheel --use-pep517 --no-deps --wheel-dir $(VENV)/wheels fast-downward-textworld jericho & built=$$!; \
 	$(INSTALL) -r requirements.txt || { kill $$built; exit 2; }; \
 	wait $$built && $(INSTALL) --find-links $(VENV)/wheels -e ".[alfworld]" \
@@ -97,6 +108,17 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check spa_jax experiments
 	$(VENV)/bin/mypy
+
+lock: setup
+	$(PIP) install uv
+	@for version in 3.11 3.12; do \
+	  out=locks/python$$version.txt; \
+	  compile="$(PY) -m uv --quiet pip compile --python-version $$version --generate-hashes --no-header --no-annotate"; \
+	  { echo "# The versions that the published figures are of, on Python $$version (make setup LOCKED=1)."; \
+	    echo "# Made by: make lock"; \
+	    $$compile --extra alfworld --extra webshop --extra dev pyproject.toml; \
+	    echo virtualhome==2.3.0 | $$compile --no-deps -; } > $$out || exit 2; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
