@@ -27,7 +27,7 @@ FLOORS = (
     {"continuations"},
     {"stages"},
     {"method"},
-    {"branching", "lab", "study"},
+    {"api", "branching", "lab", "study"},
 )
 _TRAINER = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "torch"}
 _WORLD = {"absl", "glob", "io", "json", "os", "pathlib", "shutil", "subprocess", "sys", "tempfile"}
