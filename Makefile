@@ -1,4 +1,5 @@
 # make quickstart   installs, fetches the policy, runs the whole method (ARGS="--seed=1" adds flags)
+# make tour         installs, shows every stage in a minute and a half: a tiny policy guesses numbers
 # make setup        installs into .venv (PYTHON=/path/to/python3.12 chooses the Python)
 # make test         installs, runs the fast tests
 # make test-slow    installs, fetches the policy, runs the slow tests
@@ -13,7 +14,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart setup setup-peers policy test test-slow lint lock clean
+.PHONY: help quickstart tour setup setup-peers policy test test-slow lint lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -35,6 +36,9 @@ help:
 
 quickstart: policy
 	$(PY) -m experiments.run_spa --flagfile=experiments/presets/quickstart.flags $(ARGS)
+
+tour: $(ALFWORLD)
+	$(PY) -m experiments.tour --flagfile=experiments/presets/tour.flags $(ARGS)
 
 setup: $(ALL)
 
