@@ -217,7 +217,10 @@ class CreditConfig(Checked):
         group=MAY,
     )
     branches: int = setting(
-        4, "Episodes that go on from before each step, with --credit=branching.", minimum=2
+        4,
+        "Episodes that go on from before each step, with --credit=branching.",
+        flag="credit_branches",
+        minimum=2,
     )
     credit_residual: bool = setting(
         False, "The last step also gets what the credits lack of the final reward.", group=MAY
