@@ -5,6 +5,7 @@
 # make test-slow    installs, fetches the policy, runs the slow tests
 # make setup-peers  installs PyTorch and peft too, which some benchmarks and tests compare with
 # make lint         ruff and mypy
+# make docs         installs MkDocs, builds site/; a link that leads nowhere is an error
 # make lock         writes locks/ anew: the newest versions that fit, for both Pythons
 # make clean        removes .venv and caches; keeps models/ and runs/
 #
@@ -14,7 +15,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tour setup setup-peers policy test test-slow lint lock clean
+.PHONY: help quickstart tour setup setup-peers policy test test-slow lint docs lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -112,6 +113,10 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check spa_jax experiments
 	$(VENV)/bin/mypy
+
+docs: setup
+	$(INSTALL) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 lock: setup
 	$(PIP) install uv

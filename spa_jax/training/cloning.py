@@ -99,7 +99,9 @@ def clone(
                 trainable.save(
                     out / "policy", trained=trainer.fetch(averaged), heads={}, version=done
                 )
-        shown = {"loss": f"{line['loss']:.3f}", "valid": f"{best:.3f}"}
+        shown = {"loss": f"{line['loss']:.3f}"}
+        if np.isfinite(best):  # from the first look at the held-out demonstrations on
+            shown["valid"] = f"{best:.3f}"
         return Outcome(state, line, shown=shown, last=0 < sft.patience <= bad)
 
     # Killed after it stopped early and before it said so: nothing is left to train.

@@ -62,6 +62,21 @@ def test_it_ends_with_a_table_and_a_result_line(finished):
     assert "<svg" in (folder / "report.html").read_text()
 
 
+def test_the_documentation_knows_every_metric(finished):
+    folder, _, _ = finished
+    page = (programs.ROOT / "docs" / "metrics.md").read_text()
+    known = set(re.findall(r"`(\w+)`", page)) | {"update", "time"}
+    found = {
+        name
+        for file in folder.rglob("metrics.jsonl")
+        for line in file.read_text().splitlines()
+        for name in json.loads(line)
+    }
+    judged = json.loads((folder / "estimator.json").read_text())
+    found |= {name for name in judged if not name.endswith(("_low", "_high"))}
+    assert len(found) > 40 and not found - known
+
+
 _OTHERS = {
     "webshop": ("--generate_products=20", "--max_steps=4"),
     "virtualhome": ("--task_types=Turn on,Relax", "--max_steps=6"),
