@@ -60,7 +60,16 @@ class Policy:
     @functools.cached_property
     def chat(self) -> ChatFormat:
         """The format; a stage that neither writes nor reads conversations needs none."""
-        return ChatFormat.from_tokenizer(self.tokenizer, self.chat_format)
+        made = ChatFormat.from_tokenizer(self.tokenizer, self.chat_format)
+        for i in (made.end_of_turn, *made.opening, *made.header, *made.between):
+            if isinstance(i, int) and i >= self.config.vocab_size:
+                raise UserError(
+                    f"{self.model / 'tokenizer.json'}: the chat template writes token "
+                    f"{self.tokenizer.convert_ids_to_tokens(i)!r} (id {i}), and the embedding has "
+                    f"{self.config.vocab_size} rows; give another --chat_format, or resize the "
+                    "embedding"
+                )
+        return made
 
 
 def load(
@@ -92,13 +101,7 @@ def load(
         )
     config, params = huggingface.load_pretrained(path)
     backend, trained_in = _conversations(path, chat_format)
-    largest = max(backend.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
-        raise UserError(
-            f"{path / 'tokenizer.json'}: ids up to {largest}, but {path / 'config.json'} and "
-            f"tensor model.embed_tokens.weight have vocab_size {config.vocab_size}: they belong "
-            "to different models"
-        )
+    _check_vocabulary(path, backend, config)
     return Policy(
         folder=path,
         model=path,
@@ -109,6 +112,22 @@ def load(
         chat_format=trained_in,
         **noted,
     )
+
+
+def _check_vocabulary(
+    path: pathlib.Path, backend: "PreTrainedTokenizerFast", config: ModelConfig
+) -> None:
+    """Refuses tokens beyond the embedding that a text could hold; a special one is in no text."""
+    special = {i for i, token in backend.added_tokens_decoder.items() if token.special}
+    beyond = {i: token for token, i in backend.get_vocab().items() if i >= config.vocab_size}
+    written = sorted(set(beyond) - special)
+    if written:
+        raise UserError(
+            f"{path / 'tokenizer.json'}: ids up to {max(beyond)} (the first beyond is "
+            f"{written[0]}, {beyond[written[0]]!r}), but {path / 'config.json'} and tensor "
+            f"model.embed_tokens.weight have vocab_size {config.vocab_size}: they belong to "
+            "different models, or the embedding was not resized when tokens were added"
+        )
 
 
 def check_chat_format(policy: str | os.PathLike[str], chat_format: str) -> None:

@@ -15,6 +15,7 @@ TESTS = pathlib.Path(__file__).parent
 # From the ground up: a room imports rooms of lower floors only.
 FLOORS = (
     {"errors"},
+    {"schema"},
     {"horizons", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
     {"attribution", "batching", "chat", "config", "evaluation", "importers", "store"},
     {"data_config", "judging", "models", "runtime", "truth"},

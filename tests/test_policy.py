@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+import tokenizers
 
 from spa_jax import chat, policy, tokenizer
 from spa_jax.config import LoraConfig
@@ -30,8 +31,25 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     for i in range(size, 385):
         vocabulary["added_tokens"].append(added | {"id": i, "content": f"<new{i}>"})
     path.write_text(json.dumps(vocabulary))
-    with pytest.raises(UserError, match=r"tokenizer.json: ids up to 384, .*config.json .*size 384"):
+    with pytest.raises(UserError, match="json: ids up to 384 .*<new384>.*config.json .*size 384"):
         policy.load(folder)
+
+
+def test_a_special_token_beyond_the_embedding_is_an_error_only_where_it_is_written(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "[PAD]"}
+    path = folder / "tokenizer.json"
+    words = tokenizers.Tokenizer.from_file(str(path))
+    words.add_tokens([f" w{i}" for i in range(words.get_vocab_size(), 384)])  # up to the embedding
+    words.add_special_tokens(["[PAD]"])
+    words.save(str(path))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = policy.load(folder)
+    assert loaded.tokenizer.convert_tokens_to_ids("[PAD]") == 384
+    assert max(loaded.chat.first_turn("", "a [PAD] in plain text")) < 384
+    written = tiny.CHATML.replace("<|im_start|>", "[PAD]<|im_start|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": written}))
+    with pytest.raises(UserError, match=r"chat template writes token '\[PAD\]' \(id 384\)"):
+        _ = policy.load(folder).chat
 
 
 @pytest.fixture

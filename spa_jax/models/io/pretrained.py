@@ -6,11 +6,11 @@ import pathlib
 import re
 
 from spa_jax.errors import UserError
-from spa_jax.models.io import huggingface, peft
+from spa_jax.models.io import huggingface, peft, weights
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Not "*.safetensors": Mistral's repositories hold the same weights twice.
-_HUB_FILES = ("config.json", "model*.safetensors", huggingface.INDEX, *huggingface.TOKENIZER_FILES)
+_HUB_FILES = ("config.json", "model*.safetensors", weights.INDEX, *huggingface.TOKENIZER_FILES)
 
 
 def resolve(policy: str | os.PathLike[str]) -> pathlib.Path:
@@ -28,7 +28,7 @@ def resolve(policy: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(policy)
     if path.suffix == ".gguf":
         return _converted(path)
-    if path.exists() or not _HUB_ID.fullmatch(str(policy)) or path.suffix in huggingface.PICKLES:
+    if path.exists() or not _HUB_ID.fullmatch(str(policy)) or path.suffix in weights.PICKLES:
         return path
     return _fetched(str(policy))
 
