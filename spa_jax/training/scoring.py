@@ -83,6 +83,9 @@ def score(
 
     Returns:
       The scores, on the host.
+
+    Raises:
+      UserError: a score is not finite; names the trajectory.
     """
     read = answered(trajectories, chat, config, rows)
     packed = batching.pack(read, **rows.packing)
@@ -103,7 +106,21 @@ def score(
             parts[name].append(out[name].reshape(-1, *out[name].shape[2:]))
     packed = jax.tree.map(lambda *xs: np.concatenate(xs), *cut)
     joined = {name: np.concatenate(parts[name]) for name in names}
-    return _by_trajectory(packed, joined, read, [len(t.token_ids) for t in trajectories])
+    scores = _by_trajectory(packed, joined, read, [len(t.token_ids) for t in trajectories])
+    _check_finite(scores, trajectories, config)
+    return scores
+
+
+def _check_finite(scores: Scores, trajectories: Sequence[Trajectory], config: ModelConfig) -> None:
+    """Refuses scores that are not finite: everything made of them would be NaN too."""
+    for i, t in enumerate(trajectories):
+        for name in ("log_probs", *_HIDDEN, "values"):
+            if not np.isfinite(np.asarray(getattr(scores, name)[i], np.float32)).all():
+                raise UserError(
+                    f"task {t.task!r} (seed {t.seed}, attempt {t.attempt}): what the model makes "
+                    f"of it ({name}) is not finite: {config.dtype} overflows, or the policy "
+                    "diverged; give --compute_dtype=float32, or use another checkpoint"
+                )
 
 
 def answered(
