@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import tokenizers
 
 from spa_jax.errors import UserError
+from spa_jax.limited import limited
 from spa_jax.texts import replace_surrogates
 from spa_jax.trajectory import Trajectory
 
@@ -67,6 +68,9 @@ _PROBES: tuple[Turns, ...] = (
     (("Go.", "<think>\nFirst look.\n</think>\n\nlook"), ("A desk.", "open desk"), ("?", "wait")),
 )
 
+
+# A template is a program of others': loops in loops would never end.
+_SECONDS, _MEBIBYTES = 5.0, 512
 
 # Llama 3.1 and later write the day into every conversation. A policy would read other tokens each
 # day than it was trained on, so it is always the one that their templates fall back on.
@@ -282,15 +286,16 @@ def _render(
 ) -> str:
     """A template's text of a conversation, with the assistant's header; None: the tokenizer's."""
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                _messages(turns, observation),
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string=_DATE,
+        with limited(seconds=_SECONDS, mebibytes=_MEBIBYTES):
+            return str(
+                tokenizer.apply_chat_template(
+                    _messages(turns, observation),
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    date_string=_DATE,
+                )
             )
-        )
     except Exception as error:  # no template; a Jinja error; the template's own raise_exception
         raise UserError(
             f"{_where(tokenizer)}: cannot write a conversation of user and assistant turns "

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import jax
 
-from spa_jax import files, tokenizer
+from spa_jax import files, schema, tokenizer
 from spa_jax.chat import TEMPLATE, ChatFormat
 from spa_jax.config import DEFAULT_COMPUTE, ComputeConfig
 from spa_jax.errors import UserError
@@ -26,6 +25,7 @@ EXPERT = "expert"  # in place of a policy's folder: the environment's own expert
 ADAPTER = "adapter"  # a policy's own adapter, in its folder
 TRUNK = "trunk"  # the policy that an estimator reads, in its folder, if it was trained with it
 ABOUT = "spa_jax.json"  # beside a policy's weights: what they do not say
+_Format = Literal["template", "chatml", "llama3"]  # TEMPLATE, and those of `chat.TEMPLATES`
 POLICY_HELP = (
     "The pretrained policy: a Hugging Face folder, a GGUF file, or ORGANISATION/MODEL of the hub."
 )
@@ -90,14 +90,18 @@ def load(
     """
     path = pretrained.resolve(policy)
     about = _about(path)
-    noted = {"version": about.get("version", 0), "trunk": about.get("progress_trunk", "")}
     if peft.is_adapter(path):
-        trained_in = about.get("chat_format", chat_format)
+        trained_in = about.chat_format or chat_format
         base = load(peft.adapter_base(path), trained_in, compute)
         lora, adapter = peft.load_adapter(path, base.config)
         params = jax.device_get(lora_lib.merge(lora, base.params, adapter))
         return dataclasses.replace(
-            base, folder=path, params=params, heads=tensors.load_heads(path), **noted
+            base,
+            folder=path,
+            params=params,
+            heads=tensors.load_heads(path),
+            version=about.version,
+            trunk=about.progress_trunk,
         )
     config, params = huggingface.load_pretrained(path)
     backend, trained_in = _conversations(path, chat_format)
@@ -110,7 +114,8 @@ def load(
         heads=tensors.load_heads(path),
         tokenizer=backend,
         chat_format=trained_in,
-        **noted,
+        version=about.version,
+        trunk=about.progress_trunk,
     )
 
 
@@ -141,7 +146,7 @@ def check_chat_format(policy: str | os.PathLike[str], chat_format: str) -> None:
 
 def _conversations(path: pathlib.Path, chat_format: str) -> tuple["PreTrainedTokenizerFast", str]:
     """The tokenizer of a folder, and the name of its conversations' format."""
-    trained_in = _about(path).get("chat_format", chat_format)
+    trained_in = _about(path).chat_format or chat_format
     if chat_format not in (TEMPLATE, trained_in):
         raise UserError(
             f"--chat_format={chat_format}: the policy was trained with {trained_in}, says "
@@ -150,10 +155,33 @@ def _conversations(path: pathlib.Path, chat_format: str) -> tuple["PreTrainedTok
     return tokenizer.load(path), trained_in
 
 
-def _about(path: pathlib.Path) -> dict[str, Any]:
-    """What we noted of a policy of ours; {} for others."""
+class _About(schema.Schema):
+    """What we noted of a policy of ours."""
+
+    version: schema.Count = 0
+    chat_format: _Format | None = None
+    progress_trunk: schema.Text = ""
+
+
+def _about(path: pathlib.Path) -> _About:
+    """What we noted of a policy of ours; nothing for others."""
     file = path / ABOUT
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return _About()
+    return schema.read(_About, file, remedy="copy the policy's folder again")
+
+
+class _Chat(schema.Schema):
+    """How the episodes of a folder were written."""
+
+    chat_format: _Format
+    end_of_turn: schema.Count
+
+
+class _Generation(schema.Schema):
+    """What ends a turn beside the chat format's token."""
+
+    eos_token_id: schema.Count | list[schema.Count] | None = None
 
 
 def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
@@ -167,10 +195,10 @@ def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
     path = folder / "chat.json"
     ours = {"chat_format": policy.chat_format, "end_of_turn": policy.chat.end_of_turn}
     if path.exists() and any(folder.glob("trajectories*.jsonl")):
-        theirs = json.loads(path.read_text())
-        if theirs != ours:
+        theirs = _read_chat(path)
+        if theirs.model_dump() != ours:
             raise UserError(
-                f"{path}: the episodes there are in the chat format {theirs['chat_format']}, the "
+                f"{path}: the episodes there are in the chat format {theirs.chat_format}, the "
                 f"policy's is {policy.chat_format}; give that --chat_format, or another folder"
             )
     files.write_json(path, ours)
@@ -179,12 +207,22 @@ def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
 def recorded_chat_format(folder: pathlib.Path) -> str:
     """The chat format of a folder's episodes; the template's own if none is recorded."""
     path = folder / "chat.json"
-    return json.loads(path.read_text())["chat_format"] if path.exists() else TEMPLATE
+    return _read_chat(path).chat_format if path.exists() else TEMPLATE
+
+
+def _read_chat(path: pathlib.Path) -> _Chat:
+    return schema.read(
+        _Chat,
+        path,
+        remedy="write the chat_format and end_of_turn of its episodes there, or remove the folder",
+    )
 
 
 def other_ends(policy: Policy) -> list[int]:
     """The ids that end a turn beside the chat format's, by the model's generation_config.json."""
     path = policy.model / "generation_config.json"
-    given = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    if not path.exists():
+        return []
+    given = schema.read(_Generation, path, remedy="fetch the file again").eos_token_id
     ids = given if isinstance(given, list) else [given]
-    return [i for i in ids if isinstance(i, int) and i != policy.chat.end_of_turn]
+    return [i for i in ids if i is not None and i != policy.chat.end_of_turn]

@@ -1,5 +1,7 @@
 """Files of others checked by pydantic: what breaks a schema is one line that names the field."""
 
+import json
+import pathlib
 import reprlib
 from typing import Annotated, Any, TypeVar
 
@@ -21,6 +23,27 @@ class Schema(pydantic.BaseModel):
     """Base of what a file must say; what it says beyond that is passed over."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+def read(schema: type[T], path: pathlib.Path, *, remedy: str) -> T:
+    """A file's JSON as the type that it must be of.
+
+    Args:
+      schema: as in `check`.
+      path: the file.
+      remedy: what to do about a file that is not as it should be.
+
+    Raises:
+      UserError: it cannot be read, is not JSON, or says something else; in one line.
+    """
+    try:
+        return check(schema, json.loads(path.read_text(encoding="utf-8")), path)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
 
 
 def check(schema: type[T], value: Any, where: object) -> T:

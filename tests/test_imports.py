@@ -16,7 +16,7 @@ TESTS = pathlib.Path(__file__).parent
 FLOORS = (
     {"errors"},
     {"schema"},
-    {"horizons", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
+    {"horizons", "limited", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
     {"attribution", "batching", "chat", "config", "evaluation", "importers", "store"},
     {"data_config", "judging", "models", "runtime", "truth"},
     {"stage_config"},

@@ -103,3 +103,38 @@ def test_episodes_remember_their_chat_format(thinking, folder, tmp_path):
     assert policy.recorded_chat_format(episodes) == "chatml"
     with pytest.raises(UserError, match="chat.json: .* format chatml, the policy's is template"):
         policy.record_chat_format(episodes, policy.load(folder))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"), ("[", "not JSON"), ("[]", "valid dict"), ("\xff", "not JSON"),
+        ('{"chat_format": "alpaca", "end_of_turn": 2}', "chat_format='alpaca': it must be 'templ"),
+        ('{"chat_format": "template", "end_of_turn": "2"}', "end_of_turn='2'"),
+        ('{"chat_format": "template"}', "end_of_turn is missing"),
+    ],
+)  # fmt: skip
+def test_a_torn_chat_json_is_named(folder, tmp_path, text, message):
+    (tmp_path / "trajectories.jsonl").touch()
+    (tmp_path / "chat.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=f"chat.json: .*{message}.*; write the chat_format"):
+        policy.recorded_chat_format(tmp_path)
+    with pytest.raises(UserError, match=f"chat.json: .*{message}"):
+        policy.record_chat_format(tmp_path, policy.load(folder))
+
+
+def test_torn_files_beside_the_weights_are_named(folder):
+    for text, message in (("{", "not JSON"), ('{"version": -3}', "version=-3: it must be great")):
+        (folder / "spa_jax.json").write_text(text)
+        with pytest.raises(UserError, match=f"spa_jax.json: {message}.*copy the policy's folder"):
+            policy.load(folder)
+    (folder / "spa_jax.json").unlink()
+    loaded = policy.load(folder)
+    other = folder / "generation_config.json"
+    for text, ids in (('{"eos_token_id": [2, 1]}', [1]), ("{}", []), ('{"eos_token_id": 0}', [0])):
+        other.write_text(text)
+        assert policy.other_ends(loaded) == ids
+    for text in ('{"eos_token_id": "2"}', '{"eos_token_id": -1}', "nonsense"):
+        other.write_text(text)
+        with pytest.raises(UserError, match="generation_config.json: .*fetch the file again"):
+            policy.other_ends(loaded)

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from spa_jax import schema
 from spa_jax.errors import UserError
 from spa_jax.models.config import Params
 from spa_jax.models.names import Shape
@@ -201,12 +202,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read, is not JSON, or is no object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    value = schema.read(Any, path, remedy="fetch the file again")  # type: ignore[arg-type]
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; fetch the file again")
     return value
