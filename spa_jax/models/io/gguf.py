@@ -299,7 +299,8 @@ def _rotary_heads(hf_name: str, config: ModelConfig) -> int:
 
 def _getter(path: pathlib.Path, tensor: gguf.ReaderTensor, heads: int) -> Callable[[], np.ndarray]:
     def get() -> np.ndarray:
-        array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        with np.errstate(all="ignore"):  # what is not finite is told below
+            array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         if not is_finite(array):
             raise UserError(
                 f"{path}: tensor {tensor.name} holds NaN or an infinity; fetch the file again"
