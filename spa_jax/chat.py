@@ -33,6 +33,7 @@ import tokenizers
 from spa_jax.errors import UserError
 from spa_jax.limited import limited
 from spa_jax.texts import replace_surrogates
+from spa_jax.tokenizer import reading
 from spa_jax.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -344,7 +345,8 @@ def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tuple[tokenizers.Tok
         normalizer["normalizers"] = others
     if cuts.get("prepend_scheme") == "first":  # the first run of a conversation only
         cuts["prepend_scheme"] = "never"
-    encoder = tokenizers.Tokenizer.from_str(json.dumps(stored))
+    with reading(tokenizer.name_or_path):
+        encoder = tokenizers.Tokenizer.from_str(json.dumps(stored))
     encoder.encode_special_tokens = True
     encoder.no_truncation()
     encoder.no_padding()

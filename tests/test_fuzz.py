@@ -343,5 +343,6 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(name, folder, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_many_mutated_files_are_read_or_refused_in_one_line(name, folder):
+def test_many_mutated_files_are_read_or_refused_in_one_line(name, folder, monkeypatch):
+    monkeypatch.setattr(chat, "_SECONDS", 0.5)
     _fuzz(name, folder, times=LONGER)
