@@ -34,6 +34,10 @@ _POLICY = "models/smollm2-135m-instruct"
 _POLICY_HELP = (
     "The pretrained policy: a Hugging Face folder, a GGUF file, or ORGANISATION/MODEL of the hub."
 )
+_REVISION_HELP = (
+    "The branch, tag or commit of --policy, a model of the hub; empty: its main branch. A commit "
+    "makes a run repeatable. ORGANISATION/MODEL@REVISION says the same wherever a policy is named."
+)
 _STAGE_POLICY_HELP = (
     "The policy of this stage, a folder or 'expert' where it plays; empty: the run's. A --policy "
     "in a whole run's flagfile (one that sets flags which this stage does not read) is the "
@@ -99,6 +103,7 @@ def define_run() -> None:
     if "redo" in flags.FLAGS:
         return
     flags.DEFINE_string("policy", _POLICY, _POLICY_HELP)
+    flags.DEFINE_string("revision", "", _REVISION_HELP)
     flags.DEFINE_string(
         "redo",
         "",
@@ -159,7 +164,18 @@ def from_flags() -> Run:
     Raises:
       UserError: --workdir is not set, or as `read`.
     """
-    return Run(workdir(), flags.FLAGS.policy, SEED.value, settings())
+    policy = flags.FLAGS.policy
+    if not _parsed.policy:  # else the revision is of that
+        policy = _at_revision(policy)
+    return Run(workdir(), policy, SEED.value, settings())
+
+
+def _at_revision(policy: str) -> str:
+    if not flags.FLAGS.revision:
+        return policy
+    from spa_jax.models.io import pretrained  # it imports JAX, and --help waits for nobody
+
+    return pretrained.at_revision(policy, flags.FLAGS.revision)
 
 
 def given(name: str) -> bool:
@@ -173,7 +189,7 @@ def given(name: str) -> bool:
 
 def stage_policy() -> str:
     """The policy that was given for this stage alone; "": the run's is meant."""
-    return _parsed.policy
+    return _at_revision(_parsed.policy) if _parsed.policy else ""
 
 
 def _adopt(values: Mapping[str, Any]) -> None:
@@ -232,7 +248,7 @@ def run_program(
     if stage_policy:
         flags.FLAGS["policy"].help = _STAGE_POLICY_HELP
     own = {*_SHARED} | _program_flags()
-    own |= {"policy", "redo"} | _names(DistributedConfig) if stage else set()
+    own |= {"policy", "redo", "revision"} | _names(DistributedConfig) if stage else set()
     for part in reads:
         own |= {part} if isinstance(part, str) else _names(part)
 

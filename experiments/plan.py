@@ -22,7 +22,7 @@ from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.errors import UserError
 from spa_jax.models import limits, shapes
 from spa_jax.models.config import ModelConfig
-from spa_jax.models.io import huggingface
+from spa_jax.models.io import hf_config
 from spa_jax.stage_config import AdaptedStage, Settings
 from spa_jax.training import memory, partition
 from spa_jax.training.memory import Need
@@ -47,7 +47,7 @@ def model_config(model: str) -> ModelConfig:
             f"--model={model}: {path} is no file; give a Hugging Face folder, its config.json, or "
             f"one of {', '.join(shapes.NAMED)}"
         )
-    return huggingface.read_config(path)
+    return hf_config.read(path)
 
 
 def stages(settings: Settings, config: ModelConfig, fsdp: int) -> dict[str, Need]:

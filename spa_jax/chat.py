@@ -31,7 +31,9 @@ from typing import TYPE_CHECKING
 import tokenizers
 
 from spa_jax.errors import UserError
+from spa_jax.limited import limited
 from spa_jax.texts import replace_surrogates
+from spa_jax.tokenizer import reading
 from spa_jax.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ _PROBES: tuple[Turns, ...] = (
     (("Go.", "<think>\nFirst look.\n</think>\n\nlook"), ("A desk.", "open desk"), ("?", "wait")),
 )
 
+
+# A template is a program of others': loops in loops would never end.
+_SECONDS, _MEBIBYTES = 5.0, 512
 
 # Llama 3.1 and later write the day into every conversation. A policy would read other tokens each
 # day than it was trained on, so it is always the one that their templates fall back on.
@@ -282,15 +287,16 @@ def _render(
 ) -> str:
     """A template's text of a conversation, with the assistant's header; None: the tokenizer's."""
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                _messages(turns, observation),
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string=_DATE,
+        with limited(seconds=_SECONDS, mebibytes=_MEBIBYTES):
+            return str(
+                tokenizer.apply_chat_template(
+                    _messages(turns, observation),
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    date_string=_DATE,
+                )
             )
-        )
     except Exception as error:  # no template; a Jinja error; the template's own raise_exception
         raise UserError(
             f"{_where(tokenizer)}: cannot write a conversation of user and assistant turns "
@@ -339,7 +345,8 @@ def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tuple[tokenizers.Tok
         normalizer["normalizers"] = others
     if cuts.get("prepend_scheme") == "first":  # the first run of a conversation only
         cuts["prepend_scheme"] = "never"
-    encoder = tokenizers.Tokenizer.from_str(json.dumps(stored))
+    with reading(tokenizer.name_or_path):
+        encoder = tokenizers.Tokenizer.from_str(json.dumps(stored))
     encoder.encode_special_tokens = True
     encoder.no_truncation()
     encoder.no_padding()

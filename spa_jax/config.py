@@ -284,6 +284,15 @@ class RowsConfig(Checked):
         operational=True,
     )
 
+    max_skipped_share: float = setting(
+        0.1,
+        "An update whose gradients are not finite is skipped. A training stage in which more than "
+        "this share of the updates is skipped stops with an error.",
+        minimum=0,
+        maximum=1,
+        operational=True,
+    )
+
     def check(self) -> None:
         """Refuses rows that cannot hold what they should, and a mesh that nothing would use."""
         if self.policy_slots > self.row_length:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from spa_jax import batching, store
 from spa_jax.config import RowsConfig
+from spa_jax.errors import UserError
 from spa_jax.models import limits
 from spa_jax.models.config import ModelConfig
 from spa_jax.runtime import distributed
@@ -57,10 +58,10 @@ def assert_same_everywhere(trajectories: Sequence[Trajectory], source: object) -
     distributed.assert_equal(f"episodes in {source}", digest.hexdigest())
 
 
-def check_lengths(
+def check_fit(
     config: ModelConfig, trajectories: Sequence[Trajectory], source: object, rows: RowsConfig
 ) -> None:
-    """Refuses, before any work, episodes that the model cannot attend over or that fit no row.
+    """Refuses, before any work, episodes that the model cannot read or that fit no row.
 
     Args:
       config: the model's shape.
@@ -69,11 +70,22 @@ def check_lengths(
       rows: the static shape.
 
     Raises:
-      UserError: names the first episode that is too long, and the flag to raise.
+      UserError: names the first episode that is too long, and the flag to raise, or that has a
+        token which the model has not; or no episode has a token that the policy wrote.
     """
     for t in trajectories:
         what = f"{source}: task {t.task!r} (seed {t.seed}, attempt {t.attempt})"
         limits.check_length(config, len(t.token_ids), what)
+        if max(t.token_ids, default=0) >= config.vocab_size:
+            raise UserError(
+                f"{what}: token_ids holds {max(t.token_ids)}, and the model's vocab_size is "
+                f"{config.vocab_size}: another model played it; give that, or remove the line"
+            )
+    if trajectories and all(max(t.step_id, default=-1) < 0 for t in trajectories):
+        raise UserError(
+            f"{source}: no episode holds a token that the policy wrote, so there is nothing to "
+            "learn from; explore with the policy, and not with the expert"
+        )
     batching.check_fit(
         trajectories,
         row_length=rows.row_length,

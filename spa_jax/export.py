@@ -1,6 +1,5 @@
 """A trained policy for other programs: a Hugging Face folder, or a PEFT adapter's, with heads."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -80,8 +79,8 @@ def trunk_of(progress: pathlib.Path, policy: pathlib.Path) -> str:
         if own.is_dir():
             return str(own.resolve())
     try:
-        trunk = (progress / json.loads(run_lib.done(progress).read_text())["trunk"]).resolve()
-    except (OSError, KeyError) as error:
+        trunk = (progress / str(files.read_done(progress)["trunk"])).resolve()
+    except (UserError, KeyError) as error:
         raise UserError(
             f"{run_lib.done(progress)}: says not which policy's hidden states the progress head "
             "reads; run train_progress to its end"

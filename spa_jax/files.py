@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from spa_jax import run as run_lib
+from spa_jax import schema
 from spa_jax.runtime import distributed
 
 
@@ -54,12 +55,22 @@ def has_all(folder: pathlib.Path, title: str) -> bool:
     marker = run_lib.done(folder)
 
     def complete() -> bool:
-        return marker.exists() and json.loads(marker.read_text()).get("failures") == 0
+        return marker.exists() and read_done(folder).get("failures") == 0
 
     found = distributed.broadcast(f"{title}: all episodes", complete)
     if found:
         print(f"{title}: already done ({marker})", flush=True)
     return found
+
+
+def read_done(folder: pathlib.Path) -> dict[str, Any]:
+    """What the mark of a folder's end says.
+
+    Raises:
+      UserError: it is no JSON object.
+    """
+    remedy = "remove it, and give the stage's command again"
+    return schema.read(dict[str, Any], run_lib.done(folder), remedy=remedy)
 
 
 def mark_done(folder: pathlib.Path, started: float, **results: Any) -> None:

@@ -63,7 +63,9 @@ def read_log(path: str | os.PathLike[str], *, env: str, split: str = "train") ->
     for where, record in _records(path):
         talk = _talk(where, record)
         replaced += talk.replaced
-        task = str(record.get("game_file") or record.get("id", len(trajectories)))
+        named = str(record.get("game_file") or record.get("id", len(trajectories)))
+        task, count = replace_surrogates(named)
+        replaced += count
         about = {"env": env, "split": split, "task": task}
         trajectories.append(_trajectory(where, record, talk, attempt=attempts[task], **about))
         attempts[task] += 1
@@ -85,7 +87,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         return
     try:
         records = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if isinstance(records, dict) and records.keys() & {"conversations", "messages"}:
         records = [records]  # a file of one line
@@ -100,7 +102,7 @@ def _lines(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: cannot be read as JSON ({error})") from error
 
 

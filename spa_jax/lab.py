@@ -25,7 +25,7 @@ import jax
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from spa_jax import files, games, provenance, store, tokenizer
+from spa_jax import files, games, provenance, schema, store, tokenizer
 from spa_jax.config import EnvConfig, RowsConfig, SamplingConfig
 from spa_jax.data_config import DataConfig, at_horizon
 from spa_jax.errors import UserError
@@ -142,7 +142,7 @@ def make(out: pathlib.Path, config: LabConfig, seed: int) -> dict[str, Any]:
 def _made(out: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The record of a policy that is there."""
     _check_same(out / RECORD, asked)
-    record = json.loads((out / RECORD).read_text())
+    record = schema.read(dict[str, Any], out / RECORD, remedy=f"remove {out} to make it anew")
     if record["digest"] != provenance.policy_digest(out):
         raise UserError(
             f"{out}: its weights are not those that {out / RECORD} tells of; remove the folder to "
@@ -155,7 +155,7 @@ def _check_same(path: pathlib.Path, asked: dict[str, Any]) -> None:
     """Refuses to go on with other settings than a record has."""
     if not path.exists():
         return
-    was = json.loads(path.read_text())
+    was = schema.read(dict[str, Any], path, remedy=f"remove {path.parent} to make it anew")
     pairs = {name: (was["settings"].get(name), now) for name, now in asked["settings"].items()}
     pairs["seed"] = was["seed"], asked["seed"]
     found = [f"--{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]

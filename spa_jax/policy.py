@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import jax
 
-from spa_jax import files, tokenizer
+from spa_jax import files, schema, tokenizer
 from spa_jax.chat import TEMPLATE, ChatFormat
 from spa_jax.config import DEFAULT_COMPUTE, ComputeConfig
 from spa_jax.errors import UserError
@@ -26,6 +25,7 @@ EXPERT = "expert"  # in place of a policy's folder: the environment's own expert
 ADAPTER = "adapter"  # a policy's own adapter, in its folder
 TRUNK = "trunk"  # the policy that an estimator reads, in its folder, if it was trained with it
 ABOUT = "spa_jax.json"  # beside a policy's weights: what they do not say
+_Format = Literal["template", "chatml", "llama3"]  # TEMPLATE, and those of `chat.TEMPLATES`
 POLICY_HELP = (
     "The pretrained policy: a Hugging Face folder, a GGUF file, or ORGANISATION/MODEL of the hub."
 )
@@ -60,7 +60,16 @@ class Policy:
     @functools.cached_property
     def chat(self) -> ChatFormat:
         """The format; a stage that neither writes nor reads conversations needs none."""
-        return ChatFormat.from_tokenizer(self.tokenizer, self.chat_format)
+        made = ChatFormat.from_tokenizer(self.tokenizer, self.chat_format)
+        for i in (made.end_of_turn, *made.opening, *made.header, *made.between):
+            if isinstance(i, int) and i >= self.config.vocab_size:
+                raise UserError(
+                    f"{self.model / 'tokenizer.json'}: the chat template writes token "
+                    f"{self.tokenizer.convert_ids_to_tokens(i)!r} (id {i}), and the embedding has "
+                    f"{self.config.vocab_size} rows; give another --chat_format, or resize the "
+                    "embedding"
+                )
+        return made
 
 
 def load(
@@ -81,24 +90,22 @@ def load(
     """
     path = pretrained.resolve(policy)
     about = _about(path)
-    noted = {"version": about.get("version", 0), "trunk": about.get("progress_trunk", "")}
     if peft.is_adapter(path):
-        trained_in = about.get("chat_format", chat_format)
+        trained_in = about.chat_format or chat_format
         base = load(peft.adapter_base(path), trained_in, compute)
         lora, adapter = peft.load_adapter(path, base.config)
         params = jax.device_get(lora_lib.merge(lora, base.params, adapter))
         return dataclasses.replace(
-            base, folder=path, params=params, heads=tensors.load_heads(path), **noted
+            base,
+            folder=path,
+            params=params,
+            heads=tensors.load_heads(path),
+            version=about.version,
+            trunk=about.progress_trunk,
         )
     config, params = huggingface.load_pretrained(path)
     backend, trained_in = _conversations(path, chat_format)
-    largest = max(backend.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
-        raise UserError(
-            f"{path / 'tokenizer.json'}: ids up to {largest}, but {path / 'config.json'} and "
-            f"tensor model.embed_tokens.weight have vocab_size {config.vocab_size}: they belong "
-            "to different models"
-        )
+    _check_vocabulary(path, backend, config)
     return Policy(
         folder=path,
         model=path,
@@ -107,8 +114,25 @@ def load(
         heads=tensors.load_heads(path),
         tokenizer=backend,
         chat_format=trained_in,
-        **noted,
+        version=about.version,
+        trunk=about.progress_trunk,
     )
+
+
+def _check_vocabulary(
+    path: pathlib.Path, backend: "PreTrainedTokenizerFast", config: ModelConfig
+) -> None:
+    """Refuses tokens beyond the embedding that a text could hold; a special one is in no text."""
+    special = {i for i, token in backend.added_tokens_decoder.items() if token.special}
+    beyond = {i: token for token, i in backend.get_vocab().items() if i >= config.vocab_size}
+    written = sorted(set(beyond) - special)
+    if written:
+        raise UserError(
+            f"{path / 'tokenizer.json'}: ids up to {max(beyond)} (the first beyond is "
+            f"{written[0]}, {beyond[written[0]]!r}), but {path / 'config.json'} and tensor "
+            f"model.embed_tokens.weight have vocab_size {config.vocab_size}: they belong to "
+            "different models, or the embedding was not resized when tokens were added"
+        )
 
 
 def check_chat_format(policy: str | os.PathLike[str], chat_format: str) -> None:
@@ -122,7 +146,7 @@ def check_chat_format(policy: str | os.PathLike[str], chat_format: str) -> None:
 
 def _conversations(path: pathlib.Path, chat_format: str) -> tuple["PreTrainedTokenizerFast", str]:
     """The tokenizer of a folder, and the name of its conversations' format."""
-    trained_in = _about(path).get("chat_format", chat_format)
+    trained_in = _about(path).chat_format or chat_format
     if chat_format not in (TEMPLATE, trained_in):
         raise UserError(
             f"--chat_format={chat_format}: the policy was trained with {trained_in}, says "
@@ -131,10 +155,33 @@ def _conversations(path: pathlib.Path, chat_format: str) -> tuple["PreTrainedTok
     return tokenizer.load(path), trained_in
 
 
-def _about(path: pathlib.Path) -> dict[str, Any]:
-    """What we noted of a policy of ours; {} for others."""
+class _About(schema.Schema):
+    """What we noted of a policy of ours."""
+
+    version: schema.Count = 0
+    chat_format: _Format | None = None
+    progress_trunk: schema.Text = ""
+
+
+def _about(path: pathlib.Path) -> _About:
+    """What we noted of a policy of ours; nothing for others."""
     file = path / ABOUT
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return _About()
+    return schema.read(_About, file, remedy="copy the policy's folder again")
+
+
+class _Chat(schema.Schema):
+    """How the episodes of a folder were written."""
+
+    chat_format: _Format
+    end_of_turn: schema.Count
+
+
+class _Generation(schema.Schema):
+    """What ends a turn beside the chat format's token."""
+
+    eos_token_id: schema.Count | list[schema.Count] | None = None
 
 
 def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
@@ -148,10 +195,10 @@ def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
     path = folder / "chat.json"
     ours = {"chat_format": policy.chat_format, "end_of_turn": policy.chat.end_of_turn}
     if path.exists() and any(folder.glob("trajectories*.jsonl")):
-        theirs = json.loads(path.read_text())
-        if theirs != ours:
+        theirs = _read_chat(path)
+        if theirs.model_dump() != ours:
             raise UserError(
-                f"{path}: the episodes there are in the chat format {theirs['chat_format']}, the "
+                f"{path}: the episodes there are in the chat format {theirs.chat_format}, the "
                 f"policy's is {policy.chat_format}; give that --chat_format, or another folder"
             )
     files.write_json(path, ours)
@@ -160,12 +207,22 @@ def record_chat_format(folder: pathlib.Path, policy: Policy) -> None:
 def recorded_chat_format(folder: pathlib.Path) -> str:
     """The chat format of a folder's episodes; the template's own if none is recorded."""
     path = folder / "chat.json"
-    return json.loads(path.read_text())["chat_format"] if path.exists() else TEMPLATE
+    return _read_chat(path).chat_format if path.exists() else TEMPLATE
+
+
+def _read_chat(path: pathlib.Path) -> _Chat:
+    return schema.read(
+        _Chat,
+        path,
+        remedy="write the chat_format and end_of_turn of its episodes there, or remove the folder",
+    )
 
 
 def other_ends(policy: Policy) -> list[int]:
     """The ids that end a turn beside the chat format's, by the model's generation_config.json."""
     path = policy.model / "generation_config.json"
-    given = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    if not path.exists():
+        return []
+    given = schema.read(_Generation, path, remedy="fetch the file again").eos_token_id
     ids = given if isinstance(given, list) else [given]
-    return [i for i in ids if isinstance(i, int) and i != policy.chat.end_of_turn]
+    return [i for i in ids if i is not None and i != policy.chat.end_of_turn]

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from spa_jax import files, machine
+from spa_jax import files, machine, schema
 from spa_jax import run as run_lib
 from spa_jax import settings as settings_lib
 from spa_jax.config import EnvConfig, LoraConfig
@@ -121,7 +121,8 @@ def record_run(run: Run, program: str, argv: Sequence[str]) -> None:
 def record_environment(run: Run) -> None:
     """Says in W/run.json what is played, once the run's own games are there."""
     if distributed.is_first() and run.json.exists():
-        noted = json.loads(run.json.read_text())
+        remedy = "remove it, and the next stage writes it"
+        noted = schema.read(dict[str, Any], run.json, remedy=remedy)
         files.write_json(run.json, noted | {"environment": _environment(run)})
 
 
@@ -340,7 +341,9 @@ def _check_stage(
                 flush=True,
             )
         return False
-    found = _differences(json.loads(path.read_text()), now, _defaults(run), flags)
+    remedy = f"the stage's settings are not known: give --redo, or remove {folder}"
+    was = schema.read(_Fingerprint, path, remedy=remedy)
+    found = _differences(was.model_dump(), now, _defaults(run), flags)
     if not found:
         return True
     if not _has_results(folder):  # it was refused before it had any
@@ -389,6 +392,14 @@ def stage_settings(run: Run, stage: str) -> dict[str, Any]:
 def _defaults(run: Run) -> dict[str, Any]:
     found = {flag: field.default for flag, (field, _) in settings_lib.by_flag(run.settings).items()}
     return json.loads(json.dumps(found))
+
+
+class _Fingerprint(schema.Schema):
+    """What a stage was made from."""
+
+    settings: dict[str, Any]
+    seed: Any
+    inputs: dict[str, Any]
 
 
 def _differences(

@@ -12,15 +12,19 @@ Several processes of a run append to a file of their own each, beside the one th
 
 import fcntl
 import json
+import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from spa_jax import trajectory as trajectory_lib
 from spa_jax.errors import UserError
+from spa_jax.texts import replace_surrogates
 from spa_jax.trajectory import Trajectory
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 Key = tuple[str, int, int]
 
 
@@ -156,9 +160,27 @@ def merge(path: str | os.PathLike[str]) -> None:
 
 
 def _line(trajectory: Trajectory) -> bytes:
-    # allow_nan=False: NaN is not JSON, and a NaN log-probability is a bug to stop at, not to store.
-    text = json.dumps(trajectory_lib.to_json(trajectory), allow_nan=False, separators=(",", ":"))
+    record = trajectory_lib.to_json(trajectory)
+    try:
+        text = json.dumps(record, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:
+        raise UserError(
+            f"episode {trajectory.key}, played by {trajectory.policy}: {_not_finite(record)} is no "
+            "finite number, and the episode is not written; the policy's or the estimator's "
+            "arithmetic overflows: give --compute_dtype=float32, or use another checkpoint"
+        ) from error
     return text.encode("ascii") + b"\n"
+
+
+def _not_finite(value: Any, name: str = "") -> str:
+    """The name of the first number that is not finite: "steps.3.reward"; empty if there is none."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else name
+    nested: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict | list | tuple):
+        nested = value.items() if isinstance(value, dict) else enumerate(value)
+    found = (_not_finite(part, f"{name}.{key}".lstrip(".")) for key, part in nested)
+    return next((one for one in found if one), "")
 
 
 def _parse(path: pathlib.Path) -> Iterator[tuple[int, Trajectory]]:
@@ -173,14 +195,29 @@ def _parse(path: pathlib.Path) -> Iterator[tuple[int, Trajectory]]:
                     "it); start that stage again, which repairs the file, or delete the line"
                 )
             try:
-                yield number, trajectory_lib.from_json(json.loads(line))
+                found = trajectory_lib.from_line(line)
+                yield number, found or trajectory_lib.from_json(_record(line))
             except trajectory_lib.TrajectoryError as error:
                 raise UserError(f"{path}:{number}: {error}") from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path}:{number}: not JSON ({error}); delete the line to play this episode "
                     "again"
                 ) from error
+
+
+def _record(line: bytes) -> Any:
+    """A line's JSON; a lone surrogate, which older versions let pass, becomes U+FFFD."""
+    record = json.loads(line)
+    return _replaced(record) if _SURROGATE.search(line) else record
+
+
+def _replaced(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _replaced(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_replaced(part) for part in value]
+    return replace_surrogates(value)[0] if isinstance(value, str) else value
 
 
 def _ends_with_newline(file: BinaryIO) -> bool:

@@ -1,15 +1,18 @@
 """Tokenizers in Hugging Face's folder format: loading, and making one from a vocabulary."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import tokenizers
+from pydantic import Field
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from spa_jax import schema
 from spa_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +28,29 @@ SPLITS = {
     "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
     "qwen2": _WORDS + r"\p{N}" + _REST,
 }
+
+
+_Id = Annotated[schema.Count, Field(lt=10_000_000)]
+
+
+class _Added(schema.Schema):
+    """A token that is found whole in a text."""
+
+    id: _Id
+    content: schema.Text
+
+
+class _Model(schema.Schema):
+    """What all kinds of models hold."""
+
+    vocab: dict[schema.Text, _Id] | list[tuple[schema.Text, schema.Number]]
+
+
+class _File(schema.Schema):
+    """What of a tokenizer.json is checked here."""
+
+    model: _Model
+    added_tokens: list[_Added] | None = None
 
 
 def load(folder: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
@@ -44,14 +70,33 @@ def load(folder: str | os.PathLike[str]) -> "PreTrainedTokenizerFast":
                 f"{folder / name}: no such file; the folder must hold a Hugging Face tokenizer "
                 "(python -m experiments.fetch_policy makes one for the quickstart)"
             )
+    # The library counts up to the largest id, and fails in ways of its own where ids are none.
+    schema.read(_File, folder / "tokenizer.json", remedy="fetch the file again")
     # transformers serves for its tokenizers only; without this it advises to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    with reading(folder):
         return PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as error:  # the Rust side raises plain Exception for a file it cannot parse
-        raise UserError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from error
+
+
+@contextlib.contextmanager
+def reading(folder: object) -> Iterator[None]:
+    """What a tokenizer's library says of a file that it cannot use, in one line.
+
+    Raises:
+      UserError: whatever is raised in the block.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # Rust raises a plain Exception, or a panic, which is not even that.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"{folder}/tokenizer.json: cannot be read ({said}); fetch the file again"
+            ) from error
+        raise
 
 
 @dataclasses.dataclass(frozen=True)

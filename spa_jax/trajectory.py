@@ -18,12 +18,20 @@ it (`spa_jax.batching`).
 import dataclasses
 import enum
 import math
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
+from pydantic import Field
+
+from spa_jax import schema as schema_lib
 from spa_jax.errors import UserError
+from spa_jax.schema import Count, Flag, Number, Share, Size, Text
 
 SCHEMA_VERSION = 2
 _READ = (1, 2)  # what `from_json` reads; 1 knew nothing of progress
+_FORBID = pydantic.ConfigDict(extra="forbid")  # a field that is not known is no field of ours
+_Integer = Annotated[int, Field(strict=True)]
+_Owner = Annotated[int, Field(strict=True, ge=-1, le=2**31 - 1)]
 
 
 class TrajectoryError(UserError):
@@ -50,11 +58,13 @@ class Sampling:
     ends with the token that completes one of the texts of `stop`.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 32
-    stop: tuple[str, ...] = ()
+    __pydantic_config__ = _FORBID
+
+    temperature: Annotated[Number, Field(ge=0)] = 1.0
+    top_k: Count = 0
+    top_p: Annotated[Share, Field(gt=0)] = 1.0
+    max_new_tokens: Size = 32
+    stop: tuple[Text, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +87,17 @@ class Step:
       reward: the fused reward of the step; None until annotated.
     """
 
-    observation: str
-    response: str
-    action: str
-    grounded: bool
-    policy_version: int = 0
-    contribution: float | None = None
-    reward: float | None = None
-    partial: bool = False
-    progress: float | None = None
+    __pydantic_config__ = _FORBID
+
+    observation: Text
+    response: Text
+    action: Text
+    grounded: Flag
+    policy_version: Count = 0
+    contribution: Number | None = None
+    reward: Number | None = None
+    partial: Flag = False
+    progress: Share | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,28 +132,30 @@ class Trajectory:
       schema: SCHEMA_VERSION.
     """
 
-    env: str
-    task: str
-    split: str
-    seed: int
-    attempt: int
-    policy: str
+    __pydantic_config__ = _FORBID
+
+    env: Text
+    task: Text
+    split: Text
+    seed: _Integer
+    attempt: Count
+    policy: Text
     status: Status
-    final_reward: float
-    instruction: str
+    final_reward: Share
+    instruction: Text
     steps: tuple[Step, ...]
-    final_observation: str = ""
-    initial_progress: float | None = None
-    expected: float | None = None
-    task_type: str = ""
-    retry: int = 0
+    final_observation: Text = ""
+    initial_progress: Share | None = None
+    expected: Number | None = None
+    task_type: Text = ""
+    retry: Count = 0
     sampling: Sampling | None = None
-    token_ids: tuple[int, ...] = ()
-    step_id: tuple[int, ...] = ()
-    log_probs: tuple[float, ...] = ()
-    ref_log_probs: tuple[float, ...] | None = None
-    ref_policy: str = ""
-    schema: int = SCHEMA_VERSION
+    token_ids: tuple[Count, ...] = ()
+    step_id: tuple[_Owner, ...] = ()
+    log_probs: tuple[Number, ...] = ()
+    ref_log_probs: tuple[Number, ...] | None = None
+    ref_policy: Text = ""
+    schema: Count = SCHEMA_VERSION
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -176,7 +190,8 @@ def from_json(record: Any) -> Trajectory:
 
     Raises:
       TrajectoryError: if the record is of another schema version, lacks a field,
-        has an unknown one, or its per-token lists differ in length.
+        has an unknown one or one of another type or out of range, or its per-token lists differ
+        in length.
     """
     if not isinstance(record, dict):
         raise TrajectoryError(f"expected a JSON object, got {type(record).__name__}")
@@ -186,26 +201,32 @@ def from_json(record: Any) -> Trajectory:
             "explore again, or read it with the version that wrote it"
         )
     try:
-        sampling = record.get("sampling")
-        fields = record | {
-            "status": Status(record["status"]),
-            "steps": tuple(Step(**step) for step in record["steps"]),
-            "sampling": None if sampling is None else _sampling(sampling),
-            "schema": SCHEMA_VERSION,
-        }
-        for name in ("token_ids", "step_id", "log_probs", "ref_log_probs"):
-            if fields.get(name) is not None:
-                fields[name] = tuple(fields[name])
-        trajectory = Trajectory(**fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise TrajectoryError(f"not a trajectory: {error}") from error
+        trajectory = _SCHEMA.validate_python(record | {"schema": SCHEMA_VERSION})
+    except pydantic.ValidationError as error:
+        raise TrajectoryError(f"not a trajectory: {schema_lib.said(error)}") from error
     _check(trajectory)
     return trajectory
 
 
-def _sampling(record: dict[str, Any]) -> Sampling:
-    """Read back with a tuple where JSON has a list; records of before `stop` have none."""
-    return Sampling(**record | {"stop": tuple(record.get("stop", ()))})
+def from_line(line: bytes) -> Trajectory | None:
+    """`from_json` of a line of JSON, faster; None where `from_json` must say why not.
+
+    Args:
+      line: UTF-8.
+    """
+    if b'"schema":' not in line:  # a missing field would have its default
+        return None
+    try:
+        trajectory = _SCHEMA.validate_json(line)
+    except pydantic.ValidationError:
+        return None
+    if trajectory.schema != SCHEMA_VERSION:
+        return None
+    _check(trajectory)
+    return trajectory
+
+
+_SCHEMA = pydantic.TypeAdapter(Trajectory)
 
 
 def _check(trajectory: Trajectory) -> None:
@@ -217,4 +238,9 @@ def _check(trajectory: Trajectory) -> None:
     if length and max(trajectory.step_id) >= len(trajectory.steps):
         raise TrajectoryError(
             f"step_id names step {max(trajectory.step_id)} of {len(trajectory.steps)} steps"
+        )
+    written = [k for k in trajectory.step_id if k >= 0]
+    if written != sorted(written):
+        raise TrajectoryError(
+            "step_id goes back to an earlier step; each is written once, in order"
         )

@@ -208,7 +208,7 @@ def test_adapters_that_are_not_ours_are_refused_by_name(finished, tmp_path):
     settings = tmp_path / "out" / "adapter_config.json"
     good = json.loads(settings.read_text())
     for changed, said in (
-        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"use_dora": True}, "use_dora=True: it must be False"),
         ({"r": 4}, "ask for"),
         ({"base_model_name_or_path": "nobody/nothing"}, "'nobody/nothing', and no such folder"),
     ):

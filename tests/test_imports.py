@@ -15,7 +15,8 @@ TESTS = pathlib.Path(__file__).parent
 # From the ground up: a room imports rooms of lower floors only.
 FLOORS = (
     {"errors"},
-    {"horizons", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
+    {"schema"},
+    {"horizons", "limited", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
     {"attempts", "attribution", "batching", "chat", "config", "evaluation", "importers", "store"},
     {"data_config", "judging", "models", "runtime", "truth"},
     {"stage_config"},

@@ -1,8 +1,10 @@
 """Trajectory files: exactly-once appends, repair, order, and clear complaints."""
 
 import json
+import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +51,7 @@ def test_write_is_the_same_format_and_replaces_the_file(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "annotated.jsonl"
     store.write(path, [episode()])
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError, match="'game', 0, 2.*expert: final_reward is no finite number"):
         store.write(path, [episode(attempt=1), episode(attempt=2, final_reward=float("nan"))])
     assert store.read(path) == [episode()]
     assert [p.name for p in tmp_path.iterdir()] == ["annotated.jsonl"]
@@ -88,7 +90,7 @@ def test_files_that_are_not_there(tmp_path):
         ("\x00\x00", r"jsonl:2: not JSON"),
         ("[1]", r"jsonl:2: expected a JSON object"),
         ('{"schema": 99}', r"jsonl:2: trajectory schema 99"),
-        ('{"schema": 2}', r"jsonl:2: not a trajectory: .*status"),
+        ('{"schema": 2}', r"jsonl:2: not a trajectory: env is missing"),
         ("", r"jsonl:2: not JSON"),
     ],
 )
@@ -105,6 +107,59 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     before = path.read_bytes()
     assert store.repair(path) == 0  # only a torn end is ours to cut
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("task", 3, "task=3: it must be a valid string"),
+        ("seed", "0", "seed='0': it must be a valid integer"),
+        ("attempt", -1, "attempt=-1: it must be greater than or equal to 0"),
+        ("retry", True, "retry=True: it must be a valid integer"),
+        ("status", "won", "status='won': it must be 'success'"),
+        ("final_reward", 1.5, "final_reward=1.5: it must be less than or equal to 1"),
+        ("final_reward", "1", "final_reward='1': it must be a valid number"),
+        ("final_reward", math.nan, "final_reward=nan: it must be a finite number"),
+        ("steps", [], "step_id names step 0 of 0 steps"),
+        ("steps", {"0": 1}, "steps="),
+        ("steps", [{"observation": "o"}], "steps.0.response is missing"),
+        ("token_ids", [5, -6, 7], "token_ids.1=-6: it must be greater"),
+        ("token_ids", [5, 6.0, 7], "token_ids.1=6.0"),
+        ("token_ids", "567", "token_ids='567'"),
+        ("step_id", [-2, 0, 0], "step_id.0=-2"),
+        ("log_probs", [0, -math.inf, 0], "log_probs.1=-inf: it must be a finite number"),
+        ("ref_log_probs", [0, None, 0], "ref_log_probs.1=None"),
+        ("log_probs", [0.0], "log_probs has 1 entries for 3 token_ids"),
+        ("sampling", {"temperature": -1.0}, "sampling.temperature=-1.0: it must be greater"),
+        ("sampling", [1.0], "sampling="),
+        ("initial_progress", 2, "initial_progress=2"),
+        ("expected", math.inf, "expected=inf"),
+        ("schema", "2", "trajectory schema '2'"),
+        ("surprise", 1, "surprise=1"),
+    ],
+)
+def test_every_field_is_of_its_type(tmp_path, field, value, message):
+    path = tmp_path / "t.jsonl"
+    store.append(path, episode())
+    record = json.loads(path.read_text()) | {field: value}
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=f"t.jsonl:1: .*{re.escape(message)}"):
+        store.read(path)
+
+
+def test_steps_are_written_in_order(tmp_path):
+    path = tmp_path / "t.jsonl"
+    two = (Step("o", "a", "a", True),) * 2
+    store.append(path, episode(steps=two, step_id=(-1, 1, 0)))
+    with pytest.raises(UserError, match="step_id goes back to an earlier step"):
+        store.read(path)
+
+
+def test_half_a_surrogate_of_an_older_version_is_read_as_unknown(tmp_path):
+    path = tmp_path / "t.jsonl"
+    store.append(path, episode(instruction="a\ud800b \U0001f375 \\ud800"))
+    (one,) = store.read(path)
+    assert one.instruction == "a\ufffdb \U0001f375 \\ud800"
 
 
 def test_a_line_that_is_not_utf8_is_named(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 from spa_jax.batching import SHARED, PackedRows
 from spa_jax.errors import UserError
 from spa_jax.models.config import ModelConfig, Params
-from spa_jax.models.io import huggingface
+from spa_jax.models.io import hf_config, huggingface
 
 
 def require(name: str) -> Any:
@@ -86,7 +86,7 @@ def model(config: ModelConfig, params: Params, dtype: str = "float32") -> Any:
       UserError: PyTorch is not installed.
     """
     pytorch, transformers = torch(), require("transformers")
-    settings = huggingface.hf_config(config, "float32", {})
+    settings = hf_config.write(config, "float32", {})
     kind, _ = settings.pop("model_type"), settings.pop("torch_dtype")
     shape = transformers.AutoConfig.for_model(kind, **settings, use_cache=False)
     # sdpa: the fastest attention that transformers has.

@@ -11,7 +11,7 @@ import numpy as np
 
 from spa_jax.errors import UserError
 from spa_jax.models.config import ModelConfig, Params
-from spa_jax.models.io import huggingface
+from spa_jax.models.io import hf_config, huggingface
 
 Arrays = dict[str, np.ndarray]
 
@@ -70,11 +70,11 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     """The shape of the cases' model.
 
     Raises:
-      UserError: as `huggingface.read_config`, or no such file.
+      UserError: as `hf_config.read`, or no such file.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder / CONFIG}: no such file")
-    return huggingface.read_config(folder / CONFIG)
+    return hf_config.read(folder / CONFIG)
 
 
 def read_pad_id(folder: pathlib.Path) -> int | None:

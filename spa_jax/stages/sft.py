@@ -74,7 +74,7 @@ def train(run: Run, *, out: pathlib.Path, start: str, sft: SftConfig, seed: int)
             f"--sft_patience={sft.patience} stops by the loss on held-out demonstrations, and "
             f"{run.demonstrations('valid')} holds none: record some, or drop the flag"
         )
-    episodes.check_lengths(first.config, [*train, *valid], "demonstrations", rows)
+    episodes.check_fit(first.config, [*train, *valid], "demonstrations", rows)
     episodes.assert_same_everywhere([*train, *valid], "demonstrations")
     best, updates = cloning.clone(
         trainable.make(first, train_layers=sft.train_layers, lora=run.lora("sft"), seed=seed),

@@ -55,7 +55,7 @@ def run(run: Run, number: int, *, policy: str = "") -> None:
         policy_lib.recorded_chat_format(here.explore),
         fit_attention(settings.compute, rows),
     )
-    episodes.check_lengths(start.config, trajectories, here.annotated, rows)
+    episodes.check_fit(start.config, trajectories, here.annotated, rows)
     critic = policy_update.critic_policy(start, reference, ppo)
     scores = policy_update.critic_scores(
         critic,

@@ -70,6 +70,7 @@ def run(run: Run, number: int, *, trunk: str = "") -> None:
         features,
         [t.task for t in trajectories],
         progress=progress,
+        max_skipped_share=settings.rows.max_skipped_share,
         seed=run.seed,
         out=out,
     )

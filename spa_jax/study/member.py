@@ -245,7 +245,7 @@ def _point(run: Run, done: int, name: str) -> dict[str, Any]:
 
 
 def _done(folder: pathlib.Path) -> dict[str, Any]:
-    return json.loads(run_lib.done(folder).read_text())
+    return files.read_done(folder)
 
 
 def _seconds(folder: pathlib.Path) -> float:

@@ -4,7 +4,9 @@ Of several processes every one calls `restore`, `maybe_save` and `close`: arrays
 holds all of are written by the first, and each writes its parts of those cut over processes.
 """
 
+import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -32,7 +34,7 @@ class Checkpoints:
           template: a pytree of (host or device) arrays without a device axis.
 
         Raises:
-          UserError: if the checkpoint is of another shape.
+          UserError: if the checkpoint is of another shape, or damaged.
         """
         step = distributed.broadcast("the newest checkpoint", self._manager.latest_step)
         if step is None:
@@ -42,8 +44,16 @@ class Checkpoints:
         shapes = jax.tree.map(np.asarray, jax.device_get(template))
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._mismatch(step, error) from error
+        except Exception as error:  # of Orbax, JSON, TensorStore, zstd or the file system
+            damaged = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | OSError)
+            if damaged or re.match("DATA_LOSS|NOT_FOUND|OUT_OF_RANGE", str(error)):
+                raise UserError(
+                    f"{self._folder / str(step)}: the checkpoint is damaged "
+                    f"({str(error).splitlines()[0][:200]}); remove it, and the stage starts anew"
+                ) from error
+            if isinstance(error, ValueError | KeyError | TypeError):
+                raise self._mismatch(step, error) from error
+            raise
         same = jax.tree.map(lambda a, b: a.shape == b.shape, restored, shapes)
         if not all(jax.tree.leaves(same)):
             raise self._mismatch(step, "an array has another shape")

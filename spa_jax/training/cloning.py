@@ -75,6 +75,7 @@ def clone(
         trainer=trainer,
         state=state_lib.create(parts.trained, optimizer),
         every=sft.checkpoint_every,
+        max_skipped_share=rows.max_skipped_share,
     )
     best, bad = distributed.broadcast(
         "held-out losses", lambda: held_out_so_far(out / metrics.METRICS_FILE)

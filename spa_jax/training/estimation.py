@@ -26,6 +26,7 @@ def estimate(
     tasks: Sequence[str],
     *,
     progress: ProgressConfig,
+    max_skipped_share: float,
     seed: int,
     out: pathlib.Path,
 ) -> tuple[Params, dict[str, float]]:
@@ -36,6 +37,7 @@ def estimate(
       features: of all N episodes under the frozen trunk: they scale the heads' input.
       tasks: [N] the episodes' tasks; all episodes of a task are learnt from, or held out.
       progress: the settings.
+      max_skipped_share: as in `Loop`.
       seed: of the head, the held-out tasks and the order.
       out: gets metrics.jsonl (a line an epoch) and checkpoints.
 
@@ -67,6 +69,7 @@ def estimate(
         state=state_lib.create({"progress": params} | trunk.trained, optimizer),
         carry={"epoch": np.zeros(2)},  # squared error and episodes of the epoch so far
         every=max(1, progress.epochs // 2) * per_epoch,
+        max_skipped_share=max_skipped_share,
     )
     equal = [1] * len(train)
 

@@ -183,7 +183,7 @@ def scores_of(
       ppo_layers: how many of the policy's top layers PPO will train: what the layers below them
         make of the episodes is kept too then; 0: all, or nobody will.
     """
-    episodes.check_lengths(policy.config, trajectories, path, rows)
+    episodes.check_fit(policy.config, trajectories, path, rows)
     sampling = trajectories[0].sampling
     return scoring.cached_score(
         policy.config,

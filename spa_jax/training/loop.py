@@ -12,6 +12,7 @@ in its step, before the line is written.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import tqdm
 
 from spa_jax import run as run_lib
+from spa_jax.errors import UserError
 from spa_jax.runtime import distributed, preemption
 from spa_jax.training import partition
 from spa_jax.training.checkpoint import Checkpoints
@@ -49,6 +51,58 @@ class Outcome:
 Step = Callable[[int, TrainState, Mapping[str, Any]], Outcome]
 
 
+class Skipped:
+    """The updates of a stage that were skipped, because a gradient was not finite."""
+
+    def __init__(self, limit: float, count: int) -> None:
+        """Counts on from a checkpoint.
+
+        Args:
+          limit: the largest share of the updates that may be skipped.
+          count: how many were before.
+        """
+        self._limit = limit
+        self._count = count
+        self._first = ""
+
+    def after(self, done: int, count: int, metrics: Mapping[str, float] | None) -> int:
+        """Notes how many there are after an update; returns it.
+
+        Args:
+          done: updates so far, the skipped ones among them.
+          count: how many of them were skipped.
+          metrics: of the last one; None: nobody asked for them.
+        """
+        if count > self._count and not self._first:
+            odd = [name for name, value in (metrics or {}).items() if not math.isfinite(value)]
+            self._first = f"the first now was update {done}" + (
+                f", whose {', '.join(odd)} {'are' if len(odd) > 1 else 'is'} not finite"
+                if odd
+                else ""
+            )
+        self._count = count
+        return count
+
+    def check(self, title: str, done: int, total: int) -> None:
+        """Refuses more than the limit allows.
+
+        Args:
+          title: of the stage.
+          done: updates so far.
+          total: updates that the stage will have made.
+
+        Raises:
+          UserError: says what was not finite, and what to do.
+        """
+        if self._count > self._limit * total:
+            raise UserError(
+                f"{title}: {self._count} of {done} updates were skipped because a gradient was not "
+                f"finite, more than --max_skipped_share={self._limit:g} of {total} allows"
+                + (f"; {self._first}" if self._first else "")
+                + "; give --compute_dtype=float32 if that overflows, or a lower learning rate"
+            )
+
+
 class Loop:
     """The updates of one stage, from its newest checkpoint on.
 
@@ -64,6 +118,7 @@ class Loop:
         state: TrainState,
         carry: Mapping[str, Any] | None = None,
         every: int,
+        max_skipped_share: float,
     ) -> None:
         """Restores the newest checkpoint, if there is one.
 
@@ -74,6 +129,8 @@ class Loop:
           carry: host arrays by name that the stage carries from update to update beside the
             state; they are in its checkpoints.
           every: updates between checkpoints; 0: only when the stage is stopped.
+          max_skipped_share: of the stage's updates that may be skipped, because a gradient was
+            not finite.
 
         Raises:
           UserError: the checkpoint is of another model or optimiser.
@@ -88,6 +145,7 @@ class Loop:
             name: saved[name] if saved else value for name, value in (carry or {}).items()
         }
         self.start = int(state.update)
+        self._skipped = Skipped(max_skipped_share, int(state.skipped))
         self._writer = MetricsWriter(folder, enabled=distributed.is_first())
         self._writer.truncate_after(self.start)
         self._state = trainer.replicate(state)
@@ -106,6 +164,7 @@ class Loop:
 
         Raises:
           preemption.Stopped: SIGTERM or Ctrl-C came; the last update is saved.
+          UserError: too many updates were skipped.
         """
         end = total if end is None else end
         bar = tqdm.tqdm(
@@ -117,15 +176,19 @@ class Loop:
             for update in bar:
                 made = step(update, state, carry)
                 state, carry, done = made.state, dict(made.carry), update + 1
-                if made.metrics is not None:
-                    writer.write(done, made.metrics)
-                if made.shown:
-                    bar.set_postfix(made.shown)
-                asked = preemption.asked()
                 last = done == total or made.last
+                on_host = self._trainer.unreplicate(state)
+                skipped = self._skipped.after(done, int(on_host.skipped), made.metrics)
+                if made.metrics is not None:
+                    writer.write(done, {**made.metrics, "skipped": skipped})
+                shown = {**made.shown} | ({"skipped": str(skipped)} if skipped else {})
+                if shown:
+                    bar.set_postfix(shown)
+                self._skipped.check(title, done, done if last else total)
+                asked = preemption.asked()
                 self._checkpoints.maybe_save(
                     done,
-                    self._tree(self._trainer.unreplicate(state), carry),
+                    self._tree(on_host, carry),
                     last=last,
                     force=asked,
                 )

@@ -80,6 +80,7 @@ class Learner:
             trainer=trainer,
             state=state_lib.create(parts.trained | self.head, optimizer),
             every=ppo.checkpoint_every,
+            max_skipped_share=self.rows.max_skipped_share,
         )
         lengths = [len(t.token_ids) for t in trajectories]
         total = ppo.epochs * -(-len(trajectories) // ppo.batch_size)

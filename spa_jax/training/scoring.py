@@ -4,8 +4,7 @@ import functools
 import hashlib
 import os
 import pathlib
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +82,9 @@ def score(
 
     Returns:
       The scores, on the host.
+
+    Raises:
+      UserError: a score is not finite; names the trajectory.
     """
     read = answered(trajectories, chat, config, rows)
     packed = batching.pack(read, **rows.packing)
@@ -103,7 +105,21 @@ def score(
             parts[name].append(out[name].reshape(-1, *out[name].shape[2:]))
     packed = jax.tree.map(lambda *xs: np.concatenate(xs), *cut)
     joined = {name: np.concatenate(parts[name]) for name in names}
-    return _by_trajectory(packed, joined, read, [len(t.token_ids) for t in trajectories])
+    scores = _by_trajectory(packed, joined, read, [len(t.token_ids) for t in trajectories])
+    _check_finite(scores, trajectories, config)
+    return scores
+
+
+def _check_finite(scores: Scores, trajectories: Sequence[Trajectory], config: ModelConfig) -> None:
+    """Refuses scores that are not finite: everything made of them would be NaN too."""
+    for i, t in enumerate(trajectories):
+        for name in ("log_probs", *_HIDDEN, "values"):
+            if not np.isfinite(np.asarray(getattr(scores, name)[i], np.float32)).all():
+                raise UserError(
+                    f"task {t.task!r} (seed {t.seed}, attempt {t.attempt}): what the model makes "
+                    f"of it ({name}) is not finite: {config.dtype} overflows, or the policy "
+                    "diverged; give --compute_dtype=float32, or use another checkpoint"
+                )
 
 
 def answered(
@@ -237,7 +253,13 @@ def cached_score(
     """
     read = answered(trajectories, chat, config, rows)
     digest = _digest(read, temperature, config, sorted(params), _stamp(policy_folder))
-    saved = _read(cache, digest, (*_BY_STEP, "log_probs"))
+    by_step = len(read), max_steps(read)
+    shapes: dict[str, tuple[int, ...]] = {
+        **{name: (*by_step, config.hidden_size) for name in _HIDDEN},
+        **{name: by_step for name in ("values", "step_mask")},
+        "log_probs": (sum(len(t.token_ids) for t in trajectories),),
+    }
+    saved = _read(cache, digest, shapes)
     if saved is not None:
         log_probs = _by_token(saved.pop("log_probs"), trajectories)
         return Scores(log_probs=log_probs, **saved)
@@ -279,7 +301,8 @@ def cached_lower_states(
     if not frozen.get("policy") or not trajectories:
         return None
     digest = _digest(trajectories, config, _weights(frozen["policy"]))
-    saved = _read(cache, digest, ("below",))
+    tokens = sum(len(t.token_ids) for t in trajectories)
+    saved = _read(cache, digest, {"below": (tokens, config.hidden_size)})
     if saved is None:
         return None
     # An .npz file knows no bfloat16: numpy reads each number back as two raw bytes.
@@ -312,8 +335,12 @@ def _by_token(values: np.ndarray, trajectories: Sequence[Trajectory]) -> list[np
     return np.split(values, np.cumsum([len(t.token_ids) for t in trajectories])[:-1])
 
 
-def _read(cache: pathlib.Path, digest: str, names: Sequence[str]) -> dict[str, Any] | None:
+def _read(
+    cache: pathlib.Path, digest: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any] | None:
     """The arrays of that digest in the file; None if it holds others, is torn or not there.
+
+    What is torn is said: it is computed again.
 
     Raises:
       UserError: if process 0 has them and this one has not.
@@ -322,9 +349,17 @@ def _read(cache: pathlib.Path, digest: str, names: Sequence[str]) -> dict[str, A
     try:
         with np.load(cache) as saved:
             if str(saved["digest"]) == digest:
-                found = {name: saved[name] for name in names}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+                found = {name: saved[name] for name in shapes}
+                for name, shape in shapes.items():
+                    if found[name].shape != shape:
+                        raise ValueError(f"{name} has shape {list(found[name].shape)}")
+    except FileNotFoundError:
         pass
+    except Exception as error:  # of zip, of zlib, of numpy's headers, of memory
+        found = None
+        distributed.say(
+            f"{cache}: cannot be read ({type(error).__name__}: {error}); it is computed again"
+        )
     if not distributed.broadcast(f"whether {cache.name} can be used", lambda: found is not None):
         return None
     if found is None:

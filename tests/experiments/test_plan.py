@@ -8,7 +8,7 @@ from experiments import plan
 from spa_jax.config import LoraConfig, RowsConfig
 from spa_jax.errors import UserError
 from spa_jax.models import shapes
-from spa_jax.models.io import huggingface
+from spa_jax.models.io import hf_config
 from spa_jax.stage_config import MethodConfig, Settings
 from spa_jax.training.memory import Need
 from tests import programs, tiny
@@ -17,7 +17,7 @@ from tests import programs, tiny
 def _written(folder, config):
     """A config.json alone: no weights lie beside it."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(huggingface.hf_config(config, "float32", {})))
+    (folder / "config.json").write_text(json.dumps(hf_config.write(config, "float32", {})))
     return folder
 
 

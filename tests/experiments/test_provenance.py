@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from spa_jax import run as run_lib
-from spa_jax.models.io import huggingface
+from spa_jax.models.io import weights
 from spa_jax.run import Run
 from tests import programs, runs, tiny
 from tests.experiments import small
@@ -49,7 +49,7 @@ def _refused(*command: str) -> str:
 
 
 def _weights(run: Run) -> bytes:
-    return (run.round(0).policy / huggingface.WEIGHTS).read_bytes()
+    return (run.round(0).policy / weights.WEIGHTS).read_bytes()
 
 
 def test_another_setting_is_refused_and_redo_makes_the_stage_anew(run, policy):

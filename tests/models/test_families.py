@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from spa_jax.errors import UserError
 from spa_jax.models import limits, transformer, tree
-from spa_jax.models.io import huggingface
+from spa_jax.models.io import huggingface, weights
 from tests import tiny
 from tests.golden.models import make
 
@@ -39,7 +39,7 @@ def _write(folder: pathlib.Path, arrays) -> pathlib.Path:
     """A Hugging Face folder of the golden model."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(str(arrays["config"]))
-    safetensors.numpy.save_file(_part(arrays, "weight/"), folder / huggingface.WEIGHTS)
+    safetensors.numpy.save_file(_part(arrays, "weight/"), folder / weights.WEIGHTS)
     return folder
 
 
@@ -64,7 +64,7 @@ def _compare(config, params, arrays, folder, packed=False):
     named = _part(arrays, "gradient/")
     (folder / "gradient").mkdir()
     (folder / "gradient" / "config.json").write_text((folder / "config.json").read_text())
-    safetensors.numpy.save_file(named, folder / "gradient" / huggingface.WEIGHTS)
+    safetensors.numpy.save_file(named, folder / "gradient" / weights.WEIGHTS)
     _, wanted = huggingface.load_pretrained(folder / "gradient")
     assert jax.tree.structure(gradient) == jax.tree.structure(wanted)
     for (path, ours), theirs in zip(
@@ -101,7 +101,7 @@ def test_a_family_is_saved_as_it_was_read(name, tmp_path, tokenizer_folder):
     for key, value in json.loads((tmp_path / "ours" / "config.json").read_text()).items():
         if key in theirs and key not in ("architectures", "bos_token_id", "eos_token_id"):
             assert value == theirs[key], key
-    saved = safetensors.numpy.load_file(tmp_path / "ours" / huggingface.WEIGHTS)
+    saved = safetensors.numpy.load_file(tmp_path / "ours" / weights.WEIGHTS)
     stored = _part(arrays, "weight/")
     assert saved.keys() == stored.keys()
     for key, array in stored.items():

@@ -11,7 +11,7 @@ from spa_jax import provenance, redo, store
 from spa_jax import run as run_lib
 from spa_jax.errors import UserError
 from spa_jax.models import heads
-from spa_jax.models.io import huggingface, tensors
+from spa_jax.models.io import huggingface, tensors, weights
 from spa_jax.run import Run
 from spa_jax.stage_config import PpoConfig
 from spa_jax.stages import annotate, train_ppo
@@ -43,7 +43,7 @@ def run(tmp_path) -> Run:
 
 def _replace(base):
     """Other weights in the policy's folder."""
-    path = base / huggingface.WEIGHTS
+    path = base / weights.WEIGHTS
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from spa_jax.errors import UserError
 from spa_jax.training.checkpoint import Checkpoints
 
 
@@ -31,3 +32,24 @@ def test_a_checkpoint_is_saved_every_few_updates_at_the_end_and_when_told(
     found = again.restore({"update": np.int32(0)})
     again.close()
     assert (found and int(found["update"])) == saved
+
+
+def test_a_damaged_checkpoint_is_said_to_be(tmp_path):
+    state = {"w": np.arange(400.0, dtype=np.float32)}
+    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints.maybe_save(1, state)
+    checkpoints.close()
+    held = tmp_path / "1" / "default"
+    chosen = [held / "_METADATA", held / "manifest.ocdbt", *(held / "d").iterdir()]
+    for file in chosen:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        again = Checkpoints(tmp_path, every=1)
+        with pytest.raises(UserError, match=r"1: the checkpoint is damaged \(.*remove it, and"):
+            again.restore(state)
+        again.close()
+        file.write_bytes(whole)
+    again = Checkpoints(tmp_path, every=1)
+    with pytest.raises(UserError, match="the checkpoint does not fit this run's model"):
+        again.restore({"v": np.zeros(3, np.float32)})
+    again.close()

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from spa_jax import run as run_lib
+from spa_jax.errors import UserError
 from spa_jax.runtime import preemption
 from spa_jax.training import metrics, partition
 from spa_jax.training import state as state_lib
@@ -44,6 +45,7 @@ class _Stage:
             state=state_lib.create({"w": np.zeros(4, np.float32)}, OPTIMIZER),
             carry={"sum": np.zeros(2)} if carried else None,
             every=every,
+            max_skipped_share=0.3,
         )
         self._file = folder / metrics.METRICS_FILE
         self._carried = carried
@@ -198,3 +200,31 @@ def test_an_update_may_have_no_line(tmp_path):
 
     stage.run(step=seldom)
     assert [r["update"] for r in _records(tmp_path)] == [2, 4, 6]
+
+
+def test_skipped_updates_are_counted_and_too_many_stop_the_stage(tmp_path, capsys):
+    trainer = partition.Pmap(_loss, state_lib.adamw(0.1, clip_norm=1.0, weight_decay=0.0), 1)
+    optimizer = state_lib.adamw(0.1, clip_norm=1.0, weight_decay=0.0)
+
+    def loop(folder, share):
+        state = state_lib.create({"w": np.zeros(4, np.float32)}, optimizer)
+        return Loop(folder, trainer=trainer, state=state, every=2, max_skipped_share=share)
+
+    def step(update, state, carry):
+        numbers = np.full((1, 4), np.nan if update in (1, 2, 5) else 1.0, np.float32)
+        state, sums = trainer.update(state, [numbers], {"n": 4.0})
+        return Outcome(state, {"error": sums["error"]})
+
+    last = loop(tmp_path / "all", 3 / 7).run(step, total=7, title="tiny")
+    assert np.isfinite(jax.device_get(trainer.unreplicate(last)).params["w"]).all()
+    assert [r["skipped"] for r in _records(tmp_path / "all")] == [0, 1, 2, 2, 2, 3, 3]
+    assert "skipped=3" in capsys.readouterr().err
+    message = (
+        "tiny: 3 of 6 updates .* not finite, more than --max_skipped_share=0.3 of 7 allows; the "
+        "first now was update 2, whose error is not finite; give --compute_dtype=float32"
+    )
+    with pytest.raises(UserError, match=message):
+        loop(tmp_path / "some", 0.3).run(step, total=7, title="tiny")
+    # The same command goes on from the checkpoint, and ends there again.
+    with pytest.raises(UserError, match="tiny: 3 of 6 updates"):
+        loop(tmp_path / "some", 0.3).run(step, total=7, title="tiny")

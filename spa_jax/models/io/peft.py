@@ -6,29 +6,27 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from spa_jax.config import LoraConfig, Target
 from spa_jax.errors import UserError
 from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.io import adapter_config
+from spa_jax.models.io.adapter_config import ADAPTER_CONFIG
 from spa_jax.models.io.tensors import (
     Lazy,
     open_safetensors,
     read_json,
-    read_tensor,
     write_json,
     write_safetensors,
 )
+from spa_jax.models.io.weights import Stored, plain_name
 from spa_jax.models.names import MATRICES, our_shape
 
 ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-# Settings of PEFT's adapter_config.json that change what an adapter computes.
-_ADAPTER_SETTINGS = (
-    "peft_type bias use_dora use_rslora rank_pattern alpha_pattern fan_in_fan_out "
-    "modules_to_save layers_to_transform lora_bias"
-).split()
+_BASE_MODEL = "base_model.model."
 _PEFT = re.compile(r"model\.layers\.(\d+)\.(.+)\.lora_([AB])\.(?:default\.)?weight")
 
 
@@ -41,13 +39,28 @@ def adapter_base(folder: str | os.PathLike[str]) -> pathlib.Path:
     """The folder of the model that an adapter belongs to.
 
     Raises:
-      UserError: its settings name no folder of this machine.
+      UserError: its settings name no folder of this machine, or, over other adapters, itself.
     """
-    path = pathlib.Path(folder) / ADAPTER_CONFIG
+    base = _named_base(pathlib.Path(folder))
+    seen, at = {pathlib.Path(folder).resolve()}, base
+    while is_adapter(at):
+        if at in seen:
+            raise UserError(
+                f"{at / ADAPTER_CONFIG}: base_model_name_or_path leads back to this adapter; "
+                "write the folder of the model there that it was trained on"
+            )
+        seen.add(at)
+        at = _named_base(at)
+    return base
+
+
+def _named_base(folder: pathlib.Path) -> pathlib.Path:
+    path = folder / ADAPTER_CONFIG
     named = read_json(path).get("base_model_name_or_path")
-    for base in (pathlib.Path(folder) / str(named), pathlib.Path(str(named))):
-        if named and base.is_dir():
-            return base.resolve()
+    if isinstance(named, str) and named and "\0" not in named:
+        for base in (folder / named, pathlib.Path(named)):
+            if base.is_dir():
+                return base.resolve()
     raise UserError(
         f"{path}: base_model_name_or_path is {named!r}, and no such folder is here; fetch that "
         "model, and write its folder there"
@@ -95,46 +108,72 @@ def load_adapter(folder: str | os.PathLike[str], model: ModelConfig) -> tuple[Lo
       model: the shape of the model that it belongs to.
 
     Returns:
-      The adapter's shape and its tree (`models.lora`), float32.
+      The adapter's shape and its tree (`models.lora`), float32; layers that it leaves as they are
+      have zeros.
 
     Raises:
-      UserError: a missing or damaged file, a setting of PEFT's that is not supported, or an
-        adapter of another model.
+      UserError: a missing or damaged file, a setting of PEFT's that is not understood, tensors
+        that are not those that the settings ask for, or an adapter of another model.
     """
     path, settings = pathlib.Path(folder) / ADAPTER, pathlib.Path(folder) / ADAPTER_CONFIG
-    raw = read_json(settings)
-    plain = {"peft_type": "LORA", "bias": "none"}
-    for key in _ADAPTER_SETTINGS:
-        if raw.get(key) and raw[key] != plain.get(key):
-            raise UserError(f"{settings}: {key}={raw[key]!r} is not supported")
+    about = adapter_config.read(settings)
+    wanted = adapter_config.targets(settings, about, model)
     if not path.is_file():
         raise UserError(f"{path}: no such file; only an adapter in safetensors is read")
+    names = [name for name in MATRICES if any(name == target for target, _ in wanted)]
+    layers = {
+        name: {
+            "a": np.zeros((model.num_layers, our_shape((name, "kernel"), model)[0], about.r), "f4"),
+            "b": np.zeros((model.num_layers, about.r, our_shape((name, "kernel"), model)[1]), "f4"),
+        }
+        for name in names
+    }
     with contextlib.ExitStack() as stack:
-        file = open_safetensors(path, stack)
-        tensors = {
-            name: read_tensor(path, file, name).astype(np.float32, copy=False)
-            for name in file.keys()
-        }
-    try:
-        adapter = from_named(tensors)
-        config = LoraConfig(int(raw["r"]), float(raw["lora_alpha"]), tuple(adapter["layers"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
-    if len(tensors) != sum(2 * len(pair["a"]) for pair in adapter["layers"].values()):
-        raise UserError(f"{path}: holds something else than LoRA's matrices")
-    for name, pair in adapter["layers"].items():
-        inputs, outputs = our_shape((name, "kernel"), model)
-        wanted = {
-            "a": (model.num_layers, inputs, config.rank),
-            "b": (model.num_layers, config.rank, outputs),
-        }
-        for leaf, shape in wanted.items():
-            if pair[leaf].shape != shape:
+        stored = _adapter_tensors(path, open_safetensors(path, stack))
+        for (name, layer), pair in stored.items():
+            if (name, layer) not in wanted:
                 raise UserError(
-                    f"{path}: the {leaf.upper()} of {name} are {list(pair[leaf].shape)} (layers, "
-                    f"inputs, outputs), the model and {settings.name} ask for {list(shape)}"
+                    f"{path}: tensor {pair['a'].name} is of a matrix that {settings.name} does not "
+                    "adapt, so PEFT would leave it out; correct target_modules there"
                 )
-    return config, adapter
+            for leaf, tensor in pair.items():
+                into = layers[name][leaf][layer].T
+                if tensor.shape != into.shape:
+                    raise UserError(
+                        f"{path}: tensor {tensor.name} has shape {list(tensor.shape)}, the model "
+                        f"and {settings.name} ask for {list(into.shape)}"
+                    )
+                into[...] = tensor.read()
+    for name, layer in sorted(wanted - stored.keys()):
+        raise UserError(
+            f"{path}: holds no adapter of model.layers.{layer}.{MATRICES[name][0]}, which "
+            f"{settings.name} asks for; fetch the adapter again, or correct target_modules there"
+        )
+    return LoraConfig(about.r, about.lora_alpha, tuple(names)), {"layers": layers}
+
+
+def _adapter_tensors(path: pathlib.Path, file: Any) -> dict[tuple[Target, int], dict[str, Stored]]:
+    """(our name of a matrix, layer) -> {"a", "b"} of all tensors of an open file."""
+    ours = {hugging_face: name for name, (hugging_face, _) in MATRICES.items()}
+    found: dict[tuple[Target, int], dict[str, Stored]] = {}
+    for tensor in file.keys():
+        match = _PEFT.fullmatch(plain_name(plain_name(tensor).removeprefix(_BASE_MODEL)))
+        if not match or match[2] not in ours:
+            raise UserError(
+                f"{path}: tensor {tensor} is no LoRA matrix of this model's layers: it belongs to "
+                "another part of a larger model, or to another kind of adapter"
+            )
+        pair = found.setdefault((ours[match[2]], int(match[1])), {})
+        if match[3].lower() in pair:
+            raise UserError(f"{path}: tensor {tensor} is there twice; remove one")
+        pair[match[3].lower()] = Stored(path, file, tensor)
+    for (name, layer), pair in found.items():
+        if len(pair) < 2:
+            raise UserError(
+                f"{path}: the adapter of model.layers.{layer}.{MATRICES[name][0]} lacks its "
+                f"lora_{'B' if 'a' in pair else 'A'}; fetch the adapter again"
+            )
+    return found
 
 
 def from_named(tensors: Mapping[str, np.ndarray]) -> Params:

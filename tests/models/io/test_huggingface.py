@@ -16,9 +16,9 @@ import safetensors.numpy
 import transformers
 
 from spa_jax.errors import UserError
-from spa_jax.models.io import huggingface, tensors
+from spa_jax.models.io import huggingface, tensors, weights
 from spa_jax.models.io import wheel as wheel_lib
-from spa_jax.models.io.huggingface import WEIGHTS
+from spa_jax.models.io.weights import WEIGHTS
 from tests import tiny
 from tests.models.io.test_gguf import write_gguf
 
@@ -88,7 +88,7 @@ def test_shards_and_half_precision(saved):
     for file, part in shards.items():
         safetensors.numpy.save_file({name: half[name] for name in part}, saved / file)
     weight_map = {name: file for file, part in shards.items() for name in part}
-    (saved / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (saved / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     _, params = huggingface.load_pretrained(saved)
     assert params["layers"]["up"]["kernel"].dtype == np.float32
     np.testing.assert_array_equal(
@@ -161,16 +161,19 @@ Q = "model.layers.1.self_attn.q_proj"
         (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: not a JSON object"),
         (lambda f: set_config(f, model_type="mamba"), "config.json: model_type 'mamba'"),
-        (lambda f: set_config(f, hidden_size=None), "config.json: .*not a number"),
-        (lambda f: set_config(f, rope_scaling={"rope_type": "llama3"}), "config.json: rope_sc"),
-        (lambda f: set_config(f, rope_parameters={"rope_type": "yarn"}), "config.json: rope_sc"),
+        (lambda f: set_config(f, hidden_size=None), "hidden_size=None: it must be a valid"),
+        (lambda f: set_config(f, rope_scaling={"rope_type": "llama3"}), "factor is missing"),
+        (lambda f: set_config(f, rope_parameters={"rope_type": "yarn"}), "rope_par.*yarn"),
         (lambda f: set_config(f, attention_bias=True), "config.json: attention_bias"),
         (lambda f: set_config(f, hidden_act="gelu"), "config.json: hidden_act"),
         (lambda f: set_config(f, tie_word_embeddings=False), "lm_head.weight is missing"),
         (lambda f: (f / WEIGHTS).unlink(), "model.safetensors: no such file"),
         (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "bin: pickled .*code"),
         (lambda f: (f / WEIGHTS).write_bytes(b"x" * 99), "not a safetensors file"),
-        (lambda f: (f / huggingface.INDEX).write_text("{}"), "index.json: weight_map is missing"),
+        (
+            lambda f: (f / WEIGHTS).rename(f / "x") and (f / weights.INDEX).write_text("{}"),
+            "index.json: weight_map is missing",
+        ),
         (
             lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-4]),
             "model.safetensors: not a safetensors file, or a truncated one",

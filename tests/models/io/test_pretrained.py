@@ -130,6 +130,19 @@ def test_what_the_hub_does_not_have(hub, tmp_path):
         policy.load("maker/old")
 
 
+def test_a_revision_is_part_of_a_name(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert pretrained.at_revision("maker/tiny", "") == "maker/tiny"
+    assert pretrained.at_revision("maker/tiny", "v1.0") == "maker/tiny@v1.0"
+    for policy_name in ("maker/tiny@v2", "some/long/folder", "m.gguf"):
+        with pytest.raises(UserError, match="--revision=v1: a model of the hub has revisions, and"):
+            pretrained.at_revision(policy_name, "v1")
+    _, log = hub
+    with pytest.raises(UserError, match="maker/none at revision v1.0: no such folder, and the Hug"):
+        pretrained.resolve("maker/none@v1.0")
+    assert any("revision/v1.0" in line for line in log)
+
+
 def test_a_folder_goes_before_the_hub(hub, tmp_path, monkeypatch):
     _, log = hub
     monkeypatch.chdir(tmp_path)

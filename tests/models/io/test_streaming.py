@@ -18,7 +18,7 @@ _WRITE = """
 import json, pathlib, sys
 import ml_dtypes, numpy as np, safetensors.numpy
 from spa_jax.models.config import ModelConfig
-from spa_jax.models.io import huggingface
+from spa_jax.models.io import hf_config, weights
 from spa_jax.models.io import tensors as tensors_io
 from spa_jax.models.names import hf_shapes
 
@@ -33,8 +33,8 @@ for file, names in shards.items():
     tensors = {name: np.full(shapes[name], 0.5, ml_dtypes.bfloat16) for name in names}
     safetensors.numpy.save_file(tensors, folder / file)
 index = {name: file for file, names in shards.items() for name in names}
-(folder / huggingface.INDEX).write_text(json.dumps({"weight_map": index}))
-tensors_io.write_json(folder / "config.json", huggingface.hf_config(CONFIG, "bfloat16", {}))
+(folder / weights.INDEX).write_text(json.dumps({"weight_map": index}))
+tensors_io.write_json(folder / "config.json", hf_config.write(CONFIG, "bfloat16", {}))
 """
 
 _READ = """
