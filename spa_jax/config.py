@@ -78,14 +78,30 @@ class EnvConfig(Checked):
     openenv_mapping: str = setting(
         "",
         "JSON file that says what the fields of an OpenEnv environment mean: instruction, action, "
-        "text, reward, reward_scale, success, grounded (docs/environments.md); empty: what its "
-        "schema says.",
+        "text, reward, reward_scale, reward_range, success, grounded (docs/environments.md); "
+        "empty: what its schema says.",
+    )
+    openenv_reward_range: str = setting(
+        "",
+        "LOW,HIGH: what an OpenEnv environment pays at the least and at the most, such as -1,1 "
+        "where a loss pays -1, a draw 0 and a win 1; R is mapped onto [0, 1]. Empty: it is not.",
     )
     openenv_reward_scale: float = setting(
         0.0,
-        "Brings R of an OpenEnv episode into [0, 1]: it is multiplied by this; 0: by what the "
-        "mapping says, else by 1.",
+        "Brings R of an OpenEnv episode into [0, 1]: it is multiplied by this, and what is below 0 "
+        "counts as 0; 0: as the mapping says, else not multiplied.",
         minimum=0,
+    )
+    openenv_success: str = setting(
+        "",
+        "The flag of an OpenEnv observation that says that the task is solved (!NAME: its "
+        "opposite); empty: what the mapping or the schema says, else that R is 1.",
+    )
+    long_openings: Literal["leave_out", "error"] = setting(
+        "leave_out",
+        "A task whose opening does not fit into --context_length. leave_out: it is not played, "
+        "named, and counted beside the failed games; error: the stage ends.",
+        operational=True,
     )
     prompt: Literal["short", "paper"] = setting(
         "short", "The instruction that opens an episode: ours, or the paper's.", group=MAY

@@ -161,16 +161,19 @@ class Session:
                 logging.WARNING,
                 code=error.code,
                 message=str(error),
+                **({"traceback": error.traceback} if error.traceback else {}),
                 **dataclasses.asdict(self.state),
             )
-            return self.error(str(error), error.code, error.retryable)
+            return self.error(str(error), error.code, error.retryable, error.traceback)
         return self.error(f"unknown message type {str(kind)[:100]!r}", protocol.UNKNOWN_TYPE)
 
-    def error(self, message: str, code: str, retryable: bool = False) -> dict[str, Any]:
+    def error(
+        self, message: str, code: str, retryable: bool = False, traceback: str = ""
+    ) -> dict[str, Any]:
         """An error message, counted."""
         self._context.metrics.errors.labels(code).inc()
         data = {"message": message, "code": code, "retryable": retryable}
-        return {"type": "error", "data": data}
+        return {"type": "error", "data": data | ({"traceback": traceback} if traceback else {})}
 
     def _reset(self, request: ResetRequest) -> Observation:
         self._playing = False

@@ -3,7 +3,7 @@
 Server and worker talk through a pipe, one answer a request:
 
     ("reset", place, {"task", "prompt", "expert", "seed"}) or ("step", action)
-    -> ("ok", Observation) | ("user_error", message) | ("env_error", message)
+    -> ("ok", Observation) | ("user_error", message) | ("env_error", (message, traceback))
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from spa_jax.envs import boundary
 from spa_jax.envs.benchmarks import Benchmark, make_engine
 from spa_jax.envs.contract import Engine
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
@@ -59,8 +60,9 @@ def _answer(engine: Engine, request: tuple[Any, ...]) -> tuple[str, Any]:
         return "ok", engine.step(request[1])
     except UserError as error:
         return "user_error", str(error)
-    except Exception as error:  # whatever the engine does, the server must hear of it
-        return "env_error", f"{type(error).__name__}: {error}"
+    # Whatever the engine does, the server must hear of it: SystemExit too.
+    except BaseException as error:
+        return "env_error", (boundary.one_line(error), boundary.whole(error))
 
 
 def _main(connection: Connection, benchmark: Benchmark) -> None:
@@ -148,7 +150,8 @@ class Worker:
             raise EnvError(value, USER_ERROR, retryable=False)
         if kind == "env_error":
             self.kill(FAILED)
-            raise EnvError(f"the environment failed: {value}")
+            message, traceback = value
+            raise EnvError(f"the environment failed: {message}", traceback=traceback)
         self._check_memory()
         return value
 

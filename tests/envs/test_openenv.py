@@ -12,7 +12,7 @@ import pytest
 
 from spa_jax import store
 from spa_jax.config import EnvConfig, ServerConfig
-from spa_jax.envs import protocol
+from spa_jax.envs import boundary, protocol
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.openenv import (
@@ -322,6 +322,7 @@ def test_a_mapping_that_is_no_file(tmp_path):
         ("sum", [0.1, None, 0.2], 0.3),
         ("score", [9, 9, 9], 0.75),
         ("last", [0, 0, True], 1.0),
+        ("last", [-5, 7, None], 0.0),
     ],
 )
 def test_which_reward_is_r(choice, rewards, expected):
@@ -331,6 +332,7 @@ def test_which_reward_is_r(choice, rewards, expected):
         wire.read({"observation": {"text": ""}, "reward": None, "done": False})
         for i, reward in enumerate(rewards):
             shown = {"text": "", "score": 0.75}
+            wire.step("go", parsed=True)
             now = wire.read({"observation": shown, "reward": reward, "done": i == 2})
         assert now.reward == expected
         assert now.success == (expected == 1.0)
@@ -391,9 +393,9 @@ def test_our_servers_send_their_progress_on_the_wire():
                 told = [session.reset("train_0", "train")] + [session.step("on") for _ in range(4)]
             assert [now.progress for now in told] == [0, 0.25, 0.5, 0.75, 1]
     wire = protocol.observation_to_wire(told[1])
-    assert protocol.observation_from_wire(wire) == told[1]
+    assert boundary.observation_from_wire(wire) == told[1]
     del wire["observation"]["progress"]
-    assert protocol.observation_from_wire(wire) == dataclasses.replace(told[1], progress=None)
+    assert boundary.observation_from_wire(wire) == dataclasses.replace(told[1], progress=None)
 
 
 def test_splits_have_different_seeds():
