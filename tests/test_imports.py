@@ -17,10 +17,10 @@ FLOORS = (
     {"errors"},
     {"horizons", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
     {"attribution", "batching", "chat", "config", "evaluation", "importers", "store"},
-    {"data_config", "judging", "models", "runtime", "truth"},
+    {"data_config", "judging", "models", "runtime", "server_config", "truth"},
     {"stage_config"},
     {"envs", "games", "parity", "run", "sampling"},
-    {"episodes", "files", "replay"},
+    {"episodes", "failures", "files", "replay"},
     {"policy", "provenance", "rollout"},
     {"redo", "training"},
     {"annotation", "export", "play", "report"},
@@ -123,6 +123,8 @@ def test_environments_are_without_the_trainer():
                 "envs",
                 "errors",
                 "runtime",
+                "server_config",
+                "texts",
             }, name
 
 

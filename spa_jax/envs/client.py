@@ -22,7 +22,7 @@ from websockets.exceptions import (
 from websockets.sync.client import ClientConnection, connect
 
 from spa_jax.envs import boundary, protocol
-from spa_jax.envs.guard import TOKEN_VARIABLE, authorization, read_token
+from spa_jax.envs.guard import TOKEN_VARIABLE, authorization, read_token, split_secret
 from spa_jax.envs.protocol import EnvError, Observation, Task
 from spa_jax.errors import UserError
 from spa_jax.texts import replace_surrogates
@@ -65,7 +65,8 @@ class EnvClient:
     """A server's address and what can be asked of it.
 
     Args:
-      address: "http://host:port" or "ws://host:port" (https and wss too).
+      address: "http://host:port" or "ws://host:port" (https and wss too); a password in it is the
+        token, and is never shown.
       timeout_s: how long an answer may take; longer than the server's own deadlines.
       wait_s: how long a session waits for a server that is away, or has no free place.
       token: what the server wants to know; None: what the environment variable says.
@@ -81,14 +82,16 @@ class EnvClient:
         wait_s: float = 120.0,
         token: str | None = None,
     ):
-        scheme, separator, rest = address.rstrip("/").partition("://")
+        address, secret = split_secret(address.rstrip("/"))
+        scheme, separator, rest = address.partition("://")
         if not separator or scheme not in ("http", "https", "ws", "wss") or not rest:
             raise UserError(f"--env_address={address}: expected http://host:port")
         secure = "s" if scheme in ("https", "wss") else ""
         self.http = f"http{secure}://{rest}"
         self.websocket = f"ws{secure}://{rest}/ws"
         self.timeout_s, self.wait_s = timeout_s, wait_s
-        self.headers = authorization(read_token() if token is None else token)
+        token = read_token() if token is None else token
+        self.headers = authorization(secret or token)
         self._lock = threading.Lock()
         self.notes: collections.Counter[str] = collections.Counter()
 
@@ -133,7 +136,13 @@ class EnvClient:
           UserError: if there is no such split, no playable game in it, or no server.
         """
         query = urllib.parse.urlencode({"split": split})
-        return [Task(**task) for task in self._get(f"/tasks?{query}", self.timeout_s)]
+        answer = self._get(f"/tasks?{query}", self.timeout_s)
+        try:
+            tasks = [Task(**task) for task in answer]
+        except TypeError as error:
+            raise UserError(f"{self.http}/tasks answers no list of tasks: {error}") from error
+        boundary.names(f"{self.http}/tasks of {split!r}", [task.task for task in tasks], "task")
+        return tasks
 
     def wire(self) -> Wire:
         """How a new session talks."""

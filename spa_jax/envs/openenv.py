@@ -109,9 +109,7 @@ class OpenEnvMapping:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _KEYS = tuple(field.name for field in dataclasses.fields(OpenEnvMapping))
@@ -449,8 +447,7 @@ class TextWire(Wire):
             reward = boundary.number("reward", 0.0 if chosen is None else chosen)
         except ValueError as error:
             raise _user_error(
-                f'the environment answered, and {error} ("reward": "{choice}" in '
-                "--openenv_mapping)"
+                f'the environment answered, and {error} ("reward": "{choice}" in --openenv_mapping)'
             ) from error
         if mapping.reward_range is not None:
             low, high = mapping.reward_range

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spa_jax import store
-from spa_jax.config import EnvConfig, ServerConfig
+from spa_jax.config import EnvConfig
 from spa_jax.envs import boundary, protocol
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
@@ -25,6 +25,7 @@ from spa_jax.envs.openenv import (
 )
 from spa_jax.envs.protocol import EnvError
 from spa_jax.errors import UserError
+from spa_jax.server_config import ServerConfig
 from tests import programs
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ def test_the_packages_client_drives_our_servers(env, games, tmp_path):
     """A whole episode of the expert, states and errors, and the HTTP pages by their models."""
     real, types = _real_client(), _real_types()
     config = ServerConfig(_make(env, games, tmp_path), env=env, prompt="short", max_sessions=1)
-    with LocalServer(config, start_deadline_s=120) as server:
+    with LocalServer(config, start_deadline_s=120, token="") as server:
         task = EnvClient(server.address).tasks("train")[0].task
         with real(base_url=server.address, message_timeout_s=300).sync() as client:
             result = client.reset(task=task, split="train", seed=1, expert=True)
@@ -237,7 +238,7 @@ def test_exploring_an_environment_that_the_package_serves(echo, tmp_path):
 def test_our_own_server_is_such_an_environment_too():
     """The defaults suffice where fields have their usual names."""
     config = ServerConfig("tests.envs.odd:Odd", env="custom", max_sessions=1)
-    with LocalServer(config, start_deadline_s=120) as server:
+    with LocalServer(config, start_deadline_s=120, token="") as server:
         with OpenEnvClient(server.address, EnvConfig(env="openenv")).session() as session:
             first = session.reset("train-0", "train")
             assert first.text.endswith(f"with seed {seed_of('train-0')}")
@@ -382,7 +383,7 @@ def test_a_progress_that_is_not_there_is_refused():
 def test_our_servers_send_their_progress_on_the_wire():
     """It is in /schema, and a server of before it is read as one that does not know."""
     config = ServerConfig("tests.envs.odd:Marching", env="custom", max_sessions=1)
-    with LocalServer(config, start_deadline_s=120) as server:
+    with LocalServer(config, start_deadline_s=120, token="") as server:
         with urllib.request.urlopen(f"{server.address}/schema", timeout=60) as answer:
             assert "progress" in json.load(answer)["observation"]["properties"]
         for client in (
