@@ -110,4 +110,4 @@ class Told:
             if found > 1:
                 self._write(f"{found} times in all (# is a number): {kind}")
         if self._kinds:
-            self._write(f"all {self._kinds.total()} are in {folder / FAILURES}")
+            self._write(f"recorded whole: {folder / FAILURES}")

@@ -352,7 +352,8 @@ def _concluded(told: failures.Told, client: EnvClient, folder: pathlib.Path) -> 
     finally:
         told.conclude(folder)
         for what, count in client.notes.items():
-            tqdm.tqdm.write(f"note, {count} times: {what}", file=sys.stderr)
+            often = f" ({count} times)" if count > 1 else ""
+            tqdm.tqdm.write(f"note: {what}{often}", file=sys.stderr)
 
 
 def make_player(env: EnvConfig, policy: Policy | None) -> rollout.Player:

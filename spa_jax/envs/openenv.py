@@ -207,7 +207,7 @@ class OpenEnvClient(EnvClient):
         if self._mapping is None:
             schema = self._get("/schema", timeout_s=10.0)
             self._mapping = complete_mapping(schema, self._given)
-            if not self._mapping.success and "success" in _shown(schema):
+            if not self._mapping.success and "success" in _shown(schema) and not self.notes:
                 self.noted(
                     "its field 'success' is not read, because many environments say by it that a "
                     "command ran: an episode succeeds that ends with R = 1 "

@@ -193,7 +193,7 @@ class _Sessions:
     async def _converse(self, socket: fastapi.WebSocket, session: Session) -> str:
         """Answers until the session is over; how it ended (see `telemetry.Metrics`)."""
         rate = Rate(self.config.messages_per_s)
-        while not self.draining:
+        while not (self.draining and session.placed):  # a newcomer is told to come again
             try:
                 event = await self._heard(socket, session)
             except TimeoutError:
@@ -392,7 +392,7 @@ class _Uvicorn(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._sessions.draining = True
+        self._sessions.draining = self._sessions.context.places.closed = True
         note(_LOG, "stopping", busy=self._sessions.busy)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._sessions.config.drain_s):

@@ -101,10 +101,13 @@ class Places:
     Args:
       capacity: how many there are.
       metrics: shows how many are taken.
+
+    Attributes:
+      closed: whether none is given any more, because the server stops.
     """
 
     def __init__(self, capacity: int, metrics: Metrics):
-        self.capacity = capacity
+        self.capacity, self.closed = capacity, False
         self._metrics = metrics
         self._taken = 0
         self._lock = threading.Lock()
@@ -116,8 +119,9 @@ class Places:
           EnvError: all are taken.
         """
         with self._lock:
-            if self._taken >= self.capacity:
+            if self.closed or self._taken >= self.capacity:
                 why = f"all {self.capacity} sessions are in use"
+                why = "the server is shutting down" if self.closed else why
                 raise EnvError(why, protocol.CAPACITY_REACHED)
             self._taken += 1
             self._metrics.sessions.set(self._taken)
