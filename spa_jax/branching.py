@@ -206,7 +206,7 @@ def _leaves(job: rollout.Job | Trajectory) -> tuple[str, int, int, int, int]:
 def _play(run: Run, jobs: Sequence[rollout.Job], bar: tqdm.tqdm) -> list[Branch]:
     """Plays branches; each is on disk when it ends.  Those that the environment failed are not."""
     settings, done = run.settings, []
-    policy = policy_lib.load(str(run.base), settings.chat.chat_format, settings.compute)
+    policy = policy_lib.load(str(run.base), settings.chat.name, settings.compute)
     sampling = dataclasses.replace(settings.sampling, temperature=settings.method.eval_temperature)
     slots = min(sampling.slots, len(jobs))
     engine = play.make_engine(policy, sampling, slots, run.seed)

@@ -5,6 +5,7 @@ The settings of the stages are in `stage_config.py`; `settings.py` says how one 
 """
 
 import dataclasses
+import datetime
 import typing
 from typing import Any, Literal
 
@@ -197,6 +198,25 @@ class ChatConfig(Checked):
         "chatml, llama3: in a built-in format, for templates that change earlier turns. A policy "
         "remembers what it was trained in.",
     )
+    chat_date: str = setting(
+        "",
+        "The day that a chat template which writes today's is always told it is, such as "
+        "2024-07-26; empty: such a template is refused.",
+    )
+
+    def check(self) -> None:
+        """Refuses what is no day."""
+        try:
+            datetime.date.fromisoformat(self.chat_date or "2024-07-26")
+        except ValueError as error:
+            raise UserError(
+                f"--chat_date={self.chat_date}: write a day such as 2024-07-26"
+            ) from error
+
+    @property
+    def name(self) -> str:
+        """The format and the day, as `chat.ChatFormat.from_tokenizer` takes them."""
+        return f"{self.chat_format}@{self.chat_date}" if self.chat_date else self.chat_format
 
 
 @dataclasses.dataclass(frozen=True)

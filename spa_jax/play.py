@@ -120,7 +120,7 @@ def record(run: Run, recording: Recording) -> Recorded:
         return Recorded(played, failed=0, left_out=left_out)
     policy = None
     if not expert:
-        chat_format = settings.chat.chat_format
+        chat_format = settings.chat.name
         policy = policy_lib.load(recording.policy, chat_format, settings.compute)
         policy_lib.record_chat_format(folder, policy)
     slots = _EXPERT_SESSIONS if expert else recording.sampling.slots

@@ -15,7 +15,16 @@ TESTS = pathlib.Path(__file__).parent
 # From the ground up: a room imports rooms of lower floors only.
 FLOORS = (
     {"errors"},
-    {"horizons", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
+    {
+        "chat_template",
+        "horizons",
+        "machine",
+        "rl",
+        "settings",
+        "texts",
+        "tokenizer",
+        "trajectory",
+    },
     {"attribution", "batching", "chat", "config", "evaluation", "importers", "store"},
     {"data_config", "judging", "models", "runtime", "server_config", "truth"},
     {"stage_config"},

@@ -9,7 +9,6 @@ import pytest
 
 from spa_jax import rollout, tokenizer
 from spa_jax.chat import ChatFormat
-from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import Observation, Task
 from spa_jax.rollout import (

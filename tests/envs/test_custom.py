@@ -9,7 +9,6 @@ import pytest
 
 from spa_jax import store
 from spa_jax.envs import custom
-from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
 from spa_jax.errors import UserError

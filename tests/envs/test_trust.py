@@ -131,7 +131,8 @@ def test_capacity_is_what_memory_has_room_for(server):
 
 
 def test_sessions_that_a_client_abandoned_are_reaped():
-    with LocalServer(_config(max_sessions=1, idle_timeout_s=1.0), start_deadline_s=120, token="") as server:
+    config = _config(max_sessions=1, idle_timeout_s=1.0)
+    with LocalServer(config, start_deadline_s=120, token="") as server:
         client = EnvClient(server.address)
         abandoned = client.session()
         abandoned.reset("train_0", "train")

@@ -5,7 +5,6 @@ import re
 import pytest
 
 from spa_jax import store
-from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.server_config import ServerConfig
 from spa_jax.trajectory import Status
