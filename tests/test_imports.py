@@ -30,7 +30,7 @@ FLOORS = (
     {"stage_config"},
     {"envs", "games", "parity", "run", "sampling"},
     {"episodes", "failures", "files", "replay"},
-    {"policy", "provenance", "rollout"},
+    {"env_check", "policy", "provenance", "rollout"},
     {"redo", "training"},
     {"annotation", "export", "play", "report"},
     {"stages"},

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 from absl import flags
 
-from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import Observation
 from spa_jax.envs.worker import resident_mb

@@ -36,9 +36,9 @@ def asked(where: str, ask: Callable[[], _T]) -> _T:
     """
     try:
         return ask()
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too
         raise UserError(f"{where} raised {one_line(error)}\n{indented(whole(error))}") from error
 
 

@@ -36,14 +36,14 @@ def load_class(name: str) -> type:
       UserError: if there is none, or it lacks a part.
     """
     module, _, kind = name.partition(":")
+    how = "give MODULE:CLASS of an installed module or one on PYTHONPATH"
+    if not module or not kind:
+        raise UserError(f"--custom_data={name} is no class; {how}")
     try:
         found = getattr(importlib.import_module(module), kind)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"--custom_data={name} is no class ({error}); give MODULE:CLASS of an installed module "
-            "or one on PYTHONPATH"
-        ) from error
-    except Exception as error:  # whatever a module does when it is imported
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--custom_data={name} is no class ({error}); {how}") from error
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
         raise UserError(
             f"--custom_data={name}: importing {module} raised {boundary.one_line(error)}\n"
             f"{boundary.indented(boundary.whole(error))}"
