@@ -210,10 +210,10 @@ class _Sessions:
                 if reply is None:
                     return "closed"
                 await self._send(socket, reply)
+                if not session.placed and reply["data"].get("code") == protocol.CAPACITY_REACHED:
+                    return "turned_away"
             finally:
                 self.busy -= 1
-            if not session.placed and reply["data"].get("code") == protocol.CAPACITY_REACHED:
-                return "turned_away"
         return "shutdown"
 
     async def _heard(self, socket: fastapi.WebSocket, session: Session) -> Any:
