@@ -121,3 +121,17 @@ class Failing(Fine):
         if task != "train_0":
             raise LookupError(f"no room for {task}")
         return "go"
+
+
+class Rich(Fine):
+    """Pays too much."""
+
+    def step(self, action: str) -> object:
+        return said("Won.", **(WON | {"reward": 10}))
+
+
+class Broken(Fine):
+    """No game can be reset."""
+
+    def reset(self, task: str, seed: int) -> object:
+        raise LookupError("no room at all")
