@@ -282,7 +282,9 @@ def _play_once(session: Session, body: bytes, step: bool) -> dict[str, Any]:
         data = json.loads(body or b"{}")
     except (ValueError, RecursionError) as error:
         return session.error(f"not JSON: {error}", protocol.INVALID_JSON)
-    if not isinstance(data, dict) and not (data is None and not step):
+    if data is None and not step:
+        data = {}
+    if not isinstance(data, dict):
         return session.error("a body is a JSON object", protocol.VALIDATION_ERROR)
     answer = session.ask("reset", data)
     if step and answer["type"] == "observation":
