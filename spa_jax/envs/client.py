@@ -34,7 +34,7 @@ _FINAL = (
     protocol.VALIDATION_ERROR,
     protocol.USER_ERROR,
 )
-_LONGEST_MESSAGE = 16 * 2**20  # bytes
+_LONGEST_MESSAGE = 64 * 2**20  # bytes
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0  # between tries, in seconds
 
 
