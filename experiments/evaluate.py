@@ -43,7 +43,8 @@ def main(run: Run) -> None:
             print("\n".join(found.lines()))
     print(
         f"RESULT success={summary.success_rate:.4f} grounding={summary.grounding:.4f} "
-        f"games={summary.games} seconds={time.time() - started:.1f}"
+        f"games={summary.games} failed={summary.env_errors} left_out={summary.left_out} "
+        f"seconds={time.time() - started:.1f}"
     )
 
 

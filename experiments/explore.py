@@ -32,7 +32,8 @@ def main(run: Run) -> None:
     summary = played.summary()
     print(
         f"RESULT success={summary.success_rate:.4f} grounding={summary.grounding:.4f} "
-        f"episodes={summary.games} seconds={time.time() - started:.1f}"
+        f"episodes={summary.games} failed={summary.env_errors} left_out={summary.left_out} "
+        f"seconds={time.time() - started:.1f}"
     )
 
 

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import flags as flags_lib
-from spa_jax.config import EnvConfig, ServerConfig
+from spa_jax.config import EnvConfig
 from spa_jax.envs.benchmarks import BENCHMARKS
 from spa_jax.envs.serve import serve
 from spa_jax.errors import UserError
+from spa_jax.server_config import ServerConfig
 
 _TOKEN_FILE_HELP = (
     "File of the token that clients must know; empty: the environment variable SPA_JAX_ENV_TOKEN, "
@@ -31,6 +32,12 @@ _PROMPT = flags.DEFINE_string("prompt", "paper", "Instruction shown to the polic
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8700, "Port to listen on; 0 takes a free one.")
 _TOKEN_FILE = flags.DEFINE_string("token_file", "", _TOKEN_FILE_HELP)
+_HOSTS = flags.DEFINE_list(
+    "allowed_hosts",
+    [],
+    "Names by which requests may address the server, such as that of a proxy before it, beside "
+    "--host and those of this machine's loopback.",
+)
 flags_lib.define(ServerConfig)
 _PARENT = flags.DEFINE_bool("exit_with_parent", False, "End when standard input closes.")
 
@@ -48,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
         host=_HOST.value,
         port=_PORT.value,
         token_file=_TOKEN_FILE.value,
+        allowed_hosts=_HOSTS.value,
         exit_with_parent=_PARENT.value,
     )
 

@@ -15,23 +15,34 @@ literals, here for ChatML (`<|x|>` are special tokens, one id each):
 `between` starts with the end-of-turn token, which the policy writes itself.
 Texts are put between the special tokens' ids and encoded run by run, each run
 once, so a conversation's ids are a prefix of the ids of its continuation, and
-they are those that the template gives for the whole conversation.  A special
-token's *name* inside an observation or a response stays plain text: nobody can
-forge the border of a turn.
+they are those that the template gives for the whole conversation.
+
+Nobody can forge the border of a turn: the *name* of a special token, or of one that stands in what
+the template puts around the messages, stays plain text inside an observation or a response, however
+the tokenizer marks that token.  In what the policy reads the name of any token that the template
+speaks of stays text too (a tool's, a thought's).
 """
 
 import dataclasses
-import datetime
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import tokenizers
 
+from spa_jax.chat_template import (
+    TEMPLATE,
+    Template,
+    Turns,
+    built_in,
+    not_append_only,
+    remedy,
+    split_name,
+    where,
+)
 from spa_jax.errors import UserError
-from spa_jax.limited import limited
 from spa_jax.texts import replace_surrogates
 from spa_jax.tokenizer import reading
 from spa_jax.trajectory import Trajectory
@@ -40,24 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Parts = tuple[int | str, ...]  # ids of special tokens, and text between them
-TEMPLATE = "template"  # the name of the tokenizer's own format
-Turns = Sequence[tuple[str, str]]  # (observation, response) pairs
 
-# The built-in formats, as templates: each turn is written the same way wherever it stands.
-TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "llama3": (
-        "{{ '<|begin_of_text|>' }}{% for message in messages %}"
-        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-        "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}"
-        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    ),
-}
 _MARKS = ("spaprobeone", "spaprobetwo", "spaprobethree", "spaprobefour", "spaprobefive")
 # Conversations on which the format must give the template's own ids: digits, blanks and line
 # breaks at the borders (where tokens could merge), other scripts, and a thought, which some
@@ -68,14 +62,6 @@ _PROBES: tuple[Turns, ...] = (
     (("Caf\u00e9 \u8336", "\u00fcber"), ("-> [x]", "{y}"), ("...", "!")),
     (("Go.", "<think>\nFirst look.\n</think>\n\nlook"), ("A desk.", "open desk"), ("?", "wait")),
 )
-
-
-# A template is a program of others': loops in loops would never end.
-_SECONDS, _MEBIBYTES = 5.0, 512
-
-# Llama 3.1 and later write the day into every conversation. A policy would read other tokens each
-# day than it was trained on, so it is always the one that their templates fall back on.
-_DATE = "26 Jul 2024"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +75,10 @@ class ChatFormat:
       lead: the blanks that the policy itself writes before its response (Mistral's).
       between: what comes between the policy's end of turn (left out) and the next observation.
       strip: whether the template strips the blanks around an observation.
-      special: the ids of all special tokens.
+      special: the ids of all special tokens, and of those that make the borders of turns.
       blank: whether a run of text begins as if a blank stood before it (SentencePiece).
-      encoder: the tokenizer, which takes special tokens' names for plain text and adds no blank.
+      encoder: the tokenizer, which takes the names of `special` for plain text and adds no blank.
+      reader: the same, which takes the names of all tokens that the template speaks of for text.
     """
 
     end_of_turn: int
@@ -103,6 +90,7 @@ class ChatFormat:
     special: frozenset[int]
     blank: bool
     encoder: tokenizers.Tokenizer = dataclasses.field(repr=False, compare=False)
+    reader: tokenizers.Tokenizer = dataclasses.field(repr=False, compare=False)
 
     @classmethod
     def from_tokenizer(
@@ -112,43 +100,44 @@ class ChatFormat:
 
         Args:
           tokenizer: is left as it is.
-          name: "template" for the tokenizer's own, or one of `TEMPLATES`.
+          name: "template" for the tokenizer's own, or one of `TEMPLATES`; with "@2024-07-26"
+            behind it, a template that asks for the day is told that one.
 
         Raises:
           UserError: the tokenizer has no chat template, or one that is not append-only: it
             changes, drops or moves earlier turns, ends no turn with a special token, merges
             tokens over the border of a turn, begins a conversation twice or tells the date; or it
-            lacks a special token of the built-in format.
+            lacks a token of the built-in format.
         """
-        template = None if name == TEMPLATE else _built_in(tokenizer, name)
+        name, day = split_name(name)
+        template = None if name == TEMPLATE else built_in(tokenizer, name)
+        write = Template(tokenizer, template, day)
         marks = [*zip(_MARKS[::2], _MARKS[1::2], strict=False)]
-        rendered = _render(tokenizer, template, marks, _MARKS[4])
-        opening, header, lead, between = _cut(tokenizer, rendered)
-        source = template or str(tokenizer.chat_template)
-        if "strftime_now" in source and str(datetime.date.today().year) in opening:
-            raise _not_append_only(tokenizer, f"it writes the day that it is: {opening!r}")
-        names = {
-            token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        tail = _split(between, names)
-        if not tail or not isinstance(tail[0], int):
-            raise _not_append_only(
+        opening, header, lead, between = _cut(tokenizer, write.once(marks, _MARKS[4]))
+        borders, named = _names(tokenizer, (opening, header, between), template)
+        tail = _split(between, named)
+        if not tail or tail[0] not in borders.values():
+            raise not_append_only(
                 tokenizer, f"no special token ends an assistant turn; {between!r} follows it"
             )
-        encoder, blank = _plain_encoder(tokenizer)
-        padded = _render(tokenizer, template, [], f" {_MARKS[0]} ")
+        end_of_turn = tail[0]
+        assert isinstance(end_of_turn, int)
+        encoder, blank = _plain_encoder(tokenizer, borders)
+        reader, _ = _plain_encoder(tokenizer, named)
+        padded = write([], f" {_MARKS[0]} ")
         fmt = cls(
-            end_of_turn=tail[0],
-            opening=_split(opening, names),
-            header=_split(header, names),
+            end_of_turn=end_of_turn,
+            opening=_split(opening, named),
+            header=_split(header, named),
             lead=lead,
             between=tail[1:],
             strip=f" {_MARKS[0]} " not in padded,
-            special=frozenset(names.values()),
+            special=frozenset(borders.values()),
             blank=blank,
             encoder=encoder,
+            reader=reader,
         )
-        _check(fmt, tokenizer, template, names)
+        _check(fmt, tokenizer, write, named)
         _check_bos(fmt, tokenizer)
         return fmt
 
@@ -160,16 +149,18 @@ class ChatFormat:
         header of the assistant's turn.
         """
         text = f"{instruction}\n\n{observation}" if instruction else observation
-        return self._encode([*self.opening, self._content(text), *self.header])
+        return self._encode(self.reader, [*self.opening, self._content(text), *self.header])
 
     def next_turn(self, observation: str) -> list[int]:
         """What follows the policy's end of turn: the next user turn and the assistant's header."""
-        return self._encode([*self.between, self._content(observation), *self.header])
+        parts = [*self.between, self._content(observation), *self.header]
+        return self._encode(self.reader, parts)
 
     def response(self, text: str) -> list[int]:
         """The policy's tokens for a text: the text's ids and the end of turn."""
         follows_text = not self.header or isinstance(self.header[-1], str)
-        return [*self._encode([self.lead + text], follows_text), self.end_of_turn]
+        ids = self._encode(self.encoder, [self.lead + text], follows_text)
+        return [*ids, self.end_of_turn]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
@@ -179,10 +170,16 @@ class ChatFormat:
     def _content(self, text: str) -> str:
         return text.strip() if self.strip else text
 
-    def _encode(self, parts: Iterable[int | str], follows_text: bool = False) -> list[int]:
+    def _encode(
+        self,
+        encoder: tokenizers.Tokenizer,
+        parts: Iterable[int | str],
+        follows_text: bool = False,
+    ) -> list[int]:
         """Ids of parts; neighbouring texts are one run, encoded together.
 
         Args:
+          encoder: of the texts.
           parts: ids and texts.
           follows_text: whether text stands before the first of them.
         """
@@ -195,7 +192,7 @@ class ChatFormat:
             if text:
                 text = " " * (self.blank and not (follows_text and not ids)) + text
                 text, _ = replace_surrogates(text)
-                ids += self.encoder.encode(text, add_special_tokens=False).ids
+                ids += encoder.encode(text, add_special_tokens=False).ids
                 text = ""
             if part is not None:
                 ids.append(part)
@@ -274,47 +271,39 @@ def with_final_observation(fmt: ChatFormat, trajectory: Trajectory, most: int) -
     )
 
 
-def _messages(turns: Turns, observation: str) -> list[dict[str, str]]:
-    messages = []
-    for user, assistant in turns:
-        messages.append({"role": "user", "content": user})
-        messages.append({"role": "assistant", "content": assistant})
-    return [*messages, {"role": "user", "content": observation}]
+def _names(
+    tokenizer: "PreTrainedTokenizerFast", literals: Sequence[str], template: str | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The tokens that no text may become: name -> id.
 
+    Args:
+      tokenizer: which may mark any of them as special or not.
+      literals: what the template puts around messages.
+      template: the built-in one; None: the tokenizer's own.
 
-def _render(
-    tokenizer: "PreTrainedTokenizerFast", template: str | None, turns: Turns, observation: str
-) -> str:
-    """A template's text of a conversation, with the assistant's header; None: the tokenizer's."""
-    try:
-        with limited(seconds=_SECONDS, mebibytes=_MEBIBYTES):
-            return str(
-                tokenizer.apply_chat_template(
-                    _messages(turns, observation),
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    date_string=_DATE,
-                )
-            )
-    except Exception as error:  # no template; a Jinja error; the template's own raise_exception
-        raise UserError(
-            f"{_where(tokenizer)}: cannot write a conversation of user and assistant turns "
-            f"({error}); {_REMEDY}"
-        ) from error
+    Returns:
+      Those that neither side may write: special ones, and those in the literals; and with them
+      all that the policy may not read out of a text: those that the template speaks of.
+    """
+    around = "".join(literals)
+    spoken = f"{template or ''}{tokenizer.chat_template or ''}{around}"
+    known = tokenizer.added_tokens_decoder.items()
+    borders = {t.content: i for i, t in known if t.special or t.content in around}
+    named = {t.content: i for i, t in known if t.content in spoken and t.content.strip()}
+    return borders, borders | named
 
 
 def _cut(tokenizer: "PreTrainedTokenizerFast", rendered: str) -> tuple[str, str, str, str]:
     """(opening, header, lead, between) of the text of a conversation of marks."""
     literals = re.split("|".join(_MARKS), rendered)
     if tuple(re.findall("|".join(_MARKS), rendered)) != _MARKS:
-        raise _not_append_only(tokenizer, "it drops, repeats or reorders the turns")
+        raise not_append_only(tokenizer, "it drops, repeats or reorders the turns")
     opening, header, between, header_2, between_2, prompt = literals
     if header_2 != header or between_2 != between:
-        raise _not_append_only(tokenizer, "it writes earlier turns differently from later ones")
+        raise not_append_only(tokenizer, "it writes earlier turns differently from later ones")
     lead = header.removeprefix(prompt)
     if not header.startswith(prompt) or lead.strip():
-        raise _not_append_only(
+        raise not_append_only(
             tokenizer,
             f"it puts {prompt!r} before what the assistant is to write, "
             f"but {header!r} before what it has written",
@@ -331,8 +320,10 @@ def _split(literal: str, names: Mapping[str, int]) -> Parts:
     return tuple(names.get(piece, piece) for piece in pieces if piece)
 
 
-def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer made to take special tokens' names for plain text, and `ChatFormat.blank`.
+def _plain_encoder(
+    tokenizer: "PreTrainedTokenizerFast", plain: Collection[str]
+) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer made to take the names of tokens for plain text, and `ChatFormat.blank`.
 
     SentencePiece reads a run of text as if a blank stood before it. That depends on what stands
     before the run, which a tokenizer that is given the run alone cannot know.
@@ -345,6 +336,8 @@ def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tuple[tokenizers.Tok
         normalizer["normalizers"] = others
     if cuts.get("prepend_scheme") == "first":  # the first run of a conversation only
         cuts["prepend_scheme"] = "never"
+    for token in stored["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in plain
     with reading(tokenizer.name_or_path):
         encoder = tokenizers.Tokenizer.from_str(json.dumps(stored))
     encoder.encode_special_tokens = True
@@ -356,28 +349,30 @@ def _plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> tuple[tokenizers.Tok
 def _check(
     fmt: ChatFormat,
     tokenizer: "PreTrainedTokenizerFast",
-    template: str | None,
-    names: Mapping[str, int],
+    write: Template,
+    named: Mapping[str, int],
 ) -> None:
     """Compares the format with the template itself, on token ids."""
     for probe in _PROBES:
         ids: list[int] = []
         for k, (observation, response) in enumerate(probe):
             ids += fmt.next_turn(observation) if k else fmt.first_turn("", observation)
-            text = _render(tokenizer, template, probe[:k], observation)
+            text = write(probe[:k], observation)
             at_once = tokenizer.encode(text, add_special_tokens=False, verbose=False)
             if ids != at_once:
-                raise _not_append_only(
+                raise not_append_only(
                     tokenizer,
                     f"with the turn {observation!r} added it gives other tokens for the "
                     f"conversation than turn by turn: {_difference(fmt, ids, at_once)}",
                 )
             ids += fmt.response(response)
-    forged = fmt.special.intersection(fmt._encode([" ".join(names) + "".join(names)]))
+    text = " ".join(named) + "".join(named)
+    forged = fmt.special.intersection(fmt._encode(fmt.encoder, [text]))
+    forged |= set(named.values()).intersection(fmt._encode(fmt.reader, [text]))
     if forged:
         raise UserError(
-            f"{_where(tokenizer)}: special tokens {sorted(forged)} come out of plain text, so an "
-            f"observation could forge the border of a turn; {_REMEDY}"
+            f"{where(tokenizer)}: special tokens {sorted(forged)} come out of plain text, so an "
+            f"observation could forge the border of a turn; {remedy(tokenizer)}"
         )
 
 
@@ -390,27 +385,11 @@ def _check_bos(fmt: ChatFormat, tokenizer: "PreTrainedTokenizerFast") -> None:
     if bos is None or bos in (fmt.end_of_turn, *fmt.header):
         return
     if fmt.first_turn("", "x").count(bos) > 1 or bos in fmt.next_turn("x"):
-        raise _not_append_only(
+        raise not_append_only(
             tokenizer,
             f"{tokenizer.bos_token}, the beginning of a sequence, comes more than once in a "
             "conversation",
         )
-
-
-def _built_in(tokenizer: "PreTrainedTokenizerFast", name: str) -> str:
-    """The template of a built-in format.
-
-    Raises:
-      UserError: the tokenizer lacks a special token of it.
-    """
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    missing = sorted(set(re.findall(r"<\|\w+\|>", TEMPLATES[name])) - special)
-    if missing:
-        raise UserError(
-            f"--chat_format={name}: {tokenizer.name_or_path}: the tokenizer has no special token "
-            f"{', '.join(missing)}; leave the flag out, or choose another format or model"
-        )
-    return TEMPLATES[name]
 
 
 def _difference(fmt: ChatFormat, ours: Sequence[int], template: Sequence[int]) -> str:
@@ -421,18 +400,3 @@ def _difference(fmt: ChatFormat, ours: Sequence[int], template: Sequence[int]) -
         for ids in (ours, template)
     ]
     return f"{show[0]!r} turn by turn, {show[1]!r} as a whole"
-
-
-_REMEDY = (
-    "give --chat_format=chatml or --chat_format=llama3, a built-in format with the special tokens "
-    "of the model's family, choose another instruct model, or set chat_template in the folder's "
-    "tokenizer_config.json to one that writes each turn the same way wherever it stands"
-)
-
-
-def _where(tokenizer: "PreTrainedTokenizerFast") -> str:
-    return f"{tokenizer.name_or_path}: the chat template"
-
-
-def _not_append_only(tokenizer: "PreTrainedTokenizerFast", reason: str) -> UserError:
-    return UserError(f"{_where(tokenizer)} is not append-only: {reason}; {_REMEDY}")

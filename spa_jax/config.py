@@ -5,6 +5,7 @@ The settings of the stages are in `stage_config.py`; `settings.py` says how one 
 """
 
 import dataclasses
+import datetime
 import typing
 from typing import Any, Literal
 
@@ -78,14 +79,30 @@ class EnvConfig(Checked):
     openenv_mapping: str = setting(
         "",
         "JSON file that says what the fields of an OpenEnv environment mean: instruction, action, "
-        "text, reward, reward_scale, success, grounded (docs/environments.md); empty: what its "
-        "schema says.",
+        "text, reward, reward_scale, reward_range, success, grounded (docs/environments.md); "
+        "empty: what its schema says.",
+    )
+    openenv_reward_range: str = setting(
+        "",
+        "LOW,HIGH: what an OpenEnv environment pays at the least and at the most, such as -1,1 "
+        "where a loss pays -1, a draw 0 and a win 1; R is mapped onto [0, 1]. Empty: it is not.",
     )
     openenv_reward_scale: float = setting(
         0.0,
-        "Brings R of an OpenEnv episode into [0, 1]: it is multiplied by this; 0: by what the "
-        "mapping says, else by 1.",
+        "Brings R of an OpenEnv episode into [0, 1]: it is multiplied by this, and what is below 0 "
+        "counts as 0; 0: as the mapping says, else not multiplied.",
         minimum=0,
+    )
+    openenv_success: str = setting(
+        "",
+        "The flag of an OpenEnv observation that says that the task is solved (!NAME: its "
+        "opposite); empty: what the mapping or the schema says, else that R is 1.",
+    )
+    long_openings: Literal["leave_out", "error"] = setting(
+        "leave_out",
+        "A task whose opening does not fit into --context_length. leave_out: it is not played, "
+        "named, and counted beside the failed games; error: the stage ends.",
+        operational=True,
     )
     prompt: Literal["short", "paper"] = setting(
         "short", "The instruction that opens an episode: ours, or the paper's.", group=MAY
@@ -117,50 +134,6 @@ class EnvConfig(Checked):
     def data(self) -> str:
         """The data of the environment, the flag --<env>_data; empty where a server has it."""
         return getattr(self, f"{self.env}_data", "")
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerConfig(Checked):
-    """An environment server.
-
-    Attributes:
-      data_dir: the environment's data, such as ALFWorld's json_2.1.1, its parent, or a folder
-        that holds splits.
-      env: the environment's name, one of `envs.benchmarks.BENCHMARKS`.
-      prompt: the instruction of a session that does not choose one itself.
-    """
-
-    data_dir: str
-    env: str = "alfworld"
-    prompt: str = "paper"
-    max_sessions: int = setting(
-        0,
-        "Sessions at once, each with a process of its own; 0: as many as the memory that is free "
-        "at the start has room for.",
-        minimum=0,
-        group=MAY,
-    )
-    games_per_worker: int = setting(
-        0, "Games after which a process is replaced; 0: as suits the environment.", minimum=0
-    )
-    worker_memory_mb: int = setting(
-        0,
-        "Memory (without mapped files) above which a process is ended, and its episode with it; "
-        "0: as suits the environment.",
-        minimum=0,
-    )
-    reset_deadline_s: float = setting(120.0, "Seconds that a reset may take.", above=0)
-    step_deadline_s: float = setting(60.0, "Seconds that a step may take.", above=0)
-    idle_timeout_s: float = setting(
-        1800.0, "Seconds without a message after which a session ends; 0: never.", minimum=0
-    )
-    max_message_kb: int = setting(1024, "The longest message that is read, in KiB.", minimum=1)
-    messages_per_s: float = setting(
-        1000.0, "Messages a second of a session; more are slowed down; 0: any number.", minimum=0
-    )
-    drain_s: float = setting(
-        5.0, "Seconds that calls in progress have when the server is told to stop.", minimum=0
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +198,25 @@ class ChatConfig(Checked):
         "chatml, llama3: in a built-in format, for templates that change earlier turns. A policy "
         "remembers what it was trained in.",
     )
+    chat_date: str = setting(
+        "",
+        "The day that a chat template which writes today's is always told it is, such as "
+        "2024-07-26; empty: such a template is refused.",
+    )
+
+    def check(self) -> None:
+        """Refuses what is no day."""
+        try:
+            datetime.date.fromisoformat(self.chat_date or "2024-07-26")
+        except ValueError as error:
+            raise UserError(
+                f"--chat_date={self.chat_date}: write a day such as 2024-07-26"
+            ) from error
+
+    @property
+    def name(self) -> str:
+        """The format and the day, as `chat.ChatFormat.from_tokenizer` takes them."""
+        return f"{self.chat_format}@{self.chat_date}" if self.chat_date else self.chat_format
 
 
 @dataclasses.dataclass(frozen=True)

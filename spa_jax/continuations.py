@@ -148,7 +148,7 @@ def _play(
 ) -> list[Branch]:
     """Plays branches; each is on disk when it ends.  Those that the environment failed are not."""
     settings, done = run.settings, []
-    player = policy_lib.load(policy, settings.chat.chat_format, settings.compute)
+    player = policy_lib.load(policy, settings.chat.name, settings.compute)
     slots = min(sampling.slots, len(jobs))
     engine = play_lib.make_engine(player, sampling, slots, run.seed)
     engine.warm_up()

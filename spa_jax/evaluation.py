@@ -63,6 +63,7 @@ class Summary:
       steps: all environment steps; grounding accuracy is over steps, so a long
         episode weighs more than a short one.
       env_errors: episodes that the environment broke; in no other figure.
+      left_out: episodes whose openings do not fit into the context; in no other figure.
       by_status: how the games ended, `Status` value -> games.
       by_task_type: task type -> won and played games.
     """
@@ -74,6 +75,12 @@ class Summary:
     env_errors: int
     by_status: Mapping[str, int]
     by_task_type: Mapping[str, Proportion]
+    left_out: int = 0
+
+    @property
+    def asked(self) -> int:
+        """Episodes that were asked for: those that count, and those that do not."""
+        return self.games + self.env_errors + self.left_out
 
     @property
     def games(self) -> int:
@@ -103,6 +110,7 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: the sums, and the figures that follow from them."""
         return {
+            "asked": self.asked,
             "games": self.games,
             "success": self.success.to_dict(),
             "mean_reward": _json_number(self.mean_reward),
@@ -112,6 +120,7 @@ class Summary:
             "grounded_steps": self.grounded_steps,
             "steps": self.steps,
             "env_errors": self.env_errors,
+            "left_out": self.left_out,
             "by_status": dict(self.by_status),
             "by_task_type": {name: part.to_dict() for name, part in self.by_task_type.items()},
         }
@@ -161,8 +170,14 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def summarize(trajectories: Iterable[Trajectory]) -> Summary:
-    """The figures of one policy's episodes; episodes that the environment broke only counted."""
+def summarize(trajectories: Iterable[Trajectory], *, failed: int = 0, left_out: int = 0) -> Summary:
+    """The figures of one policy's episodes; episodes that the environment broke only counted.
+
+    Args:
+      trajectories: what was played.
+      failed: how many more the environment broke.
+      left_out: how many more did not fit.
+    """
     everything = list(trajectories)
     played = [t for t in everything if t.status is not Status.ENV_ERROR]
     types = sorted({t.task_type for t in played})
@@ -171,7 +186,8 @@ def summarize(trajectories: Iterable[Trajectory]) -> Summary:
         reward_sum=math.fsum(t.final_reward for t in played),
         grounded_steps=sum(step.grounded for t in played for step in t.steps),
         steps=sum(len(t.steps) for t in played),
-        env_errors=len(everything) - len(played),
+        env_errors=len(everything) - len(played) + failed,
+        left_out=left_out,
         by_status={
             status.value: count
             for status in Status
@@ -233,14 +249,20 @@ def by_hash(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
 
 
 def table(rows: Mapping[str, Summary]) -> str:
-    """A Markdown table that also reads well in a terminal: one row a policy, in the given order."""
-    cells = [["policy", "games", "success", "95% interval", "reward", "grounding", "steps"]]
+    """A Markdown table that also reads well in a terminal: one row a policy, in the given order.
+
+    Games are those that were asked for; figures are of those that were played.
+    """
+    figures = ["success", "95% interval", "reward", "grounding", "steps"]
+    cells = [["policy", "games", "played", "failed", *figures]]
     for name, summary in rows.items():
         low, high = summary.success.interval
         cells.append(
             [
                 name.replace("|", "\\|"),
+                str(summary.asked),
                 str(summary.games),
+                str(summary.env_errors),
                 _percent(summary.success_rate),
                 f"{100 * low:.1f} - {100 * high:.1f}%",
                 _decimals(summary.mean_reward, 3),
@@ -248,11 +270,11 @@ def table(rows: Mapping[str, Summary]) -> str:
                 _decimals(summary.mean_steps, 1),
             ]
         )
-    # The environment's failures are shown only where there were some.
-    if any(summary.env_errors for summary in rows.values()):
-        cells[0].append("env errors")
+    # What did not fit is shown only where there was some.
+    if any(summary.left_out for summary in rows.values()):
+        cells[0].append("left out")
         for line, summary in zip(cells[1:], rows.values(), strict=True):
-            line.append(str(summary.env_errors))
+            line.append(str(summary.left_out))
     return markdown(cells)
 
 

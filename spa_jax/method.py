@@ -52,7 +52,7 @@ def check(run: Run) -> None:
       UserError: says which --chat_format would do.
     """
     first = run.base if run.settings.method.base or run.base.exists() else run.policy
-    policy.check_chat_format(first, run.settings.chat.chat_format)
+    policy.check_chat_format(first, run.settings.chat.name)
 
 
 def run(run: Run, after_round: Callable[[Run, int], object] | None = None) -> Result:

@@ -6,8 +6,8 @@ folder lacks, and puts each on the disk when it ends.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -15,10 +15,10 @@ import jax
 import numpy as np
 import tqdm
 
-from spa_jax import evaluation, files, provenance, rollout, store
+from spa_jax import evaluation, failures, files, provenance, rollout, store
 from spa_jax import policy as policy_lib
 from spa_jax import run as run_lib
-from spa_jax.config import EnvConfig, SamplingConfig, ServerConfig
+from spa_jax.config import EnvConfig, SamplingConfig
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.guard import read_token
 from spa_jax.envs.local import LocalServer
@@ -31,12 +31,13 @@ from spa_jax.run import Run
 from spa_jax.runtime import distributed
 from spa_jax.sampling.engine import Engine
 from spa_jax.sampling.parallel import ParallelEngine
+from spa_jax.server_config import ServerConfig
 from spa_jax.stage_config import ExploreConfig
 from spa_jax.training.metrics import MetricsWriter
 from spa_jax.trajectory import Sampling, Status, Trajectory
 
 _EXPERT_SESSIONS = 2
-_FAILURES = "failures.jsonl"
+_NAMED = 20  # left out tasks that are named on the terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +70,21 @@ class Recorded:
     Attributes:
       episodes: sorted by key.
       failed: how many more were asked for, which the environment failed at every try.
+      left_out: how many more were asked for, whose openings do not fit into the context.
     """
 
     episodes: list[Trajectory]
     failed: int
+    left_out: int = 0
+
+    @property
+    def asked(self) -> int:
+        """All episodes that were asked for."""
+        return len(self.episodes) + self.failed + self.left_out
 
     def summary(self) -> evaluation.Summary:
         """The figures, with the failed episodes counted among the environment's errors."""
-        found = evaluation.summarize(self.episodes)
-        return dataclasses.replace(found, env_errors=found.env_errors + self.failed)
+        return evaluation.summarize(self.episodes, failed=self.failed, left_out=self.left_out)
 
 
 def record(run: Run, recording: Recording) -> Recorded:
@@ -87,7 +94,8 @@ def record(run: Run, recording: Recording) -> Recorded:
 
     Raises:
       UserError: the folder holds episodes of other settings or another policy, the split has
-        fewer games, or the environment failed more than --max_failed_share of the episodes.
+        fewer games, the environment breaks its contract or failed more than --max_failed_share of
+        the episodes, or none could be played.
     """
     started, settings, folder = time.time(), run.settings, recording.folder
     expert = recording.policy == EXPERT
@@ -107,10 +115,12 @@ def record(run: Run, recording: Recording) -> Recorded:
         flags=recording.flags,
     )
     if same and files.has_all(folder, recording.title):
-        return Recorded(store.read(folder / run_lib.EPISODES), failed=0)
+        played = store.read(folder / run_lib.EPISODES)
+        _, left_out = failures.count(folder, {t.key for t in played})
+        return Recorded(played, failed=0, left_out=left_out)
     policy = None
     if not expert:
-        chat_format = settings.chat.chat_format
+        chat_format = settings.chat.name
         policy = policy_lib.load(recording.policy, chat_format, settings.compute)
         policy_lib.record_chat_format(folder, policy)
     slots = _EXPERT_SESSIONS if expert else recording.sampling.slots
@@ -131,32 +141,45 @@ def record(run: Run, recording: Recording) -> Recorded:
 
         distributed.assert_equal("number of episodes", len(jobs))
         _play(recording, client, own, policy=policy, make_engine=engine, env=settings.env)
-    played = _read_played(recording, jobs)
-    found = Recorded(played, failed=len(jobs) - len(played))
+    found = _read_played(recording, jobs)
     _check_failures(recording, found, settings.env.max_failed_share)
-    files.mark_done(folder, started, episodes=len(played), failures=found.failed)
+    files.mark_done(
+        folder,
+        started,
+        episodes=len(found.episodes),
+        failures=found.failed,
+        left_out=found.left_out,
+    )
     return found
 
 
 def _check_failures(recording: Recording, found: Recorded, limit: float) -> None:
-    """Refuses episodes that are those of the survivors.
+    """Refuses episodes that are those of the survivors, and says what was left out.
 
     Raises:
-      UserError: says how many failed, and of what the last one.
+      UserError: says how many failed, and of what the last one; or that nothing was played.
     """
-    asked = len(found.episodes) + found.failed
-    if not found.failed or (found.episodes and found.failed <= limit * asked):
-        return
-    failures = recording.folder / _FAILURES
-    why = ""
-    for path in (failures, store.shard(failures, 0)):
-        if path.exists():
-            why = json.loads(path.read_text().splitlines()[-1])["final_observation"]
-    raise UserError(
-        f"{recording.title}: the environment failed {found.failed} of {asked} episodes ({failures} "
-        f"says why; the last: {why[:200] or 'nothing'}): mend it and run the same command again, "
-        f"or allow as many with --max_failed_share (is {limit:g})"
-    )
+    title, folder = recording.title, recording.folder
+    if found.left_out and distributed.is_first():
+        known = failures.left_out(folder)
+        names = sorted({task for task, _, _ in known})
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        print(
+            f"{title}: {found.left_out} of {found.asked} episodes were left out, because their "
+            f"openings do not fit: tasks {', '.join(names[:_NAMED])}{more} "
+            "(--long_openings=error makes this an error)",
+            file=sys.stderr,
+        )
+    if found.failed and (not found.episodes or found.failed > limit * found.asked):
+        raise UserError(
+            f"{title}: the environment failed {found.failed} of {found.asked} episodes "
+            f"({folder / failures.FAILURES} says why; the last: "
+            f"{failures.last(folder)[:300] or 'nothing'}): mend it and run the same command again, "
+            f"or allow as many with --max_failed_share (is {limit:g})"
+        )
+    if not found.episodes:
+        said = next(iter(failures.left_out(folder).values()), "nothing was asked for")
+        raise UserError(f"{title}: none of {found.asked} episodes could be played: {said}")
 
 
 def choose_games(client: EnvClient, games: ExploreConfig) -> list[Task]:
@@ -241,7 +264,7 @@ def open_env(env: EnvConfig, sessions: int, log: pathlib.Path) -> Iterator[EnvCl
         )
     config = ServerConfig(data_dir=env.data, prompt=env.prompt, max_sessions=sessions, env=env.env)
     with LocalServer(config, _own(log)) as server:
-        yield EnvClient(server.address, wait_s=env.env_wait_s)
+        yield server.client(wait_s=env.env_wait_s)
 
 
 def _client_of(env: EnvConfig) -> EnvClient:
@@ -277,19 +300,27 @@ def _play(
     every = folder / run_lib.EPISODES
     distributed.first_alone(f"{title}: earlier episodes", lambda: store.merge(every))
     done = store.keys(every)
-    path, failures = _own(every), _own(folder / _FAILURES)
-    todo = [job for job in jobs if job.key not in done]
+    path, failed = _own(every), _own(folder / failures.FAILURES)
+    strict = env.long_openings == "error"
+    known = done if strict else done | failures.left_out(folder).keys()
+    todo = [job for job in jobs if job.key not in known]
     bar = tqdm.tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=title, unit="episode")
     wins, played = 0, 0
     engine = None if policy is None or not todo else make_engine()
     if engine is not None:
         engine.warm_up()
-    started = time.time()
+    started, told = time.time(), failures.Told()
 
     def on_done(trajectory: Trajectory) -> None:
         nonlocal wins, played
-        if trajectory.status is Status.ENV_ERROR:
-            store.append(failures, trajectory)
+        left_out = failures.is_left_out(trajectory)
+        if left_out and strict:
+            raise UserError(
+                f"--long_openings=error: task {trajectory.task!r}: {trajectory.final_observation}"
+            )
+        if left_out or trajectory.status is Status.ENV_ERROR:
+            store.append(failed, trajectory)
+            told.tell(trajectory)
             return
         store.append(path, trajectory)
         wins, played = wins + trajectory.success, played + 1
@@ -301,7 +332,7 @@ def _play(
         bar.update()
 
     player = make_player(env, policy)
-    with bar:
+    with bar, _concluded(told, client, folder):
         if policy is None:
             rollout.play_expert(client, todo, player=player, on_done=on_done)
         elif engine is not None:
@@ -311,6 +342,18 @@ def _play(
                 writer.write(len(done) + played, timing.metrics() | {"compiled": engine.compiled})
             if said := timing.bottleneck():
                 bar.write(said)
+
+
+@contextlib.contextmanager
+def _concluded(told: failures.Told, client: EnvClient, folder: pathlib.Path) -> Iterator[None]:
+    """Says in the end, however it comes, what failed and what was done to answers."""
+    try:
+        yield
+    finally:
+        told.conclude(folder)
+        for what, count in client.notes.items():
+            often = f" ({count} times)" if count > 1 else ""
+            tqdm.tqdm.write(f"note: {what}{often}", file=sys.stderr)
 
 
 def make_player(env: EnvConfig, policy: Policy | None) -> rollout.Player:
@@ -331,13 +374,16 @@ def make_player(env: EnvConfig, policy: Policy | None) -> rollout.Player:
     )
 
 
-def _read_played(recording: Recording, jobs: Sequence[rollout.Job]) -> list[Trajectory]:
-    """The episodes of all processes' jobs, sorted by key, once every process has played its own."""
+def _read_played(recording: Recording, jobs: Sequence[rollout.Job]) -> Recorded:
+    """What came of all processes' jobs, once every process has played its own."""
     path, title = recording.folder / run_lib.EPISODES, recording.title
     distributed.barrier(f"{title}: the episodes")
     distributed.first_alone(f"{title}: all episodes", lambda: store.merge(path))
     wanted = {job.key for job in jobs}
-    return [t for t in (store.read(path) if path.exists() else []) if t.key in wanted]
+    played = [t for t in (store.read(path) if path.exists() else []) if t.key in wanted]
+    missing = wanted - {t.key for t in played}
+    left_out = len(missing & failures.left_out(recording.folder).keys())
+    return Recorded(played, failed=len(missing) - left_out, left_out=left_out)
 
 
 def _own(path: pathlib.Path) -> pathlib.Path:

@@ -264,7 +264,8 @@ class Rollout:
       client: where the environments are.
       player: what the records say of the policy, and the limits of an episode.
       on_done: called with each finished trajectory, in order of arrival.  One with status
-        ENV_ERROR will be tried again, or has failed for the last time.
+        ENV_ERROR will be tried again, or has failed for the last time.  One with CONTEXT_FULL and
+        no step was not played: its opening does not fit.
     """
 
     def __init__(
@@ -286,8 +287,8 @@ class Rollout:
         """Plays every job; returns where the time went.
 
         Raises:
-          UserError: if the environment says that the data or the request is wrong, its server is
-            gone, or a prompt is longer than the context.
+          UserError: if the environment says that the data or the request is wrong or breaks its
+            contract, its server is gone, or a job's prefix is longer than the context.
         """
         self.jobs = deque(jobs)
         self.sessions: list[Session | None] = [None] * self.engine.slots
@@ -366,7 +367,7 @@ class Rollout:
         """An environment error is not the policy's failure: it is recorded, and tried again."""
         _raise_if_final(error)
         episode = self.episodes[slot]
-        self._end(slot, Status.ENV_ERROR, str(error))
+        self._end(slot, Status.ENV_ERROR, error.whole)
         job = episode.job
         if error.retryable and job.retry < self.player.max_retries:
             self.jobs.append(dataclasses.replace(job, retry=job.retry + 1))
@@ -389,14 +390,17 @@ class Rollout:
             return
         if episode.unread:
             ids, episode.unread = episode.unread, []
-            self._check_opening(slot, ids)
+            if not self.engine.fits(slot, ids):
+                raise UserError(f"task {episode.job.task.task!r}: {self._too_long(ids)}")
             self.engine.submit(slot, ids)  # the record has them
             return
         if not episode.ids:
             episode.instruction = observation.instruction
             episode.initial_progress = observation.progress
             ids = self.chat.first_turn(observation.instruction, observation.text)
-            self._check_opening(slot, ids)
+            if not self.engine.fits(slot, ids):
+                self._end(slot, Status.CONTEXT_FULL, self._too_long(ids))
+                return
         else:
             ids = episode.forced + self.chat.next_turn(observation.text)
             episode.forced = []
@@ -406,13 +410,12 @@ class Rollout:
         episode.read(ids)
         self.engine.submit(slot, ids)
 
-    def _check_opening(self, slot: int, ids: list[int]) -> None:
-        """Refuses a context that has no room for what an episode opens with."""
-        if not self.engine.fits(slot, ids):
-            raise UserError(
-                f"the prompt of task {self.episodes[slot].job.task.task} has {len(ids)} tokens, "
-                f"--context_length={self.engine.context_length} is too short: raise it"
-            )
+    def _too_long(self, ids: list[int]) -> str:
+        """What to say of an opening for which the context has no room."""
+        return (
+            f"its opening has {len(ids)} tokens, for which --context_length="
+            f"{self.engine.context_length} has no room: raise it"
+        )
 
     def _act(self, slot: int, response: "Response") -> None:
         """Records a turn and sends its action to the environment, unless a limit cut it."""
@@ -492,6 +495,6 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
         except EnvError as error:
             _raise_if_final(error)
             if not error.retryable or job.retry >= player.max_retries:
-                return episode.result(player, Status.ENV_ERROR, str(error))
+                return episode.result(player, Status.ENV_ERROR, error.whole)
             time.sleep(0.5)
             job = dataclasses.replace(job, retry=job.retry + 1)

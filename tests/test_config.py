@@ -17,12 +17,12 @@ from spa_jax.config import (
     LoraConfig,
     RowsConfig,
     SamplingConfig,
-    ServerConfig,
 )
 from spa_jax.data_config import DataConfig
 from spa_jax.errors import UserError
 from spa_jax.rl import ragen
 from spa_jax.rl.objectives import OBJECTIVES
+from spa_jax.server_config import ServerConfig
 from spa_jax.stage_config import (
     CreditConfig,
     ExploreConfig,

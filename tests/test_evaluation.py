@@ -95,20 +95,31 @@ def test_table_is_markdown_in_the_given_order():
         "SPA": evaluation.summarize([episode("a", WON), episode("b", WON)]),
     }
     lines = evaluation.table(rows).split("\n")
-    assert lines[0].split() == "| policy | games | success | 95% interval | reward |".split() + [
+    titles = "| policy | games | played | failed | success | 95% interval | reward |"
+    assert lines[0].split() == titles.split() + [
         "grounding", "|", "steps", "|"
     ]
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
-        "base", "2", "50.0%", "9.5 - 90.5%", "0.500", "50.0%", "1.0"
+        "base", "2", "2", "0", "50.0%", "9.5 - 90.5%", "0.500", "50.0%", "1.0"
     ]
     assert lines[3].startswith("| SPA ")
     assert len({len(line) for line in lines}) == 1
 
 
-def test_table_shows_environment_errors_where_there_were_some():
-    rows = {"base": evaluation.summarize([episode("a", BROKEN)])}
-    text = evaluation.table(rows)
-    assert "env errors" in text and "-" in text.split("\n")[2]
+def test_the_table_counts_what_has_no_outcome():
+    rows = {
+        "base": evaluation.summarize([episode("a", BROKEN)], failed=2, left_out=1),
+        "SPA": evaluation.summarize([episode("a", WON)]),
+    }
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in evaluation.table(rows).split("\n")
+    ]
+    assert lines[0][:4] == ["policy", "games", "played", "failed"] and lines[0][-1] == "left out"
+    assert lines[2][:5] == ["base", "4", "0", "3", "-"] and lines[2][-1] == "1"
+    assert lines[3][:5] == ["SPA", "1", "1", "0", "100.0%"] and lines[3][-1] == "0"
+    told = rows["base"].to_dict()
+    assert (told["asked"], told["games"], told["env_errors"], told["left_out"]) == (4, 0, 3, 1)
 
 
 def test_paired_counts_and_exact_p_value():

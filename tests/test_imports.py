@@ -16,13 +16,23 @@ TESTS = pathlib.Path(__file__).parent
 FLOORS = (
     {"errors"},
     {"schema"},
-    {"horizons", "limited", "machine", "rl", "settings", "texts", "tokenizer", "trajectory"},
+    {
+        "horizons",
+        "limited",
+        "machine",
+        "rl",
+        "settings",
+        "texts",
+        "tokenizer",
+        "trajectory",
+    },
+    {"chat_template"},
     {"attempts", "attribution", "batching", "chat", "config", "evaluation", "importers", "store"},
-    {"data_config", "judging", "models", "runtime", "truth"},
+    {"data_config", "judging", "models", "runtime", "server_config", "truth"},
     {"stage_config"},
     {"envs", "games", "parity", "run", "sampling"},
-    {"episodes", "files", "replay"},
-    {"policy", "provenance", "rollout"},
+    {"episodes", "failures", "files", "replay"},
+    {"env_check", "policy", "provenance", "rollout"},
     {"redo", "training"},
     {"annotation", "export", "play", "report"},
     {"continuations"},
@@ -125,6 +135,8 @@ def test_environments_are_without_the_trainer():
                 "envs",
                 "errors",
                 "runtime",
+                "server_config",
+                "texts",
             }, name
 
 

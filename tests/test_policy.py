@@ -6,7 +6,7 @@ import pathlib
 import pytest
 import tokenizers
 
-from spa_jax import chat, policy, tokenizer
+from spa_jax import chat, chat_template, policy, tokenizer
 from spa_jax.config import LoraConfig
 from spa_jax.errors import UserError
 from spa_jax.models.io import huggingface
@@ -84,7 +84,7 @@ def test_a_policy_remembers_its_chat_format(thinking, tmp_path):
     assert again.chat == first.chat
     # Other programs read the same format as the folder's own template.
     words = tokenizer.load(tmp_path / "trained")
-    assert words.chat_template == chat.TEMPLATES["chatml"]
+    assert words.chat_template == chat_template.TEMPLATES["chatml"]
     assert chat.ChatFormat.from_tokenizer(words) == first.chat
     assert policy.load(tmp_path / "trained", "chatml").chat == first.chat
     save(again, tmp_path / "on", 4)

@@ -9,8 +9,6 @@ import pytest
 
 from spa_jax import rollout, tokenizer
 from spa_jax.chat import ChatFormat
-from spa_jax.config import ServerConfig
-from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import Observation, Task
 from spa_jax.rollout import (
@@ -24,6 +22,7 @@ from spa_jax.rollout import (
     play_expert,
 )
 from spa_jax.sampling.engine import Engine, Usage
+from spa_jax.server_config import ServerConfig
 from spa_jax.trajectory import Sampling, Status, Step, from_json, to_json
 from tests import programs, tiny
 
@@ -94,7 +93,7 @@ def client():
         patch.setenv("PYTHONPATH", f"{programs.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         config = ServerConfig("tests.envs.odd:Slow", env="custom", max_sessions=4)
         with LocalServer(config, start_deadline_s=120) as server:
-            yield EnvClient(server.address)
+            yield server.client()
 
 
 def _play(chat, client, sampling: Sampling, ends: float = 2.0, episodes: int = 4, **settings):
@@ -177,7 +176,7 @@ def marching():
         patch.setenv("PYTHONPATH", f"{programs.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         config = ServerConfig("tests.envs.odd:Marching", env="custom", max_sessions=4)
         with LocalServer(config, start_deadline_s=120) as server:
-            yield EnvClient(server.address)
+            yield server.client()
 
 
 def test_progress_is_recorded_of_a_policys_episodes_and_never_read(chat, marching):

@@ -16,11 +16,10 @@ from typing import Any
 import psutil
 from absl import flags
 
-from spa_jax.config import ServerConfig
-from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import Observation
 from spa_jax.envs.worker import resident_mb
+from spa_jax.server_config import ServerConfig
 
 _GAMES, _SEED, _SPLIT = 12, 1, "bench"
 _ROUNDS = 3  # the median of them is reported
@@ -97,7 +96,7 @@ def _through_the_server(root: str) -> tuple[float, float, float]:
     start = time.perf_counter()
     with LocalServer(ServerConfig(root, games_per_worker=1000)) as server:
         started = time.perf_counter() - start
-        client = EnvClient(server.address)
+        client = server.client()
         tasks = client.tasks(_SPLIT)
         with client.session() as session:
             session.reset(tasks[0].task, _SPLIT)
@@ -123,7 +122,7 @@ def _memory(config: ServerConfig, episodes: int) -> dict[int, float]:
     marks = sorted({min(n, episodes) for n in (10, 100, episodes)})
     found = {}
     with LocalServer(config) as server:
-        client = EnvClient(server.address)
+        client = server.client()
         tasks = client.tasks(_SPLIT)
         with client.session() as session:
             for played in range(1, episodes + 1):
@@ -138,7 +137,7 @@ def _protocol() -> tuple[float, float]:
     """Median and 99th percentile of the seconds of a step that does nothing, on loopback."""
     config = ServerConfig("experiments.bench.env:Nothing", env="custom", messages_per_s=0)
     seconds = []
-    with LocalServer(config) as server, EnvClient(server.address).session() as session:
+    with LocalServer(config) as server, server.client().session() as session:
         session.reset("nothing", _SPLIT)
         for _ in range(_EMPTY_STEPS):
             start = time.perf_counter()

@@ -1,7 +1,10 @@
 """The trainer's way to an environment server: blocking, one thread a session."""
 
+import collections
+import dataclasses
 import json
 import random
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -18,10 +21,11 @@ from websockets.exceptions import (
 )
 from websockets.sync.client import ClientConnection, connect
 
-from spa_jax.envs import protocol
-from spa_jax.envs.guard import TOKEN_VARIABLE, authorization, read_token
+from spa_jax.envs import boundary, protocol
+from spa_jax.envs.guard import TOKEN_VARIABLE, authorization, read_token, split_secret
 from spa_jax.envs.protocol import EnvError, Observation, Task
 from spa_jax.errors import UserError
+from spa_jax.texts import replace_surrogates
 
 # Codes of answers that another try gets again.
 _FINAL = (
@@ -30,7 +34,7 @@ _FINAL = (
     protocol.VALIDATION_ERROR,
     protocol.USER_ERROR,
 )
-_LONGEST_MESSAGE = 16 * 2**20  # bytes
+_LONGEST_MESSAGE = 64 * 2**20  # bytes
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0  # between tries, in seconds
 
 
@@ -54,17 +58,21 @@ class Wire:
         Raises:
           EnvError: if there is none.
         """
-        return protocol.observation_from_wire(data)
+        return boundary.observation_from_wire(data)
 
 
 class EnvClient:
     """A server's address and what can be asked of it.
 
     Args:
-      address: "http://host:port" or "ws://host:port" (https and wss too).
+      address: "http://host:port" or "ws://host:port" (https and wss too); a password in it is the
+        token, and is never shown.
       timeout_s: how long an answer may take; longer than the server's own deadlines.
       wait_s: how long a session waits for a server that is away, or has no free place.
       token: what the server wants to know; None: what the environment variable says.
+
+    Attributes:
+      notes: what was done to answers, and to how many.
     """
 
     def __init__(
@@ -74,14 +82,23 @@ class EnvClient:
         wait_s: float = 120.0,
         token: str | None = None,
     ):
-        scheme, separator, rest = address.rstrip("/").partition("://")
+        address, secret = split_secret(address.rstrip("/"))
+        scheme, separator, rest = address.partition("://")
         if not separator or scheme not in ("http", "https", "ws", "wss") or not rest:
             raise UserError(f"--env_address={address}: expected http://host:port")
         secure = "s" if scheme in ("https", "wss") else ""
         self.http = f"http{secure}://{rest}"
         self.websocket = f"ws{secure}://{rest}/ws"
         self.timeout_s, self.wait_s = timeout_s, wait_s
-        self.headers = authorization(read_token() if token is None else token)
+        token = read_token() if token is None else token
+        self.headers = authorization(secret or token)
+        self._lock = threading.Lock()
+        self.notes: collections.Counter[str] = collections.Counter()
+
+    def noted(self, what: str) -> None:
+        """Counts something that was done to an answer, for `notes`."""
+        with self._lock:
+            self.notes[what] += 1
 
     def _get(self, path: str, timeout_s: float) -> Any:
         request = urllib.request.Request(self.http + path, headers=self.headers)
@@ -119,7 +136,13 @@ class EnvClient:
           UserError: if there is no such split, no playable game in it, or no server.
         """
         query = urllib.parse.urlencode({"split": split})
-        return [Task(**task) for task in self._get(f"/tasks?{query}", self.timeout_s)]
+        answer = self._get(f"/tasks?{query}", self.timeout_s)
+        try:
+            tasks = [Task(**task) for task in answer]
+        except TypeError as error:
+            raise UserError(f"{self.http}/tasks answers no list of tasks: {error}") from error
+        boundary.names(f"{self.http}/tasks of {split!r}", [task.task for task in tasks], "task")
+        return tasks
 
     def wire(self) -> Wire:
         """How a new session talks."""
@@ -132,6 +155,11 @@ class EnvClient:
           UserError: if no server answers.
         """
         return Session(self)
+
+
+def _clean(text: str) -> str:
+    """A text that can be printed and written whatever the encoding."""
+    return replace_surrogates(text)[0]
 
 
 def _wants_token(address: str) -> UserError:
@@ -223,8 +251,26 @@ class Session:
                 self._drop()
             # OpenEnv's own servers do not say whether another try can help.
             retryable = content.get("retryable", code not in _FINAL)
-            raise EnvError(str(content.get("message", "unknown error")), code, retryable)
+            raise EnvError(
+                _clean(str(content.get("message", "unknown error"))),
+                code,
+                retryable,
+                _clean(str(content.get("traceback") or "")),
+            )
         return content
+
+    def _read(self, data: dict[str, Any]) -> Observation:
+        """The observation in an answer, with texts that every encoding can write."""
+        now = self._wire.read(data)
+        text, count = replace_surrogates(now.text)
+        instruction, more = replace_surrogates(now.instruction)
+        if count + more:
+            self._client.noted(
+                "a text of the environment held lone surrogates, which no encoding can write: each "
+                "was replaced by U+FFFD"
+            )
+            now = dataclasses.replace(now, text=text, instruction=instruction)
+        return now
 
     def _drop(self) -> None:
         if self._connection is not None:
@@ -251,7 +297,7 @@ class Session:
         full = None
         for _ in _tries(self._client.wait_s):
             try:
-                return self._wire.read(self._ask("reset", data))
+                return self._read(self._ask("reset", data))
             except EnvError as error:
                 if error.code != protocol.CAPACITY_REACHED:
                     raise
@@ -269,7 +315,7 @@ class Session:
         Raises:
           EnvError: if the environment failed; only `reset` goes on then.
         """
-        return self._wire.read(self._ask("step", self._wire.step(text, parsed)))
+        return self._read(self._ask("step", self._wire.step(text, parsed)))
 
     def state(self) -> dict[str, Any]:
         """Where the session stands: task, split, step_count, worker (a process id)."""

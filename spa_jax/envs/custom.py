@@ -19,8 +19,9 @@ import importlib
 import inspect
 from typing import Any
 
+from spa_jax.envs import boundary
 from spa_jax.envs.contract import Engine, Index
-from spa_jax.envs.protocol import Observation, Task, checked_progress
+from spa_jax.envs.protocol import Observation, Task
 from spa_jax.errors import UserError
 
 # A class has one instruction, whatever --prompt says.
@@ -35,12 +36,17 @@ def load_class(name: str) -> type:
       UserError: if there is none, or it lacks a part.
     """
     module, _, kind = name.partition(":")
+    how = "give MODULE:CLASS of an installed module or one on PYTHONPATH"
+    if not module or not kind:
+        raise UserError(f"--custom_data={name} is no class; {how}")
     try:
         found = getattr(importlib.import_module(module), kind)
-    except (ImportError, ValueError, AttributeError) as error:
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--custom_data={name} is no class ({error}); {how}") from error
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
         raise UserError(
-            f"--custom_data={name} is no class ({error}); give MODULE:CLASS of an installed module "
-            "or one on PYTHONPATH"
+            f"--custom_data={name}: importing {module} raised {boundary.one_line(error)}\n"
+            f"{boundary.indented(boundary.whole(error))}"
         ) from error
     if missing := [part for part in _NEEDS if not hasattr(found, part)]:
         raise UserError(f"{name} lacks {', '.join(missing)}; see docs/environments.md")
@@ -48,7 +54,7 @@ def load_class(name: str) -> type:
 
 
 class CustomIndex(Index[str]):
-    """What the class says can be played.  It is asked in the server's own process.
+    """What the class says can be played.  It is asked in the server's own process, once.
 
     Args:
       name: "module:Class".
@@ -57,23 +63,31 @@ class CustomIndex(Index[str]):
       root: the name.
 
     Raises:
-      UserError: if there is no such class.
+      UserError: if there is no such class, or it breaks its contract.
     """
 
     def __init__(self, name: str):
         self.root = name
-        self._env = load_class(name)()
+        self._env = boundary.asked(name, load_class(name))
+        given = boundary.asked(f"{name}.splits", lambda: self._env.splits)
+        self._splits = boundary.names(f"{name}.splits", given, "split")
+        self._known: dict[str, list[str]] = {}
 
     def splits(self) -> list[str]:
         """The names of the splits."""
-        return list(self._env.splits)
+        return self._splits
 
     def _names(self, split: str) -> list[str]:
-        if split not in self.splits():
-            raise UserError(
-                f"{self.root} has no split {split!r}; it has: {', '.join(self.splits())}"
+        if split not in self._splits:
+            has = ", ".join(self._splits)
+            raise UserError(f"{self.root} has no split {split!r}; it has: {has}")
+        if split not in self._known:
+            where = f"{self.root}.tasks({split!r})"
+            # What a generator raises, it raises when it is read.
+            self._known[split] = boundary.asked(
+                where, lambda: boundary.names(where, self._env.tasks(split), "task")
             )
-        return list(self._env.tasks(split))
+        return self._known[split]
 
     def place(self, split: str, task: str) -> str:
         """What `CustomEngine.reset` opens: the class's name.
@@ -91,10 +105,8 @@ class CustomIndex(Index[str]):
         Raises:
           UserError: if there is no such split, or it is empty.
         """
-        if not (names := self._names(split)):
-            raise UserError(f"split {split!r} of {self.root} has no task")
         # A name is all that we know of a task: it tells whether two splits share one.
-        return [Task(name, split, "", layout=name) for name in names], []
+        return [Task(name, split, "", layout=name) for name in self._names(split)], []
 
 
 class CustomEngine(Engine[str]):
@@ -123,31 +135,38 @@ class CustomEngine(Engine[str]):
             self._env, self._name = load_class(place)(), place
         if expert and not hasattr(self._env, "expert"):
             raise UserError(f"{place} has no expert: give it a method expert()")
-        first = self._env.reset(task, seed)
+        self._task, self._expert = task, expert
+        first = boundary.plain(self._env.reset(task, seed))
         if isinstance(first, str):
             first = Observation(first, 0.0, False, False, True)
-        if not isinstance(first, Observation):
-            kind = type(first).__name__
-            raise UserError(f"{place}.reset returned {kind}, not a text or an Observation")
-        if first.done or first.reward:
-            raise UserError(f"{place}.reset returned an end or a reward: only a step can")
-        self._task, self._expert = task, expert
-        instruction = inspect.cleandoc(self._env.instruction)
-        return self._completed(dataclasses.replace(first, instruction=instruction), "reset")
+        now = boundary.observation(f"{place}.reset", first, first=True)
+        return dataclasses.replace(self._completed(now), instruction=self._instruction())
 
     def step(self, action: str) -> Observation:
-        """Plays the action."""
-        now = self._env.step(action)
-        if not isinstance(now, Observation):
-            kind = type(now).__name__
-            raise UserError(f"{self._name}.step returned {kind}, not an Observation")
-        return self._completed(now, "step")
+        """Plays the action.
 
-    def _completed(self, now: Observation, method: str) -> Observation:
-        """What a method returned, with the task, and the expert's action if one is wanted."""
+        Raises:
+          UserError: if the class breaks its contract.
+        """
+        now = boundary.observation(f"{self._name}.step", self._env.step(action))
+        return dataclasses.replace(self._completed(now), instruction="")
+
+    def _instruction(self) -> str:
         try:
-            progress = checked_progress(now.progress)
+            return inspect.cleandoc(boundary.text("instruction", self._env.instruction))
         except ValueError as error:
-            raise UserError(f"{self._name}.{method} returned an observation: {error}") from error
-        expert = self._env.expert() if self._expert and not now.done else now.expert_action
-        return dataclasses.replace(now, task=self._task, progress=progress, expert_action=expert)
+            raise UserError(f"{self._name}: {error}") from error
+
+    def _completed(self, now: Observation) -> Observation:
+        """What a method returned, with the task, and the expert's action if one is wanted."""
+        action = now.expert_action
+        if self._expert and not now.done:
+            given = self._env.expert()
+            action = boundary.plain(given)
+            if not isinstance(action, str) or not action.strip():
+                raise UserError(
+                    f"{self._name}.expert returned {given!r:.100}: it must be a text, the action "
+                    "that an expert would take now"
+                )
+            action = str.__str__(action)
+        return dataclasses.replace(now, task=self._task, expert_action=action)

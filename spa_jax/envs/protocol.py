@@ -7,7 +7,7 @@ The wire is OpenEnv's WebSocket session protocol: one JSON object a message.
                        {"type": "state"}   {"type": "close"}
     server -> client   {"type": "observation", "data": {"observation": {...}, "reward", "done"}}
                        {"type": "state", "data": {"episode_id", "step_count", ...}}
-                       {"type": "error", "data": {"message", "code", "retryable"}}
+                       {"type": "error", "data": {"message", "code", "retryable"[, "traceback"]}}
 
 One connection is one session, and one session owns one environment process.  The same messages
 go over HTTP, one game a request (POST /reset and /step).
@@ -20,7 +20,6 @@ action and parses nothing.
 """
 
 import dataclasses
-import numbers
 from typing import Any
 
 # Codes of OpenEnv's protocol.
@@ -40,12 +39,21 @@ class EnvError(Exception):
     Attributes:
       code: one of the codes above.
       retryable: whether a reset and another try can help.
+      traceback: of the environment's own error; empty if there is none.
     """
 
-    def __init__(self, message: str, code: str = ENV_ERROR, retryable: bool = True):
+    def __init__(
+        self, message: str, code: str = ENV_ERROR, retryable: bool = True, traceback: str = ""
+    ):
         super().__init__(message)
         self.code = code
         self.retryable = retryable
+        self.traceback = traceback
+
+    @property
+    def whole(self) -> str:
+        """The message, and below it the traceback."""
+        return f"{self}\n{self.traceback}".rstrip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,38 +106,7 @@ class Task:
     seed: int | None = None
 
 
-def checked_progress(value: Any) -> float | None:
-    """What an environment that is not ours says of its progress, as a float.
-
-    Raises:
-      ValueError: if it is neither None nor a number in [0, 1].
-    """
-    if value is None:
-        return None
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    # Sums of shares are as exact as floats are.
-    if not number or not -1e-9 <= value <= 1 + 1e-9:
-        raise ValueError(f"its progress must be a number in [0, 1] or None, not {value!r:.100}")
-    return min(max(float(value), 0.0), 1.0)
-
-
 def observation_to_wire(observation: Observation) -> dict[str, Any]:
     """The `data` of an observation message."""
     fields = dataclasses.asdict(observation)
     return {"reward": fields.pop("reward"), "done": fields.pop("done"), "observation": fields}
-
-
-def observation_from_wire(data: dict[str, Any]) -> Observation:
-    """Reads what `observation_to_wire` made.
-
-    Raises:
-      EnvError: if the server sent something else.
-    """
-    try:
-        return Observation(
-            reward=float(data["reward"] or 0.0), done=bool(data["done"]), **data["observation"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise EnvError(
-            f"the server's observation is not one of ours: {error}", VALIDATION_ERROR, False
-        ) from error

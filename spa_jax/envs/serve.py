@@ -2,7 +2,7 @@
 
     python -m spa_jax.envs.serve '{"env": "webshop", "data_dir": "DIR"}' --port=8700
 
-The argument holds fields of `spa_jax.config.ServerConfig`.  A `LocalServer` starts this, and
+The argument holds fields of `spa_jax.server_config.ServerConfig`.  A `LocalServer` starts this, and
 `python -m experiments.serve_env` is the same with a flag for each setting.
 
 Each environment process imports the server's main module again, so this one imports what the
@@ -12,11 +12,12 @@ server needs only when it serves.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 
-from spa_jax.config import ServerConfig
 from spa_jax.errors import UserError, complaint
+from spa_jax.server_config import ServerConfig
 
 
 def serve(
@@ -25,9 +26,11 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8700,
     token_file: str = "",
+    allowed_hosts: Sequence[str] = (),
+    address_file: str = "",
     exit_with_parent: bool = False,
 ) -> None:
-    """Serves until SIGTERM or SIGINT.  The first line printed says the address.
+    """Serves until SIGTERM or SIGINT.  A line says the address when it listens.
 
     Args:
       config: the environment.
@@ -35,6 +38,9 @@ def serve(
       port: the port; 0 takes a free one.
       token_file: the file of the token that clients must know; empty: what the environment
         variable SPA_JAX_ENV_TOKEN says, or none.
+      allowed_hosts: names by which requests may address it, such as that of a proxy before it,
+        beside `host` and those of loopback.
+      address_file: gets the address when it listens; empty: none.
       exit_with_parent: whether to end when standard input closes.
 
     Raises:
@@ -44,7 +50,9 @@ def serve(
     from spa_jax.envs import guard, server
 
     token = guard.read_token(token_file)
-    server.run(config, host=host, port=port, token=token, exit_with_parent=exit_with_parent)
+    os.environ.pop(guard.TOKEN_VARIABLE, None)  # environments have no use for it
+    door = server.Door(host, port, token, tuple(allowed_hosts), address_file)
+    server.run(config, door, exit_with_parent=exit_with_parent)
 
 
 def _read_config(text: str) -> ServerConfig:
@@ -71,6 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8700, help="port; 0: a free one")
     parser.add_argument("--token_file", default="", help="file of the token of its clients")
+    parser.add_argument(
+        "--allowed_hosts",
+        type=lambda names: names.split(","),
+        default=[],
+        help="names by which requests may address it too, comma-separated",
+    )
+    parser.add_argument("--address_file", default="", help="file to write the address to")
     parser.add_argument(
         "--exit_with_parent", action="store_true", help="end when standard input closes"
     )

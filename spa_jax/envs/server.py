@@ -27,20 +27,20 @@ import prometheus_client
 import pydantic
 import uvicorn
 
-from spa_jax.config import ServerConfig
-from spa_jax.envs import capacity, protocol
+from spa_jax.envs import capacity, connections, protocol
 from spa_jax.envs.benchmarks import BENCHMARKS, Benchmark, prompt_names
 from spa_jax.envs.guard import Guard, Rate, check_host, is_loopback
 from spa_jax.envs.protocol import Observation
-from spa_jax.envs.session import Games, ServerContext, Session, State, StepRequest
+from spa_jax.envs.session import Games, Places, ServerContext, Session, State, StepRequest
 from spa_jax.envs.telemetry import Metrics, log_json, note
 from spa_jax.envs.worker import Worker, WorkerPool, start_fork_server
 from spa_jax.errors import UserError
 from spa_jax.runtime import children, interrupt
+from spa_jax.server_config import ServerConfig
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_TURN_AWAY_S = 30.0  # how long a client that is turned away may take to say something
+_QUIET_S = 5.0  # requests that are refused for the same reason are logged once in that time
 # Of the answers to one-shot requests.
 _HTTP_STATUS = {
     protocol.INVALID_JSON: 422,
@@ -63,12 +63,31 @@ def _check(config: ServerConfig, benchmark: Benchmark) -> None:
             raise UserError(f"--{name} must be more than 0")
 
 
+@dataclasses.dataclass(frozen=True)
+class Door:
+    """Where a server listens, and for whom.
+
+    Attributes:
+      host: the address; beyond loopback it needs a token.
+      port: the port; 0: a free one.
+      token: what clients must know; empty: nothing.
+      hosts: names by which requests may address it, beside `host` and those of loopback.
+      address_file: gets the address when it listens; empty: none.
+    """
+
+    host: str
+    port: int
+    token: str = ""
+    hosts: tuple[str, ...] = ()
+    address_file: str = ""
+
+
 class _Sessions:
     """The sessions of a server: opens them up to its capacity, and serves its connections.
 
     Attributes:
       context: what all sessions share.
-      capacity: how many may be open.
+      capacity: how many may play.
       draining: whether the server is about to stop.
       busy: calls that are being answered.
     """
@@ -85,6 +104,7 @@ class _Sessions:
             benchmark,
             games_per_worker=config.games_per_worker or benchmark.games_per_worker,
             memory_mb=config.worker_memory_mb or benchmark.limit_mb,
+            start_deadline_s=config.reset_deadline_s,
             on_end=self._on_worker_end,
         )
         self.context = ServerContext(
@@ -93,11 +113,14 @@ class _Sessions:
             pool=pool,
             metrics=metrics,
             prompt=config.prompt,
+            places=Places(self.capacity, metrics),
             reset_deadline_s=config.reset_deadline_s,
             step_deadline_s=config.step_deadline_s,
         )
         self.draining, self.busy = False, 0
-        self._open: set[Session] = set()
+        self._waiting = connections.Waiting(config.max_waiting)
+        self._posts = 0
+        self._refusals: dict[str, tuple[float, int]] = {}  # why -> when it was logged, and since
         # Every open session may have a call waiting; the others are for /tasks.
         self._threads = concurrent.futures.ThreadPoolExecutor(self.capacity + 2)
 
@@ -114,35 +137,34 @@ class _Sessions:
         self.context.pool.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    @property
-    def refusal(self) -> str:
-        """Why no session can be opened now; empty if one can."""
-        if self.draining:
-            return "the server is shutting down"
-        if len(self._open) >= self.capacity:
-            return f"all {self.capacity} sessions are in use"
-        return ""
+    def refused(self, why: str, who: str) -> None:
+        """Counts a request of no client; the log tells of the first, and then how many there were.
+
+        Args:
+          why: as `Guard` says.
+          who: the address that it came from.
+        """
+        self.context.metrics.refused.labels(why).inc()
+        then, count = self._refusals.get(why, (-_QUIET_S, 0))
+        now = time.monotonic()
+        if now - then < _QUIET_S:
+            self._refusals[why] = (then, count + 1)
+            return
+        self._refusals[why] = (now, 0)
+        note(_LOG, "refused", logging.WARNING, why=why, client=who, others_before=count)
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[Session]:
-        """A session that counts as open until its process is free again."""
+        """A session; behind it, its process is free again."""
         session = Session(self.context)
-        self._open.add(session)
-        self.context.metrics.sessions.set(len(self._open))
         try:
             yield session
         finally:
-            # First the process, then the place: the next client finds both free.
             await self.in_thread(session.close)
-            self._open.discard(session)
-            self.context.metrics.sessions.set(len(self._open))
 
     async def serve_socket(self, socket: fastapi.WebSocket) -> None:
         """Serves one connection from its opening to its end."""
         await socket.accept()
-        if why := self.refusal:
-            await self._turn_away(socket, why)
-            return
         started, state = time.monotonic(), State()
         how = "gone"
         try:
@@ -151,11 +173,13 @@ class _Sessions:
                     how = await self._converse(socket, session)
                 finally:
                     state = session.state
+                    self._waiting.discard(socket)
+                    self.context.metrics.waiting.set(len(self._waiting))
             # After the release: a client that waits for this finds a free place.
             if how != "gone":
                 await socket.close(1012 if how == "shutdown" else 1000)
-        except fastapi.WebSocketDisconnect:
-            pass
+        except (fastapi.WebSocketDisconnect, RuntimeError, TimeoutError):
+            pass  # it is gone, or reads nothing
         finally:
             self.context.metrics.session_ends.labels(how).inc()
             note(
@@ -169,14 +193,12 @@ class _Sessions:
     async def _converse(self, socket: fastapi.WebSocket, session: Session) -> str:
         """Answers until the session is over; how it ended (see `telemetry.Metrics`)."""
         rate = Rate(self.config.messages_per_s)
-        while not self.draining:
+        while not (self.draining and session.placed):  # a newcomer is told to come again
             try:
-                async with asyncio.timeout(self.config.idle_timeout_s or None):
-                    event = await socket.receive()
+                event = await self._heard(socket, session)
             except TimeoutError:
-                why = f"nothing was heard for {self.config.idle_timeout_s:g} s: session closed"
-                answer = session.error(why, protocol.SESSION_ERROR, retryable=True)
-                await socket.send_text(json.dumps(answer))
+                why = "the server heard nothing for too long, or too many wait: session closed"
+                await self._send(socket, session.error(why, protocol.SESSION_ERROR, retryable=True))
                 return "idle"
             if event["type"] == "websocket.disconnect":
                 return "shutdown" if self.draining else "gone"
@@ -187,40 +209,72 @@ class _Sessions:
                 reply = await self.in_thread(session.answer, message)
                 if reply is None:
                     return "closed"
-                await socket.send_text(json.dumps(reply))
+                await self._send(socket, reply)
+                if not session.placed and reply["data"].get("code") == protocol.CAPACITY_REACHED:
+                    return "turned_away"
             finally:
                 self.busy -= 1
         return "shutdown"
 
-    async def _turn_away(self, socket: fastapi.WebSocket, why: str) -> None:
-        """Answers a client's first message with the reason; closing at once could overtake it."""
-        self.context.metrics.session_ends.labels("turned_away").inc()
-        error = Session(self.context).error(why, protocol.CAPACITY_REACHED, retryable=True)
-        try:
-            async with asyncio.timeout(_TURN_AWAY_S):
-                await socket.receive()
-                await socket.send_text(json.dumps(error))
-            await socket.close()
-        except (fastapi.WebSocketDisconnect, RuntimeError, TimeoutError):
-            pass
+    async def _heard(self, socket: fastapi.WebSocket, session: Session) -> Any:
+        """The next event of a connection.
+
+        Raises:
+          TimeoutError: there was none for too long; before a session's first reset that is sooner,
+            and sooner still where too many wait.
+        """
+        limit = self.config.idle_timeout_s if session.placed else self.config.first_message_s
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(limit or None) as clock:
+            if session.placed:
+                self._waiting.discard(socket)
+            else:
+                self._waiting.add(socket, lambda: clock.reschedule(loop.time()))
+            self.context.metrics.waiting.set(len(self._waiting))
+            return await socket.receive()
+
+    async def _send(self, socket: fastapi.WebSocket, answer: dict[str, Any]) -> None:
+        """Sends an answer to a client that reads it in time; TimeoutError if it does not."""
+        async with asyncio.timeout(self.config.idle_timeout_s or None):
+            await socket.send_text(json.dumps(answer))
 
     async def serve_once(self, request: fastapi.Request, step: bool) -> fastapi.Response:
         """Plays one game's reset, and its first step if asked to, in a session of its own."""
+        refused = Session(self.context).error
+        if self.draining or self._posts >= self.config.max_waiting:
+            why = "the server is shutting down" if self.draining else "too many requests at once"
+            return _respond(refused(why, protocol.CAPACITY_REACHED, retryable=True))
+        self._posts += 1
+        try:
+            async with asyncio.timeout(self.config.first_message_s):
+                body = await self._body(request)
+        except TimeoutError:
+            return _respond(refused("the body came too slowly", protocol.VALIDATION_ERROR), 408)
+        finally:
+            self._posts -= 1
+        if body is None:
+            why = f"a message has at most {self.config.max_message_kb} KiB"
+            return _respond(refused(why, protocol.VALIDATION_ERROR), 413)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # A page of somebody else's can send a form or a text, but no JSON.
+        if kind != "application/json" and (body or kind):
+            why = f"a body is application/json, not {kind[:100] or 'of no type'}"
+            return _respond(refused(why, protocol.VALIDATION_ERROR), 415)
+        self.busy += 1
+        try:
+            async with self.opened() as session:
+                return _respond(await self.in_thread(_play_once, session, body, step))
+        finally:
+            self.busy -= 1
+
+    async def _body(self, request: fastapi.Request) -> bytes | None:
+        """What a request brings; None if it is too long."""
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
             if len(body) > self.config.max_message_kb * 1024:
-                why = f"a message has at most {self.config.max_message_kb} KiB"
-                return _respond(Session(self.context).error(why, protocol.VALIDATION_ERROR), 413)
-        if why := self.refusal:
-            error = Session(self.context).error(why, protocol.CAPACITY_REACHED, retryable=True)
-            return _respond(error)
-        self.busy += 1
-        try:
-            async with self.opened() as session:
-                return _respond(await self.in_thread(_play_once, session, bytes(body), step))
-        finally:
-            self.busy -= 1
+                return None
+        return bytes(body)
 
 
 def _play_once(session: Session, body: bytes, step: bool) -> dict[str, Any]:
@@ -228,6 +282,10 @@ def _play_once(session: Session, body: bytes, step: bool) -> dict[str, Any]:
         data = json.loads(body or b"{}")
     except (ValueError, RecursionError) as error:
         return session.error(f"not JSON: {error}", protocol.INVALID_JSON)
+    if data is None and not step:
+        data = {}
+    if not isinstance(data, dict):
+        return session.error("a body is a JSON object", protocol.VALIDATION_ERROR)
     answer = session.ask("reset", data)
     if step and answer["type"] == "observation":
         answer = session.ask("step", data.get("action"))
@@ -316,12 +374,16 @@ def _add_pages(app: fastapi.FastAPI, sessions: _Sessions) -> None:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Told to stop, it lets the calls in progress finish before it closes anything."""
+    """Says when it listens; told to stop, it lets calls in progress finish before it closes."""
 
-    def __init__(self, config: uvicorn.Config, sessions: _Sessions):
+    def __init__(self, config: uvicorn.Config, sessions: _Sessions, listens: Callable[[], None]):
         super().__init__(config)
-        self._sessions = sessions
+        self._sessions, self._listens = sessions, listens
         self._interrupted = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listens()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Notes that it must stop; a second Ctrl-C ends the process."""
@@ -332,7 +394,7 @@ class _Uvicorn(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._sessions.draining = True
+        self._sessions.draining = self._sessions.context.places.closed = True
         note(_LOG, "stopping", busy=self._sessions.busy)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._sessions.config.drain_s):
@@ -358,26 +420,39 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def run(config: ServerConfig, *, host: str, port: int, token: str, exit_with_parent: bool) -> None:
+def run(config: ServerConfig, door: Door, *, exit_with_parent: bool) -> None:
     """Serves until it is told to stop: `spa_jax.envs.serve`, with the token itself.
 
     Raises:
       UserError: if the data folder is missing, the port is taken or a token is needed.
       KeyboardInterrupt: at Ctrl-C, when it has stopped in good order.
     """
-    check_host(host, token)
+    host = door.host
+    check_host(host, door.token)
     log_json()
     _raise_file_limit()
     app, sessions = make_app(config)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        listener.bind((host, door.port))
     except OSError as error:
         raise UserError(
-            f"--host={host} --port={port}: {error.strerror}; choose another (0: any free one)"
+            f"--host={host} --port={door.port}: {error.strerror}; choose another (0: any free one)"
         ) from error
-    server = _Uvicorn(_uvicorn_config(config, Guard(app, token), sessions.capacity), sessions)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+
+    def listens() -> None:
+        print(f"listening on {address}", flush=True)
+        if door.address_file:
+            whole = f"{door.address_file}.tmp"
+            with open(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(address)
+            os.replace(whole, door.address_file)
+
+    guard = Guard(app, door.token, {host, *door.hosts}, sessions.refused)
+    server = _Uvicorn(_uvicorn_config(config, guard), sessions, listens)
     if exit_with_parent:
         _exit_with_parent(server)
     # Uvicorn raises the signal again when it has stopped: stopped in good order is no failure.
@@ -385,20 +460,19 @@ def run(config: ServerConfig, *, host: str, port: int, token: str, exit_with_par
     if not is_loopback(host):
         note(_LOG, "not encrypted: put a proxy that speaks TLS in front", logging.WARNING)
     note(_LOG, "serving", env=config.env, capacity=sessions.capacity, pid=os.getpid())
-    print(f"listening on http://{host}:{listener.getsockname()[1]}", flush=True)
     server.run(sockets=[listener])
 
 
-def _uvicorn_config(config: ServerConfig, app: Guard, most: int) -> uvicorn.Config:
+def _uvicorn_config(config: ServerConfig, app: Guard) -> uvicorn.Config:
     # Clients that compile for minutes answer late; those that are gone must free their session.
     return uvicorn.Config(
         app,
+        http=connections.bounded(config.max_waiting, config.first_message_s),
         log_config=None,
         log_level="warning",
         ws_ping_interval=60,
         ws_ping_timeout=600,
         ws_max_size=config.max_message_kb * 1024,
         ws_per_message_deflate=False,
-        limit_concurrency=4 * most + 64,
         timeout_graceful_shutdown=2,
     )

@@ -93,6 +93,46 @@ class Games:
         return split, task
 
 
+class Places:
+    """The places of a server's sessions.  Safe to use from several threads.
+
+    A connection takes one with its first reset, and gives it back when it ends.
+
+    Args:
+      capacity: how many there are.
+      metrics: shows how many are taken.
+
+    Attributes:
+      closed: whether none is given any more, because the server stops.
+    """
+
+    def __init__(self, capacity: int, metrics: Metrics):
+        self.capacity, self.closed = capacity, False
+        self._metrics = metrics
+        self._taken = 0
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        """Takes one.
+
+        Raises:
+          EnvError: all are taken.
+        """
+        with self._lock:
+            if self.closed or self._taken >= self.capacity:
+                why = f"all {self.capacity} sessions are in use"
+                why = "the server is shutting down" if self.closed else why
+                raise EnvError(why, protocol.CAPACITY_REACHED)
+            self._taken += 1
+            self._metrics.sessions.set(self._taken)
+
+    def give(self) -> None:
+        """Gives one back."""
+        with self._lock:
+            self._taken -= 1
+            self._metrics.sessions.set(self._taken)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerContext:
     """What all sessions of a server share.
@@ -100,6 +140,7 @@ class ServerContext:
     Attributes:
       benchmark: the environment.
       games: what can be played.
+      places: of sessions.
       pool: the environment processes.
       metrics: the server's counts.
       prompt: the instruction of a session that does not choose one itself.
@@ -109,6 +150,7 @@ class ServerContext:
 
     benchmark: Benchmark
     games: Games
+    places: Places
     pool: WorkerPool
     metrics: Metrics
     prompt: str
@@ -117,10 +159,16 @@ class ServerContext:
 
 
 class Session:
-    """Answers the messages of one client, one after the other, in a thread."""
+    """Answers the messages of one client, one after the other, in a thread.
+
+    Attributes:
+      placed: whether it has one of the server's places: from its first reset on.
+      state: what it plays.
+    """
 
     def __init__(self, context: ServerContext):
         self._context = context
+        self.placed = False
         self._worker: Worker | None = None
         self._playing = False
         self.state = State()
@@ -155,26 +203,34 @@ class Session:
         except UserError as error:
             return self.error(str(error), protocol.USER_ERROR)
         except EnvError as error:
+            if error.code == protocol.CAPACITY_REACHED:
+                return self.error(str(error), error.code, error.retryable)
             note(
                 _LOG,
                 "environment error",
                 logging.WARNING,
                 code=error.code,
                 message=str(error),
+                **({"traceback": error.traceback} if error.traceback else {}),
                 **dataclasses.asdict(self.state),
             )
-            return self.error(str(error), error.code, error.retryable)
+            return self.error(str(error), error.code, error.retryable, error.traceback)
         return self.error(f"unknown message type {str(kind)[:100]!r}", protocol.UNKNOWN_TYPE)
 
-    def error(self, message: str, code: str, retryable: bool = False) -> dict[str, Any]:
+    def error(
+        self, message: str, code: str, retryable: bool = False, traceback: str = ""
+    ) -> dict[str, Any]:
         """An error message, counted."""
         self._context.metrics.errors.labels(code).inc()
         data = {"message": message, "code": code, "retryable": retryable}
-        return {"type": "error", "data": data}
+        return {"type": "error", "data": data | ({"traceback": traceback} if traceback else {})}
 
     def _reset(self, request: ResetRequest) -> Observation:
         self._playing = False
         context, started = self._context, time.perf_counter()
+        if not self.placed:
+            context.places.take()
+            self.placed = True
         split, task = context.games.choose(request)
         place = context.games.index.place(split, task)
         worker, self._worker = self._worker, None
@@ -208,10 +264,13 @@ class Session:
         return observation
 
     def close(self) -> None:
-        """Gives the worker back."""
+        """Gives back the worker, and then the place: the next client finds both free."""
         if self._worker is not None:
             self._context.pool.release(self._worker)
             self._worker = None
+        if self.placed:
+            self._context.places.give()
+            self.placed = False
 
 
 def _observation(observation: Observation) -> dict[str, Any]:

@@ -58,6 +58,15 @@ class Metrics:
         self.errors = Counter(
             "spa_env_errors", "Error answers, by code.", ["code"], registry=registry
         )
+        self.refused = Counter(
+            "spa_env_refused",
+            "Requests of no client, by why: token (a wrong one), no_token, host, origin.",
+            ["why"],
+            registry=registry,
+        )
+        self.waiting = Gauge(
+            "spa_env_waiting", "Connections that have not reset yet.", registry=registry
+        )
 
     def text(self) -> bytes:
         """The page."""

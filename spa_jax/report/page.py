@@ -126,13 +126,13 @@ def render(run: Workdir) -> str:
         "decimals": _decimals,
         "share": _share,
     }
-    summaries = {name: evaluation.summarize(t) for name, t in run.evaluations.items()}
+    summaries = run.summaries
     return environment.get_template("template.html").render(
         name=run.name,
         date=_last_date(run),
         headline=_headline(run, summaries),
         rows=_rows(run, summaries),
-        any_errors=any(summary.env_errors for summary in summaries.values()),
+        any_missing=any(summary.asked > summary.games for summary in summaries.values()),
         types=_types(summaries),
         endings=_endings(summaries),
         played=run.played,

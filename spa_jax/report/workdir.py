@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spa_jax import evaluation, store, truth
+from spa_jax import evaluation, failures, store, truth
 from spa_jax import run as run_lib
 from spa_jax.errors import UserError
 from spa_jax.run import Run
@@ -37,6 +37,7 @@ class Workdir:
       played: what the training stages saw, name -> figures, in order.
       stages: "sft", "progress" and "ppo" -> its metrics, one a round, those that have a line.
       evaluations: name -> episodes, the base ("sft") first and "spa" after it.
+      summaries: name -> their figures.
       ran: what W/run.json says: settings, command, versions, machine; {} without one.
       advantages: name of an evaluation -> the true advantages of its episodes' steps, by key.
       critic: name of an evaluation -> the figures of the ridge critic's credit of its episodes.
@@ -46,6 +47,7 @@ class Workdir:
     played: Mapping[str, evaluation.Summary]
     stages: Mapping[str, list[StageMetrics]]
     evaluations: Mapping[str, list[Trajectory]]
+    summaries: Mapping[str, evaluation.Summary]
     ran: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     advantages: Mapping[str, Mapping[Key, np.ndarray]] = dataclasses.field(default_factory=dict)
     critic: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
@@ -72,6 +74,10 @@ def read_workdir(folder: pathlib.Path) -> Workdir:
             "ppo": _metrics((r.number, r.ppo) for r in rounds),
         },
         evaluations=evaluations,
+        summaries={
+            name: summary_of(episodes, run.evaluation(name))
+            for name, episodes in evaluations.items()
+        },
         ran=_ran(run),
         advantages={name: truth.read_advantages(run.advantages, name) for name in evaluations},
         critic=_critic(run),
@@ -94,10 +100,16 @@ def _played(run: Run) -> dict[str, evaluation.Summary]:
         name = "Exploration" if len(rounds) == 1 else f"Exploration, round {r.number + 1}"
         paths[name] = r.episodes
     return {
-        name: evaluation.summarize(store.read(path))
+        name: summary_of(store.read(path), path.parent)
         for name, path in paths.items()
         if path.exists()
     }
+
+
+def summary_of(trajectories: list[Trajectory], folder: pathlib.Path) -> evaluation.Summary:
+    """The figures of a folder's episodes, with those that have no outcome counted."""
+    failed, left_out = failures.count(folder, {t.key for t in trajectories})
+    return evaluation.summarize(trajectories, failed=failed, left_out=left_out)
 
 
 def _metrics(folders: Iterable[tuple[int, pathlib.Path]]) -> list[StageMetrics]:

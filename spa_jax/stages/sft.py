@@ -63,7 +63,7 @@ def train(run: Run, *, out: pathlib.Path, start: str, sft: SftConfig, seed: int)
         settings.rows, row_buckets=sft.row_buckets or settings.rows.row_buckets
     )
     compute = fit_attention(settings.compute, rows)
-    first = policy.load(start, settings.chat.chat_format, compute)
+    first = policy.load(start, settings.chat.name, compute)
     train, valid = (_demonstrations(run, part, first) for part in ("train", "valid"))
     if not train:
         raise UserError(

@@ -6,9 +6,8 @@ import pathlib
 
 import jax
 
-from spa_jax import files
+from spa_jax import chat_template, files
 from spa_jax import policy as policy_lib
-from spa_jax.chat import TEMPLATES
 from spa_jax.config import LoraConfig
 from spa_jax.errors import UserError
 from spa_jax.models import lora as lora_lib
@@ -50,7 +49,7 @@ class Trainable:
         if not distributed.is_first():
             return
         config, model = self.policy.config, self.policy.model
-        template = TEMPLATES.get(self.policy.chat_format)
+        template = chat_template.to_write(self.policy.tokenizer, self.policy.chat_format)
         huggingface.save_pretrained(folder, config, self.parts.merge(trained), model, template)
         if heads:
             tensors.save_heads(folder, heads)

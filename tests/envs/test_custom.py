@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from spa_jax import store
-from spa_jax.config import ServerConfig
 from spa_jax.envs import custom
-from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
 from spa_jax.errors import UserError
+from spa_jax.server_config import ServerConfig
 from spa_jax.trajectory import Status
 from tests import programs
 
@@ -56,7 +55,7 @@ def test_the_commands_of_the_page(guess, tmp_path, monkeypatch):
 
 def test_its_tasks_are_served(guess):
     with LocalServer(ServerConfig(guess, env="custom"), start_deadline_s=120) as server:
-        client = EnvClient(server.address)
+        client = server.client()
         assert len(client.tasks("heldout")) == 100
         with pytest.raises(UserError, match="no split 'test'.*heldout"):
             client.tasks("test")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from spa_jax import store
-from spa_jax.config import EnvConfig, ServerConfig
-from spa_jax.envs import protocol
+from spa_jax.config import EnvConfig
+from spa_jax.envs import boundary, protocol
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.openenv import (
@@ -25,6 +25,7 @@ from spa_jax.envs.openenv import (
 )
 from spa_jax.envs.protocol import EnvError
 from spa_jax.errors import UserError
+from spa_jax.server_config import ServerConfig
 from tests import programs
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ def test_the_packages_client_drives_our_servers(env, games, tmp_path):
     """A whole episode of the expert, states and errors, and the HTTP pages by their models."""
     real, types = _real_client(), _real_types()
     config = ServerConfig(_make(env, games, tmp_path), env=env, prompt="short", max_sessions=1)
-    with LocalServer(config, start_deadline_s=120) as server:
+    with LocalServer(config, start_deadline_s=120, token="") as server:
         task = EnvClient(server.address).tasks("train")[0].task
         with real(base_url=server.address, message_timeout_s=300).sync() as client:
             result = client.reset(task=task, split="train", seed=1, expert=True)
@@ -173,8 +174,8 @@ def test_the_environments_author_can_say_what_its_fields_mean(echo, write):
     with OpenEnvClient(f"{echo}/declared", ours).session() as session:
         assert session.reset("train-0", "train").instruction == "Say it."
         assert session.step("hello").grounded
-        now = session.step(str(seed_of("train-0") % 10))
-        assert (now.done, now.success, now.reward) == (True, True, 0.5)
+        with pytest.raises(EnvError, match="'solved'.*reward=0.5, success=True contradict"):
+            session.step(str(seed_of("train-0") % 10))
 
 
 def test_a_full_server_of_the_package_is_waited_for(echo, write):
@@ -237,7 +238,7 @@ def test_exploring_an_environment_that_the_package_serves(echo, tmp_path):
 def test_our_own_server_is_such_an_environment_too():
     """The defaults suffice where fields have their usual names."""
     config = ServerConfig("tests.envs.odd:Odd", env="custom", max_sessions=1)
-    with LocalServer(config, start_deadline_s=120) as server:
+    with LocalServer(config, start_deadline_s=120, token="") as server:
         with OpenEnvClient(server.address, EnvConfig(env="openenv")).session() as session:
             first = session.reset("train-0", "train")
             assert first.text.endswith(f"with seed {seed_of('train-0')}")
@@ -322,6 +323,7 @@ def test_a_mapping_that_is_no_file(tmp_path):
         ("sum", [0.1, None, 0.2], 0.3),
         ("score", [9, 9, 9], 0.75),
         ("last", [0, 0, True], 1.0),
+        ("last", [-5, 7, None], 0.0),
     ],
 )
 def test_which_reward_is_r(choice, rewards, expected):
@@ -331,9 +333,116 @@ def test_which_reward_is_r(choice, rewards, expected):
         wire.read({"observation": {"text": ""}, "reward": None, "done": False})
         for i, reward in enumerate(rewards):
             shown = {"text": "", "score": 0.75}
+            wire.step("go", parsed=True)
             now = wire.read({"observation": shown, "reward": reward, "done": i == 2})
         assert now.reward == expected
         assert now.success == (expected == 1.0)
+
+
+def _ended(mapping: OpenEnvMapping, noted=lambda what: None, **data) -> protocol.Observation:
+    """What the step says that ends an episode."""
+    wire = TextWire(dataclasses.replace(mapping, text="text", action="text"), noted)
+    wire.reset("a", "train", seed=0, expert=False, prompt="")
+    wire.read({"observation": {"text": ""}, "reward": None, "done": False})
+    wire.step("go", parsed=True)
+    return wire.read({"observation": {"text": ""}, "reward": 0.0, "done": True} | data)
+
+
+@pytest.mark.parametrize(
+    ("ends", "rewards"),
+    [((-1, 1), {-1: 0.0, 0: 0.5, 1: 1.0}), ((0, 10), {0: 0.0, 10: 1.0}), ([-2, 0], {-1: 0.5})],
+)
+def test_a_range_of_rewards_is_mapped(ends, rewards):
+    for paid, expected in rewards.items():
+        now = _ended(OpenEnvMapping(reward_range=ends), reward=paid)
+        assert (now.reward, now.success) == (expected, expected == 1)
+    with pytest.raises(EnvError, match="not in .0, 1.: --openenv_reward_range=LOW,HIGH"):
+        _ended(OpenEnvMapping(reward_range=ends), reward=11)
+
+
+def test_a_scale_counts_what_is_below_nothing_as_nothing_and_says_so():
+    said = []
+    assert _ended(OpenEnvMapping(reward_scale=0.5), said.append, reward=-1).reward == 0
+    assert len(said) == 1 and "below 0" in said[0]
+    with pytest.raises(EnvError, match="R = -1.*--openenv_reward_range=LOW,HIGH.*a loss pays -1"):
+        _ended(OpenEnvMapping(), reward=-1)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"reward": "much"}, "reward must be a number, not 'much'"),
+        ({"reward": float("nan")}, "reward must be a number, not nan"),
+        ({"reward": [1]}, "reward must be a number"),
+        ({"done": "yes"}, "done must be True or False, not 'yes'"),
+        ({"observation": {"text": "", "solved": "yes"}}, "field 'solved' must be True or False"),
+        ({"observation": {"text": "", "solved": True}}, "field 'solved'.*contradict each other"),
+        ({"reward": 1, "observation": {"text": "", "solved": False}}, "contradict each other"),
+        ({"observation": {"text": "", "solved": True}, "done": False}, "contradict each other"),
+    ],
+)
+def test_what_a_server_says_is_checked(data, message):
+    with pytest.raises(EnvError, match=message) as caught:
+        _ended(OpenEnvMapping(success="solved"), **data)
+    assert caught.value.code == protocol.USER_ERROR
+
+
+def test_success_is_the_tasks_only_where_somebody_says_so():
+    """Environments of shells say by it that a command ran."""
+    schema = _schema({"command": "string"}, {"output": "string", "success": "boolean"})
+    assert complete_mapping(schema, {}).success == ""
+    assert complete_mapping(schema, {"success": "success"}).success == "success"
+    shown = {"text": "", "success": True}
+    going = _ended(OpenEnvMapping(), observation=shown, reward=None, done=False)
+    assert not going.success and not _ended(OpenEnvMapping(), observation=shown).success
+    assert _ended(OpenEnvMapping(), observation=shown, reward=1).success
+
+
+def test_an_episode_that_ends_at_its_reset_is_an_error():
+    wire = TextWire(OpenEnvMapping(text="text", action="text"))
+    wire.reset("train-3", "train", seed=0, expert=False, prompt="")
+    with pytest.raises(EnvError, match="'train-3' at its reset") as caught:
+        wire.read({"observation": {"text": ""}, "reward": 1.0, "done": True})
+    assert caught.value.code == protocol.USER_ERROR
+
+
+def test_optional_fields_are_found_and_null_is_empty():
+    null = {"type": "null"}
+    action = {"properties": {"say": {"anyOf": [{"type": "string"}, null]}, "n": {"type": "null"}}}
+    shown = {
+        "$defs": {"Text": {"type": "string"}, "Loop": {"$ref": "#/$defs/Loop"}},
+        "properties": {
+            "reward": {"anyOf": [{"type": "number"}, null]},
+            "loop": {"$ref": "#/$defs/Loop"},
+            "message": {"anyOf": [{"$ref": "#/$defs/Text"}, null]},
+            "progress": {"type": ["string", "null"]},
+        },
+    }
+    found = complete_mapping({"action": action, "observation": shown}, {})
+    assert (found.action, found.text, found.progress) == ("say", "message", "")
+    assert TextWire(found).read({"observation": {"message": None}, "done": None}).text == ""
+    shown["properties"]["message"] = {"enum": ["open", "shut"]}
+    assert complete_mapping({"action": action, "observation": shown}, {}).text == "message"
+
+
+def test_flags_of_rewards_and_success(write):
+    client = OpenEnvClient("http://127.0.0.1:1", write({}, openenv_reward_range="-1,1"))
+    schema = _schema({"guess": "string"}, {"board": "string", "won": "boolean"})
+    schema["observation"][EXTENSION] = {"reward_scale": 0.5}
+    assert complete_mapping(schema, client._given).reward_range == (-1, 1)
+    assert complete_mapping(schema, {}).reward_scale == 0.5
+    for flags, message in (
+        ({"openenv_reward_range": "1,-1"}, "two numbers, the lesser first"),
+        ({"openenv_reward_range": "a,b"}, "two numbers"),
+        ({"openenv_reward_range": "0"}, "two numbers"),
+        ({"openenv_reward_range": "0,nan"}, "two numbers"),
+        ({"openenv_reward_range": "0,2", "openenv_reward_scale": 0.5}, "exclude each other"),
+    ):
+        with pytest.raises(UserError, match=f"--openenv_reward_range=.*{message}"):
+            OpenEnvClient("http://127.0.0.1:1", write({}, **flags))
+    with pytest.raises(UserError, match='"success": "lost": there is no such field'):
+        given = OpenEnvClient("http://127.0.0.1:1", write({}, openenv_success="lost"))._given
+        complete_mapping(schema, given)
 
 
 _TOLD = _schema({"guess": "string"}, {"text": "string", "progress": "number", "share": "number"})
@@ -380,7 +489,7 @@ def test_a_progress_that_is_not_there_is_refused():
 def test_our_servers_send_their_progress_on_the_wire():
     """It is in /schema, and a server of before it is read as one that does not know."""
     config = ServerConfig("tests.envs.odd:Marching", env="custom", max_sessions=1)
-    with LocalServer(config, start_deadline_s=120) as server:
+    with LocalServer(config, start_deadline_s=120, token="") as server:
         with urllib.request.urlopen(f"{server.address}/schema", timeout=60) as answer:
             assert "progress" in json.load(answer)["observation"]["properties"]
         for client in (
@@ -391,9 +500,9 @@ def test_our_servers_send_their_progress_on_the_wire():
                 told = [session.reset("train_0", "train")] + [session.step("on") for _ in range(4)]
             assert [now.progress for now in told] == [0, 0.25, 0.5, 0.75, 1]
     wire = protocol.observation_to_wire(told[1])
-    assert protocol.observation_from_wire(wire) == told[1]
+    assert boundary.observation_from_wire(wire) == told[1]
     del wire["observation"]["progress"]
-    assert protocol.observation_from_wire(wire) == dataclasses.replace(told[1], progress=None)
+    assert boundary.observation_from_wire(wire) == dataclasses.replace(told[1], progress=None)
 
 
 def test_splits_have_different_seeds():

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from spa_jax.config import ServerConfig
 from spa_jax.envs import benchmarks, capacity
 from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import CAPACITY_REACHED, ENV_ERROR, EnvError
 from spa_jax.errors import UserError
+from spa_jax.server_config import ServerConfig
 
 _REPOSITORY = Path(__file__).parents[2]
 
@@ -110,7 +110,7 @@ def test_256_sessions_at_once(env, tmp_path):
         str(data), env=env, max_sessions=256, reset_deadline_s=600, step_deadline_s=600
     )
     with LocalServer(config, start_deadline_s=120) as server:
-        client = EnvClient(server.address, timeout_s=900)
+        client = server.client(timeout_s=900)
         tasks = client.tasks("test")
         with contextlib.ExitStack() as stack:
             sessions = [stack.enter_context(client.session()) for _ in range(256)]
@@ -129,7 +129,7 @@ def test_256_sessions_at_once(env, tmp_path):
             print(f"{env}: 256 processes have {used:.0f} MB, {used / 256:.1f} each")
             assert used / 256 < benchmarks.BENCHMARKS[env].worker_mb
             assert all(first) and not any(step.grounded for step in steps)
-            with EnvClient(server.address, wait_s=0).session() as late:
+            with server.client(wait_s=0).session() as late:
                 with pytest.raises(EnvError) as caught:
                     late.reset(tasks[0].task, "test")
             assert caught.value.code == CAPACITY_REACHED

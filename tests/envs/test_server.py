@@ -17,25 +17,25 @@ from pathlib import Path
 import pytest
 from websockets.sync.client import connect
 
-from spa_jax.config import ServerConfig
 from spa_jax.envs import protocol, serve
 from spa_jax.envs.client import EnvClient, Session
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import EnvError, Observation
 from spa_jax.errors import UserError
+from spa_jax.server_config import ServerConfig
 
 _REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def server(games: Path) -> Iterator[LocalServer]:
-    with LocalServer(ServerConfig(str(games), prompt="short", max_sessions=3)) as server:
+    with LocalServer(ServerConfig(str(games), prompt="short", max_sessions=3), token="") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def client(server: LocalServer) -> EnvClient:
-    return EnvClient(server.address)
+    return server.client()
 
 
 def _gone(pid: int, seconds: float = 10.0) -> bool:
@@ -67,7 +67,7 @@ def _get(address: str, path: str) -> dict:
 def test_it_is_healthy_within_three_seconds(games: Path) -> None:
     start = time.monotonic()
     with LocalServer(ServerConfig(str(games))) as server:
-        EnvClient(server.address).health()
+        server.client().health()
         seconds = time.monotonic() - start
         pid = server.pid
     assert seconds < 3.0
@@ -181,7 +181,7 @@ def test_a_worker_killed_while_idle_is_not_noticed(client: EnvClient) -> None:
 def test_workers_are_replaced_after_their_games_and_deadlines_hold(games: Path) -> None:
     config = ServerConfig(str(games), games_per_worker=2, step_deadline_s=0.5)
     with LocalServer(config) as server:
-        client = EnvClient(server.address)
+        client = server.client()
         task = client.tasks("train")[0].task
         workers = []
         with client.session() as session:
@@ -200,7 +200,7 @@ def test_workers_are_replaced_after_their_games_and_deadlines_hold(games: Path) 
 def test_games_that_are_not_there_or_half_written(games: Path, tmp_path: Path) -> None:
     shutil.copytree(games, tmp_path / "data")
     with LocalServer(ServerConfig(str(tmp_path / "data"))) as server:
-        client = EnvClient(server.address)
+        client = server.client()
         broken, whole = client.tasks("train")[:2]
         path = tmp_path / "data" / "train" / broken.task / "game.tw-pddl"
         path.write_text(path.read_text()[:100])
@@ -256,7 +256,7 @@ def test_a_dead_server_is_the_users_to_mend() -> None:
 
 def test_a_server_that_ends_leaves_nobody_behind(games: Path) -> None:
     with LocalServer(ServerConfig(str(games))) as server:
-        client = EnvClient(server.address, wait_s=0.3)
+        client = server.client(wait_s=0.3)
         session = client.session()
         task = client.tasks("train")[0].task
         session.reset(task, "train")
@@ -274,10 +274,10 @@ def test_a_server_that_ends_leaves_nobody_behind(games: Path) -> None:
 def test_it_ends_with_its_parent(games: Path, how: signal.Signals) -> None:
     code = f"""
 from spa_jax.envs.client import EnvClient
-from spa_jax.config import ServerConfig
+from spa_jax.server_config import ServerConfig
 from spa_jax.envs.local import LocalServer
 with LocalServer(ServerConfig({str(games)!r})) as server:
-    client = EnvClient(server.address)
+    client = server.client()
     session = client.session()
     session.reset(client.tasks("train")[0].task, "train")
     print(server.pid, session.state()["worker"], flush=True)
@@ -350,4 +350,4 @@ def test_a_local_server_starts_from_any_folder(games: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "games").symlink_to(games)
     with LocalServer(ServerConfig("games")) as server:  # a path is of the caller's folder
-        assert EnvClient(server.address).tasks("train")
+        assert server.client().tasks("train")

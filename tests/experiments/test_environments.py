@@ -6,9 +6,8 @@ import re
 import pytest
 
 from spa_jax import store
-from spa_jax.config import ServerConfig
-from spa_jax.envs.client import EnvClient
 from spa_jax.envs.local import LocalServer
+from spa_jax.server_config import ServerConfig
 from spa_jax.trajectory import Status
 from tests import programs
 
@@ -52,7 +51,7 @@ def test_the_expert_wins_through_the_server(env, shop, homes, tmp_path):
 
 def test_a_purchase_that_is_nearly_right_is_paid_in_part(shop):
     with LocalServer(ServerConfig(str(shop), env="webshop", prompt="short")) as server:
-        client = EnvClient(server.address)
+        client = server.client()
         rewards = set()
         for task in client.tasks("test")[:4]:
             with client.session() as session:

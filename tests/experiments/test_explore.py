@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from spa_jax import store
-from spa_jax.config import ServerConfig
 from spa_jax.envs.alfworld.generate import generate
 from spa_jax.envs.local import LocalServer
+from spa_jax.server_config import ServerConfig
 from spa_jax.trajectory import Status, Trajectory, from_json
 from tests import programs, tiny
 
@@ -129,7 +129,7 @@ def test_environments_killed_and_stopped_at_random_moments(flags, unbroken, tmp_
     config = ServerConfig(
         _games(flags), prompt="short", max_sessions=3, step_deadline_s=3.0, reset_deadline_s=20.0
     )
-    with LocalServer(config, start_deadline_s=120) as server:
+    with LocalServer(config, start_deadline_s=120, token="") as server:
         command = (
             "explore",
             f"--workdir={tmp_path}",

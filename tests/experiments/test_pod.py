@@ -17,8 +17,8 @@ import pytest
 import safetensors.numpy
 
 from spa_jax import store
-from spa_jax.config import ServerConfig
 from spa_jax.envs.local import LocalServer
+from spa_jax.server_config import ServerConfig
 from spa_jax.training import metrics
 from tests import programs, tiny
 
@@ -209,7 +209,7 @@ def test_a_server_that_dies_for_good_ends_all_with_the_reason(policy, tmp_path):
     )
     file = tmp_path / "iteration_0" / "explore" / "trajectories.process_1.jsonl"
     command = ("explore", f"--workdir={tmp_path}", f"--policy={policy}", *LONG)
-    with LocalServer(config) as server:
+    with LocalServer(config, token="") as server:
         port = f"--coordinator_address=127.0.0.1:{programs.free_port()}"
         shared = (port, "--num_processes=2", "--env_wait_s=3")
         processes = [

@@ -104,7 +104,7 @@ def test_the_table_has_every_evaluation_with_its_interval(page, workdir):
         assert text in page.words
     assert re.search(r"Base \(SFT\) .*SPA .*continued SFT", page.words)
     assert f"{100 * won['spa'] / 23:.1f}%" in page.words
-    assert "env errors" in page.words
+    assert "asked for" in page.words
     assert "Of 23 games that both played" in page.words
 
 

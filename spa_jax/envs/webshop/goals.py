@@ -114,7 +114,9 @@ def make_goal(product: Product, key: GoalKey, kind: str, counts: dict[str, int])
         if options:
             text += " with " + ", and ".join(f"{name}: {v}" for name, v in options.items())
         attributes = product.instruction_attributes
-        weight = sum(1.0 / counts[attribute] for attribute in attributes) / len(attributes)
+        # The original divides by nothing here, and does not start.
+        shares = [1.0 / counts[attribute] for attribute in attributes]
+        weight = sum(shares) / len(shares) if shares else 1.0
     if key.price_upper != NO_BOUND:
         text += f", and price lower than {key.price_upper:.2f} dollars"
     return Goal(

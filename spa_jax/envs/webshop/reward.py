@@ -84,10 +84,22 @@ def title_score(bought: list[str], wanted: list[str]) -> float:
     return len(set(bought) & set(wanted)) / len(wanted) if wanted else 0.2
 
 
+def unscorable(goal: Goal) -> str:
+    """Why the original fails when anything is bought for a goal; "" if it does not."""
+    if not goal.attributes:
+        return "ZeroDivisionError: the goal names no attribute"
+    if not goal.price_upper > 0:
+        return "TypeError: the goal has no price bound above 0"
+    return ""
+
+
 def score(
     product: Product, goal: Goal, price: float, options: dict[str, str], title: float | None = None
 ) -> Score:
     """Scores a purchase.
+
+    A goal for which the original fails (`unscorable`) can be played all the same: what it does not
+    ask for is fulfilled.
 
     Args:
       product: what was bought.
@@ -95,21 +107,18 @@ def score(
       price: what was paid, in dollars.
       options: the chosen options.
       title: the title score; None: that of `nouns`.
-
-    Raises:
-      TypeError: if the goal has no price bound above 0, as in the original.
     """
     if title is None:
         title = title_score(nouns(product.title), nouns(goal.name))
     kind = _type_score(product, goal, title)
     attributes = sum(_has_attribute(product, attribute) for attribute in goal.attributes)
     matched = _matched_options(goal, list(options.values()))
-    affordable = price <= goal.price_upper if goal.price_upper > 0 else None
+    affordable = price <= goal.price_upper if goal.price_upper > 0 else True
     parts = len(goal.attributes) + len(goal.options) + 1
-    total = (attributes + matched + affordable) / parts * kind["r_type"]  # type: ignore[operator]
+    total = (attributes + matched + affordable) / parts * kind["r_type"]
     info = {
         "r_type": kind["r_type"],
-        "r_att": attributes / len(goal.attributes),
+        "r_att": attributes / len(goal.attributes) if goal.attributes else 1.0,
         "w_att": len(goal.attributes) / parts,
         "query_match": kind["query_match"],
         "category_match": kind["category_match"],

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from spa_jax.envs.protocol import observation_from_wire, observation_to_wire
+from spa_jax.envs.boundary import observation_from_wire
+from spa_jax.envs.protocol import observation_to_wire
 from spa_jax.envs.text import parse_action
 from spa_jax.envs.webshop import pages
 from spa_jax.envs.webshop.engine import Shop, WebshopEngine

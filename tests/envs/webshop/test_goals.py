@@ -2,6 +2,7 @@ from random import Random
 
 from spa_jax.envs.webshop.catalogue import Product
 from spa_jax.envs.webshop.goals import NO_BOUND, GoalKey, draw_goals, make_goal, order
+from spa_jax.envs.webshop.reward import score
 
 _PRODUCT = Product(
     asin="B000000001",
@@ -47,6 +48,17 @@ def test_synthetic_goals_are_all_combinations_with_names_sorted() -> None:
         f"Find me tables with color: red, and size: s, and price lower than {bound:.2f} dollars"
     )
     assert goals[0].weight == (1 / 6 + 1 / 3) / 2
+
+
+def test_a_synthetic_goal_without_attributes_is_made_and_played() -> None:
+    """The original divides by nothing when it weighs it, and when anything is bought for it."""
+    product = Product(**(_PRODUCT.__dict__ | {"instruction_attributes": ()}))
+    (choice, bound), *_ = draw_goals(product, "synthetic", Random(1))
+    goal = make_goal(product, GoalKey(0, choice, bound), "synthetic", {})
+    assert goal.attributes == () and goal.weight == 1.0
+    assert isinstance(goal.options, dict)
+    assert score(product, goal, product.price, goal.options).reward == 1.0
+    assert score(product, goal, product.price, {}).reward == 1 / 3
 
 
 def test_human_goals_without_attributes_are_left_out() -> None:

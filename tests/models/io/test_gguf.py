@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import transformers
 
-from spa_jax import chat, tokenizer
+from spa_jax import chat, chat_template, tokenizer
 from spa_jax.errors import UserError
 from spa_jax.models.config import RopeScaling
 from spa_jax.models.io import gguf as gguf_io
@@ -265,7 +265,7 @@ def test_its_tokenizer_comes_along(tmp_path, tokenizer_folder):
 @pytest.mark.parametrize("family", [tiny.LLAMA3, tiny.QWEN], ids=["llama3", "qwen"])
 def test_the_families_tokenizers_come_along(tmp_path, family):
     name = "llama3" if family is tiny.LLAMA3 else "chatml"
-    folder = tiny.family_tokenizer(tmp_path / "t", family, chat.TEMPLATES[name])
+    folder = tiny.family_tokenizer(tmp_path / "t", family, chat_template.TEMPLATES[name])
     write_gguf(tmp_path / "m.gguf", CONFIG, random_params(CONFIG), folder, pre=family.split)
     gguf_io.import_gguf(tmp_path / "m.gguf", tmp_path / "m")
     original, imported = tokenizer.load(folder), tokenizer.load(tmp_path / "m")
