@@ -10,7 +10,7 @@ goes on where it stopped.
 import time
 
 from experiments import stage
-from spa_jax import evaluation, method
+from spa_jax import method
 from spa_jax.run import Run
 from spa_jax.settings import sections
 from spa_jax.stage_config import Settings
@@ -20,7 +20,7 @@ def main(run: Run) -> None:
     started = time.time()
     done = method.run(run)
     print("\nHeld-out games\n")
-    print(evaluation.table({"base (SFT)": done.base, "SPA": done.spa}))
+    print(done.table())
     print(
         f"\nEstimator on {done.validity['trajectories']} held-out episodes of the base: "
         f"AUC for subgoal steps {done.validity['subgoal_auc']:.2f}, within an episode "
@@ -29,11 +29,7 @@ def main(run: Run) -> None:
         f"MSE/Var {done.validity['mse_over_var']:.2f}, AUC {done.validity['auc']:.2f}, "
         f"spread of c within an episode {done.validity['spread']:.3f}\n"
     )
-    print(
-        f"RESULT base_success={done.base.success_rate:.4f} "
-        f"spa_success={done.spa.success_rate:.4f} spa_grounding={done.spa.grounding:.4f} "
-        f"games={done.spa.games} seconds={time.time() - started:.1f} report={run.report}"
-    )
+    print(done.line(time.time() - started))
 
 
 if __name__ == "__main__":

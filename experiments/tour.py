@@ -9,7 +9,7 @@ its weights are random.  The rest is what run_spa does, with every stage and eve
 import time
 
 from experiments import stage
-from spa_jax import evaluation, lab, method
+from spa_jax import lab, method
 from spa_jax.run import Run
 from spa_jax.settings import sections
 from spa_jax.stage_config import Settings
@@ -25,13 +25,9 @@ def main(run: Run) -> None:
     lab.write_start(run, _POLICY)
     done = method.run(run)
     print(f"\nHeld-out games of {done.base.games}, before and after\n")
-    print(evaluation.table({"base (SFT)": done.base, "SPA": done.spa}))
+    print(done.table())
     print(f"\nOpen {run.report}: curves, and episodes with each step's credit beside it.\n")
-    print(
-        f"RESULT base_success={done.base.success_rate:.4f} "
-        f"spa_success={done.spa.success_rate:.4f} games={done.spa.games} "
-        f"seconds={time.time() - started:.1f} report={run.report}"
-    )
+    print(done.line(time.time() - started))
 
 
 if __name__ == "__main__":

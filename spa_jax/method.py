@@ -44,6 +44,18 @@ class Result:
     spa: Summary
     validity: dict[str, float]
 
+    def table(self) -> str:
+        """Both policies on the held-out games, for a terminal."""
+        return evaluation.table({"base (SFT)": self.base, "SPA": self.spa})
+
+    def line(self, seconds: float) -> str:
+        """The RESULT line of a run that took so long."""
+        return (
+            f"RESULT base_success={self.base.success_rate:.4f} "
+            f"spa_success={self.spa.success_rate:.4f} spa_grounding={self.spa.grounding:.4f} "
+            f"games={self.spa.games} seconds={seconds:.1f} report={self.run.report}"
+        )
+
 
 def check(run: Run) -> None:
     """Refuses a policy that has no chat format, before anything is done with it.

@@ -77,33 +77,14 @@ def test_one_press_ends_a_program_in_the_middle_of_a_long_call(program, said):
     assert _end(process) == said
 
 
-def test_a_stage_cleans_up_at_the_first_press():
-    work = """
-def main():
-    import time
-    try:
-        print("busy", flush=True)
-        time.sleep(60)
-    finally:
-        print("cleaned up", flush=True)
-setup.program(main, DistributedConfig())
-"""
-    process = _start(_STAGE + work, "busy")
-    process.send_signal(signal.SIGINT)
-    out, said = process.communicate(timeout=20)
-    assert (process.returncode, out) == (130, "cleaned up\n"), said
-    assert said == "stopped by Ctrl-C; run the same command again to continue\n"
-
-
-def test_a_main_thread_that_sleeps_on_hears_of_the_press():
-    """Another thread takes the signal, so it interrupts no wait of the main one."""
-    work = """
+_SLEEPS = """
 def main():
     import signal, threading, time
     def press():
         time.sleep(0.5)
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
-    threading.Thread(target=press).start()
+    if %s:
+        threading.Thread(target=press).start()
     try:
         print("busy", flush=True)
         time.sleep(60)
@@ -111,9 +92,17 @@ def main():
         print("cleaned up", flush=True)
 setup.program(main, DistributedConfig())
 """
-    process = _start(_STAGE + work, "busy")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_stage_cleans_up_at_the_first_press(elsewhere):
+    """Also where another thread takes the signal, which then interrupts no wait of the main one."""
+    process = _start(_STAGE + _SLEEPS % elsewhere, "busy")
+    if not elsewhere:
+        process.send_signal(signal.SIGINT)
     out, said = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "cleaned up\n"), said
+    assert said == "stopped by Ctrl-C; run the same command again to continue\n"
 
 
 def test_an_update_that_hangs_ends_at_the_second_press():
