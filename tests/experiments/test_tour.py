@@ -17,7 +17,7 @@ def test_it_shows_every_stage(tmp_path):
         f"--workdir={tmp_path}",
         f"--policy={tmp_path / 'start'}",
     )
-    assert re.search(r"RESULT base_success=0\.\d{4} spa_success=0\.\d{4} spa_grounding=[01]\.\d{4} games=100 ", out)
+    assert re.search(r"RESULT base_success=0\.\d{4} spa_success=0\.\d{4} .*games=100 ", out)
     assert "<svg" in (tmp_path / "report.html").read_text()
     judged = json.loads((tmp_path / "estimator.json").read_text())
     assert judged["trajectories"] == 100 and 0 <= judged["subgoal_auc"] <= 1
