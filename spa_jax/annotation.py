@@ -141,7 +141,7 @@ def head_folder(progress: pathlib.Path, base: str) -> pathlib.Path:
       UserError: there is none in either.
     """
     for folder in (progress, pretrained.resolve(base)):
-        if (folder / tensors.HEADS).is_file():
+        if tensors.heads_file(folder):
             return folder
     raise UserError(
         f"{progress}: holds no progress head, nor does {base}; run train_progress first"

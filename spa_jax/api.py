@@ -244,11 +244,11 @@ def credit(episode: Episode, estimator: str | os.PathLike[str]) -> Episode:
     """
     folder = pathlib.Path(estimator)
     workdir = folder
-    if (folder / tensors.HEADS).is_file():
+    if tensors.heads_file(folder):
         workdir = folder.parent.parent
     else:
         rounds = [r.progress for r in run_lib.at(workdir).rounds()]
-        made = [path for path in rounds if (path / tensors.HEADS).is_file()]
+        made = [path for path in rounds if tensors.heads_file(path)]
         if not made:
             raise UserError(f"{workdir}: holds no estimator; run train_progress first")
         folder = made[-1]

@@ -6,24 +6,35 @@ import shutil
 import uuid
 from typing import Any
 
-from spa_jax import files
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spa_jax import files, model_card
 from spa_jax import policy as policy_lib
 from spa_jax import run as run_lib
+from spa_jax.config import Dtype
 from spa_jax.errors import UserError
 from spa_jax.models.io import huggingface, peft, tensors
 from spa_jax.policy import ABOUT, ADAPTER, TRUNK, Policy
 
 
 def export(
-    checkpoint: pathlib.Path, out: pathlib.Path, *, adapter: bool = False, progress: str = ""
+    checkpoint: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    adapter: bool = False,
+    progress: str = "",
+    dtype: Dtype = "float32",
 ) -> list[str]:
-    """Writes `out`, whole or not at all; returns the names of the heads beside the weights.
+    """Writes `out`, whole or not at all; returns the names of the heads in heads/.
 
     Args:
       checkpoint: a policy's folder, or that of the stage that made it.
       out: must not be there yet.
       adapter: write the policy's adapter alone.
       progress: the folder of a progress head; "": the one of the policy's own round, if any.
+      dtype: of the weights; an adapter's stay float32.
 
     Raises:
       UserError: `out` is there, or `checkpoint` is no policy, or has no adapter.
@@ -35,23 +46,26 @@ def export(
     heads = dict(policy.heads)
     about: dict[str, Any] = {"version": policy.version}
     if policy.trunk:
-        about["progress_trunk"] = policy.trunk
+        about["progress_trunk"] = os.path.relpath(policy.trunk, out.resolve())
     source = pathlib.Path(progress) if progress else folder.parent.parent / "progress"
     found = tensors.load_heads(source).get("progress")
     if progress and found is None:
         raise UserError(f"--progress={progress}: holds no progress head; run train_progress first")
     if found is not None:
         heads["progress"] = found
-        about["progress_trunk"] = trunk_of(source, folder)
+        trunk = trunk_of(source, folder)
+        about["progress_trunk"] = trunk and os.path.relpath(trunk, out.resolve())
     new = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         if adapter:
             _write_adapter(new, policy)
         else:
-            huggingface.save_pretrained(new, policy.config, policy.params, policy.model)
+            params = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), policy.params)
+            huggingface.save_pretrained(new, policy.config, params, policy.model)
         if heads:
             tensors.save_heads(new, heads)
         files.write_json(new / ABOUT, about)
+        (new / "README.md").write_text(model_card.write(folder, out.name, adapter=adapter))
         new.rename(out)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -101,7 +101,7 @@ def load(
             params=params,
             heads=tensors.load_heads(path),
             version=about.version,
-            trunk=about.progress_trunk,
+            trunk=_trunk(path, about),
         )
     config, params = huggingface.load_pretrained(path)
     backend, trained_in = _conversations(path, chat_format)
@@ -115,7 +115,7 @@ def load(
         tokenizer=backend,
         chat_format=trained_in,
         version=about.version,
-        trunk=about.progress_trunk,
+        trunk=_trunk(path, about),
     )
 
 
@@ -161,6 +161,12 @@ class _About(schema.Schema):
     version: schema.Count = 0
     chat_format: _Format | None = None
     progress_trunk: schema.Text = ""
+
+
+def _trunk(path: pathlib.Path, about: "_About") -> str:
+    """The policy that a progress head reads, which is noted relative to the head's folder."""
+    noted = about.progress_trunk
+    return str((path / noted).resolve()) if noted else ""
 
 
 def _about(path: pathlib.Path) -> _About:

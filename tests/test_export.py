@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from spa_jax import annotation, files, policy, store
+from spa_jax import annotation, files, policy, provenance, store
 from spa_jax.config import LORA_TARGETS, LoraConfig
 from spa_jax.errors import UserError
 from spa_jax.export import export
@@ -90,8 +90,25 @@ def test_what_is_written_comes_back_in(finished, adapter, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     again = tmp_path / "again"
     export(out, again, adapter=adapter)  # an exported folder is a policy like any other
-    for file in ("heads.safetensors", "spa_jax.json"):
+    for file in ("heads/heads.safetensors", "spa_jax.json"):
         assert (again / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_a_model_card_says_what_it_is_and_names_no_folder_of_ours(finished, tmp_path):
+    run, _, logits = finished
+    provenance.record_run(run, "run_spa", ["run_spa", f"--workdir={run.workdir}"])
+    won = {"games": 100, "successes": 57, "low": 0.472, "high": 0.663}
+    files.write_json(run.evaluation("spa") / "summary.json", {"success": won, "grounding": 0.9})
+    export(run.round(0).ppo, tmp_path / "agent", dtype="bfloat16")
+    card = (tmp_path / "agent" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "# agent" in card
+    assert "| spa | 100 | 57 | 47.2 - 66.3% | 0.900 |" in card and "jax " in card
+    for file in (tmp_path / "agent").rglob("*"):
+        assert file.is_dir() or str(run.workdir).encode() not in file.read_bytes(), file
+    stored = safetensors.numpy.load_file(tmp_path / "agent" / "model.safetensors")
+    assert {str(x.dtype) for x in stored.values()} == {"bfloat16"}
+    read = policy.load(tmp_path / "agent")
+    np.testing.assert_allclose(_logits(read.config, read.params), logits, atol=0.05)
 
 
 def test_the_files_are_named_as_transformers_and_peft_name_them(finished, tmp_path):

@@ -33,7 +33,7 @@ FLOORS = (
     {"envs", "games", "parity", "run", "sampling"},
     {"episodes", "failures", "files", "replay"},
     {"env_check", "policy", "provenance", "rollout"},
-    {"redo", "training"},
+    {"model_card", "redo", "training"},
     {"annotation", "export", "play", "report"},
     {"continuations"},
     {"stages"},

@@ -27,6 +27,7 @@ from spa_jax.models.names import Shape
 # A tensor that is made when it is written: its shape, its dtype, and how to get it.
 Lazy = tuple[Shape, np.dtype, Callable[[], np.ndarray]]
 HEADS = "heads.safetensors"
+_OWN = "heads"  # their folder beside a model's weights
 _DTYPES = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
@@ -42,6 +43,13 @@ _EXPONENTS = {
 _AT_ONCE = 1 << 20  # numbers that are looked at together, so that no second tensor is made
 
 
+def heads_file(folder: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Where the heads of a folder are; None if there are none."""
+    here = pathlib.Path(folder)
+    # Policies of before have them beside the weights.
+    return next((p for p in (here / _OWN / HEADS, here / HEADS) if p.is_file()), None)
+
+
 def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:
     """Reads the value and progress heads beside a model; {} if there are none.
 
@@ -51,8 +59,8 @@ def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:
     Raises:
       UserError: the file is damaged.
     """
-    path = pathlib.Path(folder) / HEADS
-    if not path.is_file():
+    path = heads_file(folder)
+    if path is None:
         return {}
     heads: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
@@ -67,13 +75,20 @@ def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:
 
 
 def save_heads(folder: str | os.PathLike[str], heads: Mapping[str, Params]) -> None:
-    """Writes heads beside a model, as `heads.safetensors` with names such as "value/kernel".
+    """Writes heads as `heads.safetensors` with names such as "value/kernel".
+
+    Those of a model get a folder of their own, heads/: other programs take every safetensors file
+    beside a model for its weights.
 
     Args:
       folder: an existing folder.
       heads: name -> tree of nested dicts of arrays.
     """
     path = pathlib.Path(folder) / HEADS
+    if any((path.parent / name).exists() for name in ("config.json", "adapter_config.json")):
+        path.unlink(missing_ok=True)  # of before
+        path = path.parent / _OWN / HEADS
+        path.parent.mkdir(exist_ok=True)
     flat = jax.tree_util.tree_flatten_with_path(dict(heads))[0]
     tensors = {}
     for keys, leaf in flat:

@@ -236,8 +236,11 @@ def test_heads_come_back(saved):
     tensors.save_heads(saved, heads)
     tensors.save_heads(saved, heads)
     assert_same(tensors.load_heads(saved), heads)
-    assert "value/dense/kernel" in safetensors.numpy.load_file(saved / "heads.safetensors")
-    assert not list(saved.glob(".*"))
+    assert "value/dense/kernel" in safetensors.numpy.load_file(saved / "heads/heads.safetensors")
+    assert not list(saved.rglob(".*"))
+    assert [path.name for path in saved.glob("*.safetensors")] == ["model.safetensors"]
+    (saved / "heads/heads.safetensors").rename(saved / "heads.safetensors")  # as before
+    assert_same(tensors.load_heads(saved), heads)
     (saved / "heads.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="heads.safetensors: not a safetensors file"):
         tensors.load_heads(saved)
