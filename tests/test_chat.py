@@ -380,3 +380,17 @@ def test_the_final_observation_is_read_where_the_policy_would_go_on(chatml):
     closed = chat.with_final_observation(fmt, open_turn, 1000)
     assert closed.token_ids == read.token_ids
     assert closed.step_id == (*open_turn.step_id, *[-1] * (added + 1))
+
+
+def test_a_template_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "_SECONDS", 0.2)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+    folder = tiny.tiny_tokenizer(tmp_path / "endless", endless)
+    with pytest.raises(UserError, match=r"the chat template: cannot write .*not ended after 0.2 s"):
+        chat.ChatFormat.from_tokenizer(tokenizer.load(folder))
+    monkeypatch.setattr(chat, "_SECONDS", 20.0)
+    monkeypatch.setattr(chat, "_MEBIBYTES", 16)
+    large = "{% for a in range(9999) %}{{ messages[0]['content'] * 9999 }}{% endfor %}"
+    folder = tiny.tiny_tokenizer(tmp_path / "large", large)
+    with pytest.raises(UserError, match=r"chat template: cannot write .*takes more than 16 MiB"):
+        chat.ChatFormat.from_tokenizer(tokenizer.load(folder))
