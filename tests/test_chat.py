@@ -467,3 +467,17 @@ def test_what_is_no_day_is_refused():
         config.ChatConfig(chat_date="today")
     assert config.ChatConfig(chat_date="2024-07-06").name == "template@2024-07-06"
     assert config.ChatConfig(chat_format="chatml").name == "chatml"
+
+
+def test_a_template_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.2)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+    folder = tiny.tiny_tokenizer(tmp_path / "endless", endless)
+    with pytest.raises(UserError, match=r"the chat template: cannot write .*not ended after 0.2 s"):
+        chat.ChatFormat.from_tokenizer(tokenizer.load(folder))
+    monkeypatch.setattr(chat_template, "_SECONDS", 20.0)
+    monkeypatch.setattr(chat_template, "_MEBIBYTES", 16)
+    large = "{% for a in range(9999) %}{{ messages[0]['content'] * 9999 }}{% endfor %}"
+    folder = tiny.tiny_tokenizer(tmp_path / "large", large)
+    with pytest.raises(UserError, match=r"chat template: cannot write .*takes more than 16 MiB"):
+        chat.ChatFormat.from_tokenizer(tokenizer.load(folder))

@@ -7,6 +7,7 @@ holds all of are written by the first, and each writes its parts of those cut ov
 import json
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ import orbax.checkpoint as ocp
 
 from spa_jax.errors import UserError
 from spa_jax.runtime import distributed
+
+_COMPRESSED = 0.9  # of its size is what a checkpoint takes at the least: Orbax compresses it
 
 
 class Checkpoints:
@@ -69,12 +72,27 @@ class Checkpoints:
           tree: as a trainer's `unreplicate` gives it.
           last: no update follows.
           force: save it, whatever `every` is.
+
+        Raises:
+          UserError: the disk has no room for it.
         """
         due = self._every and update and (last or update % self._every == 0)
         if not due and not force:
             return
+        self._check_room(tree)
         self._manager.save(update, args=ocp.args.StandardSave(jax.tree.map(_host, tree)))
         self._manager.wait_until_finished()
+
+    def _check_room(self, tree: Any) -> None:
+        """Refuses to begin what the disk cannot hold: Orbax's threads would each tell of it."""
+        needed = sum(int(x.nbytes) for x in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self._folder).free
+        if free < _COMPRESSED * needed:
+            raise UserError(
+                f"{self._folder}: the disk is full: a checkpoint takes {needed / 2**20:.1f} MiB, "
+                f"and {free / 2**20:.1f} MiB are free; make room and give the same command again: "
+                "it goes on where it was"
+            )
 
     def close(self) -> None:
         """Releases the manager's threads."""

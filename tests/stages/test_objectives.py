@@ -198,7 +198,7 @@ def test_the_frozen_layers_are_read_in_the_estimators_pass(policy, tmp_path, mon
     assert trained("others", kept, others)[0] == ["frozen layers"]
 
 
-def test_states_of_frozen_layers_are_kept_in_bfloat16_too(policy, tmp_path):
+def test_states_of_frozen_layers_are_kept_in_bfloat16_too(policy, tmp_path, capsys):
     read = policy_lib.load(policy, compute=ComputeConfig(compute_dtype="bfloat16"))
     here, episodes = runs.make(tmp_path).round(0), _episodes()
     here.explore.mkdir(parents=True)
@@ -219,7 +219,16 @@ def test_states_of_frozen_layers_are_kept_in_bfloat16_too(policy, tmp_path):
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.05)
     assert scoring.cached_lower_states(file, read.config, frozen, episodes[1:]) is None
     file.write_bytes(file.read_bytes()[:1000])  # torn
+    capsys.readouterr()
     assert scoring.cached_lower_states(file, read.config, frozen, episodes) is None
+    assert f"{file}: cannot be read (BadZipFile: " in capsys.readouterr().err
+    whole = here.features.read_bytes()
+    here.features.write_bytes(whole[: len(whole) // 2])
+    again = estimator_data.scores_of(read, here.episodes, episodes, ROWS)
+    assert "it is computed again" in capsys.readouterr().err
+    assert np.isfinite(again.answer_hidden).all()
+    estimator_data.scores_of(read, here.episodes, episodes, ROWS)
+    assert not capsys.readouterr().err  # it was written again
 
 
 def test_rft_clones_the_won_episodes(policy, tmp_path):

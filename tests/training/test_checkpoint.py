@@ -1,5 +1,7 @@
 """When a stage's state is saved."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -53,3 +55,12 @@ def test_a_damaged_checkpoint_is_said_to_be(tmp_path):
     with pytest.raises(UserError, match="the checkpoint does not fit this run's model"):
         again.restore({"v": np.zeros(3, np.float32)})
     again.close()
+
+
+def test_a_checkpoint_that_the_disk_cannot_hold_is_not_begun(tmp_path):
+    checkpoints = Checkpoints(tmp_path, every=1)
+    free = shutil.disk_usage(tmp_path).free
+    large = np.broadcast_to(np.zeros(1, np.float64), (free // 4,))  # takes no memory
+    with pytest.raises(UserError, match="the disk is full: a checkpoint takes .*, and .* are free"):
+        checkpoints.maybe_save(1, {"w": large})
+    checkpoints.close()

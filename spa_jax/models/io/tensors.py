@@ -57,7 +57,7 @@ def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:
       {"value": tree, "progress": tree}, those that were saved, in their dtype.
 
     Raises:
-      UserError: the file is damaged.
+      UserError: the file is damaged, holds something else, or NaN.
     """
     path = heads_file(folder)
     if path is None:
@@ -69,8 +69,10 @@ def load_heads(folder: str | os.PathLike[str]) -> dict[str, Params]:
             *parents, leaf = name.split("/")
             node = heads
             for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = file.get_tensor(name)
+                node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+            if not isinstance(node, dict) or not parents or leaf in node:
+                raise UserError(f"{path}: tensor {name} is no part of a head; train the head again")
+            node[leaf] = read_tensor(path, file, name)
     return heads
 
 

@@ -373,3 +373,59 @@ def test_a_truncated_gguf_is_refused(tmp_path, tokenizer_folder, share):
     if share >= 0.5:  # the cut is behind the list of tensors
         message += r" \(tensor blk.\d.\w+.weight ends at byte \d+ of \d+\)"
     refuse(path, tmp_path / "m", message)
+
+
+def test_a_gguf_file_is_believed_no_number_before_it_fits(tmp_path, tokenizer_folder):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, CONFIG, random_params(CONFIG), tokenizer_folder)
+    whole = path.read_bytes()
+    reader = gguf.GGUFReader(path)
+    norm = next(t for t in reader.tensors if t.name == "output_norm.weight")
+    offset, dims = norm.field.offset + 8 + len(norm.name) + 4 + 8 + 4, norm.field.offset
+    dims += 8 + len(norm.name) + 4
+    tokens = reader.get_field("tokenizer.ggml.tokens").offset + 8 + len("tokenizer.ggml.tokens")
+    for at, number, message in (
+        (8, 2**40, "1099511627776 tensors"),
+        (16, 2**40, "1099511627776 entries of metadata"),
+        (tokens + 8, 2**40, "a list at byte .* has 1099511627776 items of kind 8"),
+        (tokens + 8, 10**6, r"something at byte \d+ ends at \d+ of"),
+        (dims, 2**62, "tensor output_norm.weight ends at byte"),
+        (dims, 0, r"tensor output_norm.weight has shape \[0\]"),
+        (offset, 0, "tensor token_embd.weight begins at byte .*, within tensor output_norm"),
+        (offset, 8, "tensor output_norm.weight is not aligned to 32 bytes"),
+    ):
+        changed = bytearray(whole)
+        changed[at : at + 8] = number.to_bytes(8, "little")
+        path.write_bytes(changed)
+        refuse(path, tmp_path / "m", f"m.gguf: not a GGUF file, or a truncated one .{message}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("llama.block_count", "add_string", "two"), "llama: block_count='two': it must be a"),
+        (("llama.embedding_length", "add_uint32", 0), "llama: embedding_length=0: it must be gr"),
+        (("llama.attention.head_count_kv", "add_uint32", 3), "num_key_value_heads=3 does not div"),
+        (("llama.rope.freq_base", "add_float32", math.nan), "rope.freq_base=nan: it must be a fin"),
+        (("llama.rope.dimension_count", "add_uint32", 8), "rope.dimension_count=8 is another size"),
+        (("tokenizer.ggml.eos_token_id", "add_string", "2"), "eos_token_id: '2': it must be a val"),
+        (("tokenizer.ggml.merges", "add_string", "a b"), "tokenizer.ggml.merges: 'a b': it must"),
+    ],
+)
+def test_metadata_are_of_their_types(tmp_path, tokenizer_folder, change, message):
+    key, put, value = change
+
+    def extra(writer):
+        writer.kv_data[0].pop(key, None)
+        getattr(writer, put)(key, value)
+
+    path = tmp_path / "m.gguf"
+    write_gguf(path, CONFIG, random_params(CONFIG), tokenizer_folder, extra=extra)
+    refuse(path, tmp_path / "m", f"m.gguf: .*{message}")
+
+
+def test_values_that_are_not_finite_are_named(tmp_path, tokenizer_folder):
+    params = random_params(CONFIG)
+    params["layers"]["up"]["kernel"][1, 3, 4] = np.inf
+    write_gguf(tmp_path / "m.gguf", CONFIG, params, tokenizer_folder)
+    refuse(tmp_path / "m.gguf", tmp_path / "m", "tensor blk.1.ffn_up.weight holds NaN or an infin")

@@ -246,6 +246,21 @@ def test_heads_come_back(saved):
         tensors.load_heads(saved)
 
 
+@pytest.mark.parametrize("names", [("value", "value/kernel"), ("value/a", "value/a/b"), ("x",)])
+def test_heads_that_are_none_are_refused(tmp_path, names):
+    stored = {name: np.ones(3, np.float32) for name in names}
+    safetensors.numpy.save_file(stored, tmp_path / "heads.safetensors")
+    with pytest.raises(UserError, match=f"heads.safetensors: tensor {names[0][:5]}.* of a head"):
+        tensors.load_heads(tmp_path)
+
+
+def test_heads_that_are_not_finite_are_refused(tmp_path):
+    stored = {"value/kernel": np.full(3, np.nan, np.float32)}
+    safetensors.numpy.save_file(stored, tmp_path / "heads.safetensors")
+    with pytest.raises(UserError, match="tensor value/kernel holds NaN"):
+        tensors.load_heads(tmp_path)
+
+
 # --- Fetching the policy ------------------------------------------------------------------------
 
 
