@@ -302,6 +302,7 @@ def _play(
     distributed.first_alone(f"{title}: earlier episodes", lambda: store.merge(every))
     done = store.keys(every)
     path, failed = _own(every), _own(folder / failures.FAILURES)
+    store.repair(failed)
     strict = env.long_openings == "error"
     known = done if strict else done | failures.left_out(folder).keys()
     todo = [job for job in jobs if job.key not in known]
