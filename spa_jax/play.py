@@ -142,7 +142,7 @@ def record(run: Run, recording: Recording) -> Recorded:
         distributed.assert_equal("number of episodes", len(jobs))
         _play(recording, client, own, policy=policy, make_engine=engine, env=settings.env)
     found = _read_played(recording, jobs)
-    _check_failures(recording, found, settings.env.max_failed_share)
+    _check_failures(recording, found, settings.env)
     files.mark_done(
         folder,
         started,
@@ -153,13 +153,13 @@ def record(run: Run, recording: Recording) -> Recorded:
     return found
 
 
-def _check_failures(recording: Recording, found: Recorded, limit: float) -> None:
+def _check_failures(recording: Recording, found: Recorded, env: EnvConfig) -> None:
     """Refuses episodes that are those of the survivors, and says what was left out.
 
     Raises:
       UserError: says how many failed, and of what the last one; or that nothing was played.
     """
-    title, folder = recording.title, recording.folder
+    title, folder, limit = recording.title, recording.folder, env.max_failed_share
     if found.left_out and distributed.is_first():
         known = failures.left_out(folder)
         names = sorted({task for task, _, _ in known})
@@ -174,7 +174,8 @@ def _check_failures(recording: Recording, found: Recorded, limit: float) -> None
         raise UserError(
             f"{title}: the environment failed {found.failed} of {found.asked} episodes "
             f"({folder / failures.FAILURES} says why; the last: "
-            f"{failures.last(folder)[:300] or 'nothing'}): mend it and run the same command again, "
+            f"{failures.last(folder)[:300] or 'nothing'}): mend it and run the same command again"
+            f"{', with --redo if a class is another one then' if env.env == 'custom' else ''}, "
             f"or allow as many with --max_failed_share (is {limit:g})"
         )
     if not found.episodes:
@@ -301,6 +302,7 @@ def _play(
     distributed.first_alone(f"{title}: earlier episodes", lambda: store.merge(every))
     done = store.keys(every)
     path, failed = _own(every), _own(folder / failures.FAILURES)
+    store.repair(failed)
     strict = env.long_openings == "error"
     known = done if strict else done | failures.left_out(folder).keys()
     todo = [job for job in jobs if job.key not in known]

@@ -10,7 +10,7 @@ import math
 import numbers
 import re
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, TypeVar
 
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
@@ -210,7 +210,7 @@ def names(where: str, given: Any, of: str) -> list[str]:
     Raises:
       UserError: it is none, is empty, or names something twice.
     """
-    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
         raise UserError(
             f"{where} gives {given!r:.100}: it must be a sequence of texts, the names of {of}s"
         )
@@ -232,4 +232,5 @@ def names(where: str, given: Any, of: str) -> list[str]:
         raise UserError(f"{where} is empty: name at least one {of}")
     if len(found) > _MOST_TASKS:
         raise UserError(f"{where}: more than {_MOST_TASKS} {of}s")
-    return list(found)
+    # A set has another order in each process, and what is played goes by the order.
+    return sorted(found) if isinstance(given, Set) else list(found)

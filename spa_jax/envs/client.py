@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import http.client
 import json
 import random
 import threading
@@ -22,7 +23,13 @@ from websockets.exceptions import (
 from websockets.sync.client import ClientConnection, connect
 
 from spa_jax.envs import boundary, protocol
-from spa_jax.envs.guard import TOKEN_VARIABLE, authorization, read_token, split_secret
+from spa_jax.envs.guard import (
+    TOKEN_VARIABLE,
+    authorization,
+    is_loopback,
+    read_token,
+    split_secret,
+)
 from spa_jax.envs.protocol import EnvError, Observation, Task
 from spa_jax.errors import UserError
 from spa_jax.texts import replace_surrogates
@@ -61,6 +68,13 @@ class Wire:
         return boundary.observation_from_wire(data)
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A token goes to the address that it was given for, and to none that answers from there."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Follows none."""
+
+
 class EnvClient:
     """A server's address and what can be asked of it.
 
@@ -73,6 +87,7 @@ class EnvClient:
 
     Attributes:
       notes: what was done to answers, and to how many.
+      near: whether the server is on this machine.
     """
 
     def __init__(
@@ -90,6 +105,14 @@ class EnvClient:
         self.http = f"http{secure}://{rest}"
         self.websocket = f"ws{secure}://{rest}/ws"
         self.timeout_s, self.wait_s = timeout_s, wait_s
+        try:
+            host = urllib.parse.urlsplit(self.http).hostname or ""
+        except ValueError as error:
+            raise UserError(f"--env_address={address}: {error}") from error
+        # What is on this machine is not behind a proxy, whatever the variables say.
+        self.near = is_loopback(host)
+        handlers = [urllib.request.ProxyHandler({})] if self.near else []
+        self._opener = urllib.request.build_opener(_NoRedirects, *handlers)
         token = read_token() if token is None else token
         self.headers = authorization(secret or token)
         self._lock = threading.Lock()
@@ -103,17 +126,20 @@ class EnvClient:
     def _get(self, path: str, timeout_s: float) -> Any:
         request = urllib.request.Request(self.http + path, headers=self.headers)
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            with self._opener.open(request, timeout=timeout_s) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             if error.code == 401:
                 raise _wants_token(self.http) from error
+            if place := error.headers.get("Location"):
+                message = f"{self.http + path} points to {place}: give that server as --env_address"
+                raise UserError(message) from error
             try:
                 message = json.load(error)["message"]
             except (ValueError, KeyError, TypeError):
                 message = f"{self.http + path} answers {error.code}: is it our server?"
             raise UserError(message) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(
                 f"no environment server answers at {self.http} ({error}); start one with "
                 "python -m experiments.serve_env, or leave out --env_address"
@@ -217,6 +243,7 @@ class Session:
                     ping_interval=None,
                     max_size=_LONGEST_MESSAGE,
                     additional_headers=self._client.headers,
+                    **({"proxy": None} if self._client.near else {}),
                 )
                 return self._connection
             except InvalidURI as error:

@@ -382,7 +382,7 @@ class TextWire(Wire):
             )
         text = "" if shown[field] is None else shown[field]
         try:
-            done = boundary.flag("done", data.get("done") or False)
+            done = boundary.flag("done", data.get("done", shown.get("done")) or False)
         except ValueError as error:
             raise _user_error(f"the environment answered, and {error}") from error
         if first and done:
@@ -390,7 +390,7 @@ class TextWire(Wire):
                 f"the environment ended task {first!r} at its reset, before anything was played: "
                 "an episode begins with done=false"
             )
-        reward = self._reward(data.get("reward"), shown, done)
+        reward = self._reward(data.get("reward", shown.get("reward")), shown, done)
         now = Observation(
             text=text if isinstance(text, str) else json.dumps(text),
             reward=reward,

@@ -74,6 +74,7 @@ def test_a_reset_only_begins():
         ((name for name in ()), "is empty"),
         ("train", "gives 'train': it must be a sequence"),
         (None, "gives None: it must be a sequence"),
+        ({"a": 1}, "gives {'a': 1}: it must be a sequence"),
         (["a\ud83d"], "UTF-8 can write"),
         ([""], "1 to 1000 characters"),
         (["x" * 1001], "1 to 1000 characters"),
@@ -87,6 +88,7 @@ def test_names_are_texts_each_once(given, message):
 def test_names_of_any_sequence_of_texts():
     assert boundary.names("x", np.array(["a", "b"]), "task") == ["a", "b"]
     assert all(type(name) is str for name in boundary.names("x", np.array(["a"]), "task"))
+    assert boundary.names("x", {"b", "c", "a"}, "task") == ["a", "b", "c"]
     assert boundary.names("x", (f"t{i}" for i in range(3)), "task") == ["t0", "t1", "t2"]
 
 

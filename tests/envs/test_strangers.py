@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import http.server
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -199,6 +201,49 @@ def test_a_token_that_others_can_read_is_told(tmp_path, capsys, monkeypatch):
     file.chmod(0o644)
     assert read_token(str(file))
     assert f"chmod 600 {file}" in capsys.readouterr().err
+
+
+class _Elsewhere(http.server.BaseHTTPRequestHandler):
+    """Sends everybody to another place, and notes what they bring there."""
+
+    brought: list[str | None] = []
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/there"):
+            self.brought.append(self.headers.get("Authorization"))
+        self.send_response(302)
+        self.send_header("Location", "/there")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_token_is_not_carried_elsewhere():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        client = EnvClient(f"http://127.0.0.1:{elsewhere.server_port}", token="x" * 20, wait_s=0)
+        with pytest.raises(UserError, match="points to /there: give that server as --env_address"):
+            client.tasks("train")
+        elsewhere.shutdown()
+    assert not _Elsewhere.brought
+
+
+def test_a_server_of_this_machine_is_behind_no_proxy(server, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "ws_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    client = server.client(wait_s=0)
+    assert client.tasks("train")
+    with client.session() as session:
+        assert session.reset("train_0", "train").text
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:x", "http://[::1", "http://127.0.0.1:1 2"])
+def test_an_address_that_is_none(address):
+    with pytest.raises(UserError, match="env_address|no environment server"):
+        EnvClient(address, wait_s=0).tasks("train")
 
 
 # --- connections ----------------------------------------------------------------------------------

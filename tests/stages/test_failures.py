@@ -101,6 +101,16 @@ def test_a_breach_stops_the_stage_at_once(tmp_path):
     assert not (tmp_path / "out" / failures.FAILURES).exists()
 
 
+def test_a_torn_line_of_failures_is_cut_off(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / failures.FAILURES).write_text('{"task": "train_1", "se')
+    assert failures.count(out, set()) == (0, 0)
+    with pytest.raises(UserError, match="failed 3 of 3"):
+        _explored(tmp_path, "Broken")
+    assert failures.count(out, set()) == (3, 0)
+
+
 def test_a_file_of_failures_that_is_none(tmp_path):
     (tmp_path / failures.FAILURES).write_text('{"task": "a"}\n')
     with pytest.raises(UserError, match="failures.jsonl:1: no record of a failed episode"):
