@@ -15,10 +15,13 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
+from pydantic import Field
 
+from spa_jax import schema
 from spa_jax.errors import UserError
 
 Key = tuple[str, int, int]
@@ -38,13 +41,15 @@ class Branch:
       status: how it ended, `trajectory.Status`.
     """
 
-    task: str
-    seed: int
-    attempt: int
-    step: int
-    branch: int
-    final_reward: float
-    status: str
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    task: schema.Text
+    seed: Annotated[int, Field(strict=True)]
+    attempt: schema.Count
+    step: schema.Count
+    branch: schema.Count
+    final_reward: schema.Share
+    status: schema.Text
 
     @property
     def key(self) -> tuple[str, int, int, int, int]:
@@ -145,8 +150,8 @@ def read_branches(path: pathlib.Path) -> list[Branch]:
     found: dict[tuple, Branch] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            branch = Branch(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            branch = schema.check(Branch, json.loads(line), "a field")
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}:{number}: not a branch ({error}); delete the line to play it again"
             ) from error
