@@ -278,8 +278,7 @@ class RowsConfig(Checked):
 
     max_skipped_share: float = setting(
         0.1,
-        "An update whose gradients are not finite is skipped. A training stage in which more than "
-        "this share of the updates is skipped stops with an error.",
+        "An update is skipped if its gradients are not finite; more than this share ends a stage.",
         minimum=0,
         maximum=1,
         operational=True,
@@ -288,10 +287,8 @@ class RowsConfig(Checked):
     def check(self) -> None:
         """Refuses rows that cannot hold what they should, and a mesh that nothing would use."""
         if self.policy_slots > self.row_length:
-            raise UserError(
-                f"--policy_slots={self.policy_slots} exceeds --row_length={self.row_length}; "
-                "give fewer, or longer rows"
-            )
+            slots, length = self.policy_slots, self.row_length
+            raise UserError(f"--policy_slots={slots} exceeds --row_length={length}; give fewer")
         if self.row_buckets > self.row_length:
             raise UserError(f"--row_buckets={self.row_buckets} must be in 1 to --row_length")
         if self.mesh and self.partition != "mesh":
