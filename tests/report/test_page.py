@@ -215,7 +215,7 @@ def test_hostile_text_stays_text(tmp_path):
     assert not [tag for tag, _ in page.elements if tag in ("script", "img")]
     # It is there to be read, as it was written; nothing inside it was evaluated.
     assert "<script>alert('owned')</script>" in page.words
-    assert "{{ 7 * 7 }} &amp; \"quoted\" 'single' ?" in page.words
+    assert "{{ 7 * 7 }} &amp; \"quoted\" 'single' \ufffd" in page.words
 
 
 @pytest.mark.parametrize("keep", ["demos", "sft", "iteration_0", "eval"])
