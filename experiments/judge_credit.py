@@ -30,7 +30,9 @@ def main(run: Run) -> None:
     print(
         f"\n{len(judged.told)} episodes of {split}, {steps} steps, {flags.FLAGS.branches} branches "
         f"from before each. {judged.reliability:.0%} of the advantages' variance is no noise of "
-        f"the branches.\n\n{branching.table(judged.figures)}\n"
+        f"the branches. {judged.decided_at_start:.0%} of the outcome's variance is settled by the "
+        "game, before the first step: no credit of steps is about that part.\n\n"
+        f"{branching.table(judged.figures)}\n"
     )
     figures = judged.figures.get("estimator", {})
     shown = ("subgoal_auc", "subgoal_auc_within", "first_step_share", "step_correlation")
@@ -38,7 +40,8 @@ def main(run: Run) -> None:
     print(
         f"RESULT episodes={len(judged.told)} steps={steps} "
         + " ".join(f"{name}={value:.4f}" for name, value in said.items())
-        + f" reliability={judged.reliability:.4f} seconds={time.time() - started:.1f}"
+        + f" reliability={judged.reliability:.4f} decided_at_start={judged.decided_at_start:.4f}"
+        f" seconds={time.time() - started:.1f}"
     )
 
 

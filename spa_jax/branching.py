@@ -46,11 +46,13 @@ class Judged:
     Attributes:
       told: the truth of each chosen episode's steps, by its key.
       reliability: see `truth.reliability`.
+      decided_at_start: see `truth.decided_at_start`.
       figures: whose credit -> `judging.judge` of it.
     """
 
     told: Mapping[Key, Sequence[StepTruth]]
     reliability: float
+    decided_at_start: float
     figures: Figures
 
 
@@ -101,7 +103,7 @@ def run(run: Run, *, split: str, episodes: int, branches: int) -> Judged:
     files.write_json(run.credits, {"evaluation": name, "credits": figures})
     if name == BASE and _ESTIMATOR in figures:
         files.write_json(run.estimator, method.judge_estimator(run))
-    return Judged(told, content["reliability"], figures)
+    return Judged(told, content["reliability"], content["decided_at_start"], figures)
 
 
 def _check(run: Run, branches: int) -> None:

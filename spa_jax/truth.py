@@ -118,15 +118,48 @@ def reliability(episodes: Sequence[Sequence[StepTruth]]) -> float:
     return max(0.0, 1.0 - noise / spread)
 
 
-def to_json(told: Mapping[Key, Sequence[StepTruth]], **about: Any) -> dict[str, Any]:
+def decided_at_start(episodes: Sequence[Sequence[StepTruth]], branches: int) -> float:
+    """The share of the outcome's variance that is settled before the first step: by the game.
+
+        between = Var(V_0) - mean(se(V_0)^2)        over episodes
+        within  = mean(K se(V_0)^2)                 over the K branches of one start
+        share   = between / (between + within)
+
+    The intraclass correlation of the final rewards, with the branches' noise taken off.  What is
+    left, 1 - share, is all that credit for steps can be about: under a policy that wins some games
+    always and the others never, every step's true advantage is 0.  Source: the one-way random
+    effects model, Shrout and Fleiss 1979, ICC(1).
+
+    Args:
+      episodes: the truth of each; at least two of other games.
+      branches: K.
+
+    Returns:
+      In [0, 1]; nan for fewer than two episodes, or if all ended alike.
+    """
+    starts = [steps[0] for steps in episodes if steps]
+    if len(starts) < 2:
+        return float("nan")
+    noise = float(np.mean([start.value_error**2 for start in starts]))
+    between = max(0.0, float(np.var([start.value for start in starts], ddof=1)) - noise)
+    every = between + branches * noise
+    return between / every if every else float("nan")
+
+
+def to_json(
+    told: Mapping[Key, Sequence[StepTruth]], *, branches: int, **about: Any
+) -> dict[str, Any]:
     """The content of truth.json.
 
     Args:
       told: the truth of each episode, by its key.
+      branches: from before each step.
       **about: what else is to be said of them; `evaluation` names the folder of the episodes.
     """
     return about | {
+        "branches": branches,
         "reliability": reliability(list(told.values())),
+        "decided_at_start": decided_at_start(list(told.values()), branches),
         "truth": [
             {
                 "task": task,

@@ -80,7 +80,7 @@ def test_advantages_are_what_the_branches_say(judged):
         starts += rewards[0]
     assert 0.2 < np.mean(starts) < 0.8  # two heads of three coins
     assert min(opened) > -0.3 and max(shut) < 0.3 and np.mean(opened) - np.mean(shut) > 0.3
-    assert 0.3 < found.reliability < 1
+    assert 0.3 < found.reliability < 1 and 0 <= found.decided_at_start < 1
 
 
 def test_credits_are_judged_and_kept(judged, tmp_path):

@@ -54,10 +54,24 @@ def test_advantages_are_of_one_evaluation_alone(tmp_path):
     path = tmp_path / "truth.json"
     assert truth.read_advantages(path, "sft") == {}
     told = {("t", 0, 1): truth.estimate(np.array([[0.0, 1.0], [1.0, 1.0]]), 1.0)}
-    path.write_text(json.dumps(truth.to_json(told, evaluation="sft")))
+    path.write_text(json.dumps(truth.to_json(told, evaluation="sft", branches=2)))
     found = truth.read_advantages(path, "sft")
     assert found.keys() == told.keys() and found["t", 0, 1].tolist() == [0.5, 0.0]
     assert truth.read_advantages(path, "spa") == {}
     path.write_text("{}")
     with pytest.raises(UserError, match="not the truth of an evaluation"):
         truth.read_advantages(path, "sft")
+
+
+def test_what_the_game_decides_by_hand():
+    """Games that are won always or never, or none of which is like another: all, or nothing."""
+    def starts(*values):
+        return [truth.estimate(np.array([rewards]), 1.0) for rewards in values]
+
+    assert truth.decided_at_start(starts([1, 1], [0, 0], [1, 1]), 2) == 1.0
+    # V 1/2, 1/2: se^2 = 0.5 / 2, between max(0, 0 - 0.25), within 2 * 0.25.
+    assert truth.decided_at_start(starts([1, 0], [0, 1]), 2) == 0.0
+    # V 1, 1/2, 0: Var 1/4, mean se^2 = 0.25 / 3, between 1/6, within 1/6.
+    assert truth.decided_at_start(starts([1, 1], [1, 0], [0, 0]), 2) == pytest.approx(0.5)
+    assert np.isnan(truth.decided_at_start(starts([1, 0]), 2))
+    assert np.isnan(truth.decided_at_start(starts([1, 1], [1, 1]), 2))

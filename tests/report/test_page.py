@@ -174,7 +174,7 @@ def test_true_advantages_are_shown_for_the_episodes_that_they_are_of(tmp_path):
     rewards = {t.key: rng.integers(0, 2, (len(t.steps), 8)).astype(float) for t in base}
     told = {t.key: truth.estimate(rewards[t.key], t.final_reward) for t in base}
     run = run_lib.at(tmp_path)
-    files.write_json(run.advantages, truth.to_json(told, evaluation="sft"))
+    files.write_json(run.advantages, truth.to_json(told, evaluation="sft", branches=4))
     advantages = truth.read_advantages(run.advantages, "sft")
     every = store.read(tmp_path / "eval" / "sft" / "trajectories.jsonl")
     found = judging.judge_episodes(every, judging.contributions(every), advantages)
