@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from spa_jax import chat, importers, policy, store, tokenizer
+from spa_jax import chat, chat_template, importers, policy, store, tokenizer
 from spa_jax.errors import UserError
 from spa_jax.models.io import gguf, huggingface, peft
 from spa_jax.models.names import MATRICES
@@ -337,12 +337,13 @@ def _fuzz(name, folder, *, times, **settings):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_mutated_file_is_read_or_refused_in_one_line(name, folder, monkeypatch):
-    monkeypatch.setattr(chat, "_SECONDS", 0.2)  # else most of the time goes into endless templates
+    # Else most of the time goes into endless templates.
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.2)
     _fuzz(name, folder, times=1, derandomize=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_many_mutated_files_are_read_or_refused_in_one_line(name, folder, monkeypatch):
-    monkeypatch.setattr(chat, "_SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.5)
     _fuzz(name, folder, times=LONGER)

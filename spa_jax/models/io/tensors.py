@@ -90,16 +90,16 @@ def save_heads(folder: str | os.PathLike[str], heads: Mapping[str, Params]) -> N
     if any((path.parent / name).exists() for name in ("config.json", "adapter_config.json")):
         path.unlink(missing_ok=True)  # of before
         path = path.parent / _OWN / HEADS
-        path.parent.mkdir(exist_ok=True)
     flat = jax.tree_util.tree_flatten_with_path(dict(heads))[0]
     tensors = {}
     for keys, leaf in flat:
         array = np.asarray(leaf)
         name = "/".join(str(key.key) for key in keys)
         tensors[name] = (array.shape, array.dtype, lambda array=array: array)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = pathlib.Path(folder) / f".{HEADS}.{uuid.uuid4().hex}.tmp"
     try:
         write_safetensors(temporary, tensors)
+        path.parent.mkdir(exist_ok=True)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
