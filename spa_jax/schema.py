@@ -63,14 +63,15 @@ def check(schema: type[T], value: Any, where: object) -> T:
         raise UserError(f"{where}: {said(error)}") from error
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """A text of a file as a message shows it: in one line."""
     return text if text.isprintable() else repr(text)[1:-1]
 
 
 def said(error: pydantic.ValidationError) -> str:
     """The first breach in one line: the field, its value, and what it may be."""
     first = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(_printable(str(part)) for part in first["loc"])
+    field = ".".join(printable(str(part)) for part in first["loc"])
     if first["type"] == "missing":
         return f"{field} is missing"
     reason = first["msg"].removeprefix("Value error, ")
