@@ -122,8 +122,9 @@ def read(path: pathlib.Path) -> AdapterConfig:
     for name, value in raw.items():
         if name not in known and value not in (None, False, [], {}, ""):
             raise UserError(
-                f"{path}: {schema.printable(name)}={value!r} is not understood here (plain LoRA is); merge the "
-                "adapter into its base with PEFT's merge_and_unload(), and give the merged folder"
+                f"{path}: {schema.printable(name)}={value!r} is not understood here (plain LoRA "
+                "is); merge the adapter into its base with PEFT's merge_and_unload(), and give the "
+                "merged folder"
             )
     given = {name: raw[name] for name in AdapterConfig.model_fields if name in raw}
     try:
