@@ -44,24 +44,22 @@ def of(
         return np.asarray(prm4a.process_credit(q, first, scores.step_mask))
     if kind == "branching":
         assert branches is not None
-        returns, count = _table(trajectories, branches, scores.step_mask.shape)
+        returns = _returns(trajectories, branches, scores.step_mask.shape)
+        count = np.full(scores.step_mask.shape, returns.shape[-1])
         final = np.array([t.final_reward for t in trajectories], np.float32)
         given, _ = branching.branching_credit(returns, count, final, scores.step_mask)
         return np.asarray(given)
     return None
 
 
-def _table(
+def _returns(
     trajectories: Sequence[Trajectory], branches: Mapping[Key, np.ndarray], shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """([N, S, K] final rewards of branches, [N, S] how many: K where a step is, else 0)."""
-    most = max(branches[t.key].shape[1] for t in trajectories)
-    returns, count = np.zeros((*shape, most), np.float32), np.zeros(shape, np.int32)
+) -> np.ndarray:
+    """[N, S, K] final rewards of the branches from before each step; 0 where there is none."""
+    table = np.zeros((*shape, branches[trajectories[0].key].shape[1]), np.float32)
     for i, t in enumerate(trajectories):
-        found = branches[t.key]
-        returns[i, : len(found), : found.shape[1]] = found
-        count[i, : len(found)] = found.shape[1]
-    return returns, count
+        table[i, : len(t.steps)] = branches[t.key]
+    return table
 
 
 def progress_of(trajectories: Sequence[Trajectory]) -> np.ndarray:

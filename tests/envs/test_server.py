@@ -68,7 +68,7 @@ def test_it_is_healthy_and_ends_with_its_block(games: Path) -> None:
     with LocalServer(ServerConfig(str(games))) as server:
         server.client().health()
         pid = server.pid
-    assert _gone(pid, 5)
+    assert _gone(pid, 0.5)
 
 
 def test_an_episode(client: EnvClient) -> None:
