@@ -166,7 +166,7 @@ def pack(
     shared = _common_prefix(items) if share_prefix else 0
     prefix = items[0].tokens[:shared] if items else np.zeros(0, np.int32)
     bins = _first_fit_decreasing([item.after(shared) for item in items], limits - [shared, 0, 0])
-    rows = _empty(max(1, len(bins)), row_length, policy_slots, step_slots)
+    rows = empty(max(1, len(bins)), row_length, policy_slots, step_slots)
     for r, members in enumerate(bins):
         rows.tokens[r, :shared] = prefix
         rows.positions[r, :shared] = np.arange(shared)
@@ -270,7 +270,7 @@ def _first_fit_decreasing(items: list[_Item], limits: np.ndarray) -> list[list[_
     return bins
 
 
-def _empty(num_rows: int, length: int, policy_slots: int, step_slots: int) -> PackedRows:
+def empty(num_rows: int, length: int, policy_slots: int, step_slots: int) -> PackedRows:
     """Rows of padding only."""
     widths = dict.fromkeys(_BY_COLUMN, length) | dict.fromkeys(_BY_TOKEN_SLOT, policy_slots)
     floats = ("token_mask", "log_probs", "ref_log_probs", "step_mask")
@@ -456,7 +456,7 @@ def microbatches(
         part = {name: np.asarray(getattr(rows, name))[start : start + count] for name in names}
         missing = count - len(part["tokens"])
         if missing:
-            fill = _empty(missing, *shape)
+            fill = empty(missing, *shape)
             part = {name: np.concatenate([part[name], getattr(fill, name)]) for name in names}
         if buckets > 1:
             columns, slots, _ = shape

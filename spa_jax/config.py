@@ -271,8 +271,9 @@ class RowsConfig(Checked):
     )
     mesh: str = setting(
         "",
-        "data:A,fsdp:B with --partition=mesh: A x B devices share a batch, B of them each "
-        "parameter; empty: all devices share the batch, and each holds whole parameters.",
+        "data:A,fsdp:B,tensor:C with --partition=mesh: A x B devices share a batch, B x C of them "
+        "each parameter, and C the work on a row; an axis that is not named is 1. Empty: all "
+        "devices share the batch, and each holds whole parameters.",
         operational=True,
     )
 
@@ -457,11 +458,11 @@ def fit_attention(compute: ComputeConfig, rows: RowsConfig) -> ComputeConfig:
     Raises:
       UserError: names the flags, and says why.
     """
-    kernel, mesh = compute.attention, rows.partition == "mesh"
-    if kernel == "auto" and mesh:
+    kernel, cut = compute.attention, rows.partition == "mesh" and "tensor" in rows.mesh
+    if kernel == "auto" and cut:
         return dataclasses.replace(compute, attention="xla")
-    if kernel in ("native", "splash") and mesh:
-        wrong = "--partition=mesh", "XLA cannot cut it over a mesh; give --partition=pmap"
+    if kernel in ("native", "splash") and cut:
+        wrong = f"--mesh={rows.mesh}", "XLA cannot cut it over tensor; leave that axis out"
     elif kernel == "splash" and rows.share_prefix:
         wrong = "--share_prefix", "it has no segment that all others see; give --noshare_prefix"
     elif kernel == "splash" and rows.row_length % 128:

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.batching import SHARED
-from spa_jax.models import tree
+from spa_jax.models import axes, tree
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.models.kernels import attention, products
 from spa_jax.models.kernels.attention import LayerCache
@@ -88,12 +88,16 @@ class Decoder(nn.Module):
 
 def _block(config: ModelConfig) -> type[nn.Module]:
     """The layer that is scanned in training; it keeps what `--remat` says."""
-    remat = config.compute.remat
+    remat, block = config.compute.remat, Block
+    if axes.is_gathering():
+        # Inside what is done again in the backward pass: no whole layer is kept for it.
+        whole = functools.partial(axes.gather, dtype=config.dtype)
+        block = nn.map_variables(Block, "params", trans_in_fn=whole)
     if remat == "none":
-        return Block
+        return block
     policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
     # Inside a scan nothing can be taken for common with the forward pass.
-    return nn.remat(Block, prevent_cse=False, policy=policy)
+    return nn.remat(block, prevent_cse=False, policy=policy)
 
 
 def packed_mask(segment_ids: jax.Array) -> jax.Array:

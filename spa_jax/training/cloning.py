@@ -9,7 +9,7 @@ import numpy as np
 
 from spa_jax import batching
 from spa_jax.config import RowsConfig
-from spa_jax.models.config import ModelConfig, Params
+from spa_jax.models.config import ModelConfig
 from spa_jax.runtime import distributed
 from spa_jax.stage_config import SftConfig
 from spa_jax.training import metrics, partition, schedule, scoring, sft_update
@@ -57,23 +57,14 @@ def clone(
     loss_fn = parts.on_parts(sft_update.make_loss(config))
     trainer = partition.make(rows, loss_fn, optimizer, frozen=frozen)
     evaluate = trainer.forward(parts.on_parts(sft_update.make_nll(config)))
-    layers = partition.gather_layers(trainer, frozen)
     data, held_out = (
-        Demonstrations(
-            trajectories,
-            rows=rows,
-            config=config,
-            layers=layers,
-            devices=trainer.devices,
-            title=title,
-        )
+        Demonstrations(trajectories, rows=rows, config=config, trainer=trainer, title=title)
         for trajectories, title in ((train, "frozen layers"), (valid, "frozen layers, held-out"))
     )
-    del layers  # a whole copy of them, on a mesh: its memory is needed for training
     loop = Loop(
         out,
         trainer=trainer,
-        state=state_lib.create(parts.trained, optimizer),
+        params=parts.trained,
         every=sft.checkpoint_every,
         max_skipped_share=rows.max_skipped_share,
     )
@@ -142,8 +133,7 @@ class Demonstrations:
         *,
         rows: RowsConfig,
         config: ModelConfig,
-        layers: Params,
-        devices: int,
+        trainer: partition.Trainer,
         title: str,
     ) -> None:
         """Computes what the frozen layers say, if there are any.
@@ -152,16 +142,13 @@ class Demonstrations:
           trajectories: N encoded demonstrations.
           rows: the static shape.
           config: the model's shape.
-          layers: {"policy": the frozen part} if layers are frozen, replicated over `devices`.
-          devices: how many devices share an update, of all processes.
+          trainer: makes the updates.
           title: of the progress bar.
         """
         self.trajectories = trajectories
         self._rows = rows
-        self._devices = devices
-        self._lower_states = scoring.lower_states(
-            config, layers, trajectories, rows, devices=devices, title=title
-        )
+        self._devices = trainer.devices
+        self._lower_states = scoring.lower_states(config, trainer, trajectories, rows, title=title)
 
     def batches(
         self, chosen: Sequence[int] | np.ndarray

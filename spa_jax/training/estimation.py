@@ -66,7 +66,7 @@ def estimate(
     loop = Loop(
         out,
         trainer=trainer,
-        state=state_lib.create({"progress": params} | trunk.trained, optimizer),
+        params={"progress": params} | trunk.trained,
         carry={"epoch": np.zeros(2)},  # squared error and episodes of the epoch so far
         every=max(1, progress.epochs // 2) * per_epoch,
         max_skipped_share=max_skipped_share,

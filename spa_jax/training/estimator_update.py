@@ -275,7 +275,7 @@ def trunk_loss(
       The loss of these rows and the sum "squared_error".
     """
     rows, progress = batch.rows, params["progress"]
-    hidden = forward.rows_hidden(config, forward.with_frozen(params, frozen), rows)
+    hidden = forward.rows_hidden(config, forward.with_frozen(config, params, frozen), rows)
     read = rows.end_index if kind_of(progress) == PAPER else rows.answer_index
     number = rows.step_trajectory
     slots = number.shape[1]

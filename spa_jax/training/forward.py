@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.batching import PackedRows
-from spa_jax.models import heads, transformer
+from spa_jax.models import axes, heads, transformer
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.rl import losses
 
@@ -28,18 +28,18 @@ def rows_hidden(
 
 def rows_lower_states(config: ModelConfig, frozen: Params, rows: PackedRows) -> jax.Array:
     """[R, L, D] hidden states of packed rows after the frozen layers {"policy": ...}."""
-    return transformer.lower_states(
-        config, frozen["policy"], rows.tokens, rows.positions, rows.segment_ids
-    )
+    policy = axes.whole(frozen["policy"], config.dtype)
+    return transformer.lower_states(config, policy, rows.tokens, rows.positions, rows.segment_ids)
 
 
-def with_frozen(params: Params, frozen: Params) -> Params:
+def with_frozen(config: ModelConfig, params: Params, frozen: Params) -> Params:
     """The policy's tree that a forward pass from `lower_states` reads.
 
     It holds every trained entry, and the frozen entries without a trained one of the same name.
     With frozen lower layers, `layers` and `norm` are the trained ones and `embed` is frozen.
+    On a mesh all of it but the layers is whole.
     """
-    return {**frozen.get("policy", {}), **params["policy"]}
+    return axes.whole({**frozen.get("policy", {}), **params["policy"]}, config.dtype)
 
 
 def at(hidden: jax.Array, index: jax.Array) -> jax.Array:
@@ -152,7 +152,7 @@ def score(
       model's dtype, lower_states [R, L, D].
     """
     lower = {"lower_states": rows_lower_states(config, frozen, rows)} if frozen else {}
-    policy = with_frozen(params, frozen or {})
+    policy = with_frozen(config, params, frozen or {})
     hidden = rows_hidden(config, policy, rows, **lower)
     log_probs, _ = policy_terms(config, policy, hidden, rows, temperature)
     value_hidden = at(hidden, rows.value_index).astype(jnp.float32)

@@ -12,20 +12,24 @@ in its step, before the line is written.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import tqdm
 
 from spa_jax import run as run_lib
 from spa_jax.errors import UserError
 from spa_jax.runtime import distributed, preemption
 from spa_jax.training import partition
+from spa_jax.training import state as state_lib
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.metrics import MetricsWriter
-from spa_jax.training.state import TrainState
+from spa_jax.training.state import Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Loop:
         folder: pathlib.Path,
         *,
         trainer: partition.Trainer,
-        state: TrainState,
+        params: Params,
         carry: Mapping[str, Any] | None = None,
         every: int,
         max_skipped_share: float,
@@ -125,7 +129,7 @@ class Loop:
         Args:
           folder: the stage's: gets metrics.jsonl and checkpoints.
           trainer: makes the updates.
-          state: before the first one, on the host.
+          params: what is trained, before the first one, on the host.
           carry: host arrays by name that the stage carries from update to update beside the
             state; they are in its checkpoints.
           every: updates between checkpoints; 0: only when the stage is stopped.
@@ -138,17 +142,22 @@ class Loop:
         self._trainer = trainer
         self._carries = bool(carry)
         self._checkpoints = Checkpoints(run_lib.checkpoints(folder), every=every)
-        saved = self._checkpoints.restore(self._tree(state, carry or {}))
-        if saved is not None:
-            state = saved["state"] if self._carries else saved
+        saved = self._checkpoints.restore(self._tree(_template(trainer, params), carry or {}))
+        start = skipped = 0
+        if saved is None:
+            state = trainer.create(params)
+        else:
+            restored = saved["state"] if self._carries else saved
+            start, skipped = int(restored.update), int(restored.skipped)
+            state = trainer.replicate(restored)
         self._carry = {
             name: saved[name] if saved else value for name, value in (carry or {}).items()
         }
-        self.start = int(state.update)
-        self._skipped = Skipped(max_skipped_share, int(state.skipped))
+        self.start = start
+        self._skipped = Skipped(max_skipped_share, skipped)
         self._writer = MetricsWriter(folder, enabled=distributed.is_first())
         self._writer.truncate_after(self.start)
-        self._state = trainer.replicate(state)
+        self._state = state
 
     def run(self, step: Step, *, total: int, title: str, end: int | None = None) -> TrainState:
         """Makes the updates that are missing.
@@ -202,3 +211,9 @@ class Loop:
     def _tree(self, state: TrainState, carry: Mapping[str, Any]) -> Any:
         """What a checkpoint holds."""
         return {"state": state, **carry} if self._carries else state
+
+
+def _template(trainer: partition.Trainer, params: Params) -> TrainState:
+    """The state's shape, on the host: zeros, which take no memory before they are written."""
+    make = functools.partial(state_lib.create, optimizer=trainer.optimizer)
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(make, params))

@@ -11,17 +11,18 @@ frees and reuses; a tenth more or less than its own analysis is to be expected
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from spa_jax.config import LoraConfig, Remat, RowsConfig, SamplingConfig
+from spa_jax.models import axes, transformer, tree
 from spa_jax.models import lora as lora_lib
-from spa_jax.models import transformer, tree
 from spa_jax.models.config import ModelConfig, Params
+from spa_jax.stage_config import ProgressConfig
 from spa_jax.training import forward as forward_lib
-from spa_jax.training import partition
 
 _FLOAT32 = 4  # bytes
 _MOMENTS = 2  # of AdamW
@@ -68,6 +69,7 @@ def update(
     *,
     train_layers: int = 0,
     fsdp: int = 1,
+    tensor: int = 1,
     averaged: bool = False,
 ) -> Need:
     """An update of SFT, of PPO, or of an estimator with adapters.
@@ -77,7 +79,8 @@ def update(
       rows: the static shape of a microbatch.
       lora: adapters; rank 0: none.
       train_layers: as in `tree.split`; 0: all.
-      fsdp: how many devices share each parameter (1 under pmap).
+      fsdp: how many devices share rows and each parameter (1 under pmap).
+      tensor: how many share a row's work and each parameter.
       averaged: whether there is an average of the weights too (`state.averaged`).
 
     Raises:
@@ -92,22 +95,31 @@ def update(
     # What is not saved is made again, one layer's at a time.
     saved += layer_bytes(config, rows, "none") - layer_bytes(config, rows, compute.remat)
     chunk = forward_lib.projected_at_once(compute.logits_chunk, rows.slots)
-    count = functools.partial(_elements, fsdp=fsdp)
+    count = functools.partial(_elements, fsdp=fsdp, tensor=tensor)
     return Need(
         parameters=count(trained) * param + count(frozen) * _width(config),
         gradients=count(trained) * (_FLOAT32 + param),
         optimizer=count(trained) * (_MOMENTS + averaged) * _FLOAT32,
-        gathered=_gathered(config, trained, lora) if fsdp > 1 else 0.0,
+        gathered=_gathered(config, lora, tensor) if fsdp > 1 else 0.0,
         activations=saved,
         logits=_LOGITS_UPDATE * chunk * config.vocab_size * _FLOAT32,
     )
 
 
-def forward(config: ModelConfig, rows: RowsConfig) -> Need:
-    """The pass over episodes that the estimator, annotation and the critic read; all weights."""
+def forward(config: ModelConfig, rows: RowsConfig, *, fsdp: int = 1, tensor: int = 1) -> Need:
+    """The pass over episodes that the estimator, annotation and the critic read.
+
+    Args:
+      config: the model, as it is computed.
+      rows: the static shape of a batch.
+      fsdp: as in `update`.
+      tensor: as in `update`.
+    """
+    every = shapes(config)
     chunk = forward_lib.projected_at_once(config.compute.logits_chunk, rows.slots)
     return Need(
-        parameters=_elements(shapes(config)) * _FLOAT32,
+        parameters=_elements(every, fsdp=fsdp, tensor=tensor) * _width(config),
+        gathered=_gathered_forward(config, tensor) if fsdp > 1 else 0.0,
         activations=layer_bytes(config, rows),
         logits=_LOGITS_FORWARD * chunk * config.vocab_size * _FLOAT32,
     )
@@ -181,20 +193,66 @@ def split(config: ModelConfig, lora: LoraConfig, train_layers: int) -> tuple[Par
 
 def shapes(config: ModelConfig) -> Params:
     """The parameters' shapes; nothing is allocated."""
-    return jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
+    # Kernels take only rows of their own lengths, and the shapes do not depend on them.
+    compute = dataclasses.replace(config.compute, attention="xla")
+    plain = dataclasses.replace(config, compute=compute)
+    return jax.eval_shape(functools.partial(transformer.init, plain), jax.random.key(0))
 
 
 def _ids(rows: int, length: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
 
-def _elements(tree: Params, fsdp: int = 1) -> float:
-    """Numbers a device of a tree that `fsdp` devices share as `partition.Mesh` cuts it."""
-    total = 0.0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        is_cut = partition.cut_axis(path, leaf.shape, fsdp) is not None
-        total += leaf.size / (fsdp if is_cut else 1)
-    return total
+def estimator(config: ModelConfig, progress: ProgressConfig, *, steps: int, episodes: int) -> Need:
+    """An update of heads on hidden states that were computed before; all is float32.
+
+    Args:
+      config: the model.
+      progress: the heads.
+      steps: of an episode.
+      episodes: a device's of an update.
+    """
+    heads_of = {"paper": 1, "value": 1, "answer": 2}[progress.estimator]
+    members = 1 if progress.estimator == "paper" else progress.heads
+    units = config.hidden_size * (progress.width + 2)
+    parameters = float(_FLOAT32 * heads_of * members * units)
+    states = _FLOAT32 * episodes * (steps + 1) * config.hidden_size
+    return Need(
+        parameters=parameters,
+        gradients=2 * parameters,
+        optimizer=_MOMENTS * parameters,
+        # Each head standardises them, and keeps that for its gradient.
+        activations=float(states * (1 + 2 * heads_of * members)),
+    )
+
+
+def layer_matrices(config: ModelConfig) -> int:
+    """Numbers in the matrices of all layers: what a token is multiplied with, but for the logits."""
+    layers = jax.tree.leaves(shapes(config)["layers"])
+    return sum(leaf.size for leaf in layers if leaf.ndim == 3)
+
+
+def device_bytes(tree: Params, *, fsdp: int = 1, tensor: int = 1) -> float:
+    """Bytes a device of a tree of shapes, cut as in `update`."""
+    sizes = {axes.FSDP: fsdp, axes.TENSOR: tensor}
+    return sum(
+        leaf.size * leaf.dtype.itemsize / _shares(path, leaf, sizes)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    )
+
+
+def _shares(path: tuple, leaf: Any, sizes: dict[str, int]) -> int:
+    """How many devices share a weight."""
+    return math.prod(sizes[axis] for axis in axes.spec(path, leaf.ndim, sizes) if axis)
+
+
+def _elements(tree: Params, fsdp: int = 1, tensor: int = 1) -> float:
+    """Numbers a device of a tree, of as many devices a mesh's axis that cuts weights."""
+    sizes = {axes.FSDP: fsdp, axes.TENSOR: tensor}
+    return sum(
+        leaf.size / _shares(path, leaf, sizes)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    )
 
 
 def _bytes(tree: Any) -> float:
@@ -206,9 +264,14 @@ def _width(config: ModelConfig) -> int:
     return jnp.dtype(config.dtype).itemsize
 
 
-def _gathered(config: ModelConfig, trained: Params, lora: LoraConfig) -> float:
+def _gathered(config: ModelConfig, lora: LoraConfig, tensor: int) -> float:
     """A layer's weights and the embedding, all of them, as a mesh uses them, with gradients."""
+    return _gathered_forward(config, tensor) * (1 if lora.rank else 2)
+
+
+def _gathered_forward(config: ModelConfig, tensor: int) -> float:
+    """A layer's weights and the embedding, all of them, in the dtype that they travel in."""
     every = shapes(config)
-    layer = _elements(every["layers"]) / config.num_layers
-    outside = _elements(every) - _elements(every["layers"])
-    return (layer + outside) * (_width(config) + (0 if lora.rank else _FLOAT32))
+    layers = _elements(every["layers"], tensor=tensor)
+    outside = _elements(every, tensor=tensor) - layers
+    return (layers / config.num_layers + outside) * _width(config)

@@ -78,7 +78,7 @@ class Learner:
         loop = Loop(
             out,
             trainer=trainer,
-            state=state_lib.create(parts.trained | self.head, optimizer),
+            params=parts.trained | self.head,
             every=ppo.checkpoint_every,
             max_skipped_share=self.rows.max_skipped_share,
         )
@@ -151,14 +151,8 @@ class Learner:
         )
         if lower is not None:
             return lower
-        frozen = partition.gather_layers(trainer, parts.frozen_in(config.dtype))
         return scoring.lower_states(
-            config,
-            frozen,
-            self.trajectories,
-            self.rows,
-            devices=trainer.devices,
-            title="frozen layers",
+            config, trainer, self.trajectories, self.rows, title="frozen layers"
         )
 
 

@@ -66,7 +66,7 @@ def ppo_loss(
     Returns:
       The loss of these rows, and sums over tokens or steps.
     """
-    rows, policy = batch.rows, forward.with_frozen(params, frozen)
+    rows, policy = batch.rows, forward.with_frozen(config, params, frozen)
     hidden = forward.rows_hidden(config, policy, rows, batch.lower_states)
     log_probs, entropy = forward.policy_terms(
         config, policy, hidden, rows, temperature, with_entropy=True
@@ -134,7 +134,7 @@ def make_log_probs(config: ModelConfig, temperature: float) -> Callable[..., jax
     def log_probs(
         params: Params, frozen: Params, rows: PackedRows, lower_states: jax.Array | None
     ) -> jax.Array:
-        policy = forward.with_frozen(params, frozen)
+        policy = forward.with_frozen(config, params, frozen)
         hidden = forward.rows_hidden(config, policy, rows, lower_states)
         return forward.policy_terms(config, policy, hidden, rows, temperature)[0]
 
@@ -147,7 +147,7 @@ def make_token_values(config: ModelConfig) -> Callable[..., jax.Array]:
     def values(
         params: Params, frozen: Params, rows: PackedRows, lower_states: jax.Array | None
     ) -> jax.Array:
-        policy = forward.with_frozen(params, frozen)
+        policy = forward.with_frozen(config, params, frozen)
         hidden = forward.rows_hidden(config, policy, rows, lower_states)
         return heads.read(params["value"], forward.at(hidden, rows.token_index))
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from spa_jax import batching
 from spa_jax.chat import ChatFormat, with_final_observation
 from spa_jax.config import RowsConfig
 from spa_jax.errors import UserError
-from spa_jax.models import limits, tree
+from spa_jax.models import axes, limits, tree
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.models.io import pretrained
 from spa_jax.runtime import distributed
@@ -88,17 +88,16 @@ def score(
     """
     read = answered(trajectories, chat, config, rows)
     packed = batching.pack(read, **rows.packing)
-    devices = jax.device_count()
-    run = _compiled(config, temperature)
-    top, lower = tree.split(config, params["policy"], train_layers)
-    replicated = partition.replicate(params | {"policy": top})
-    frozen = partition.replicate({"policy": lower} if lower else {})
+    trainer, run = _compiled(config, temperature, rows.partition, rows.mesh)
+    top, lower = tree.split(config, axes.cast(params["policy"], config.dtype), train_layers)
+    frozen = {"policy": lower} if lower else {}
+    placed = trainer.replicate({"params": params | {"policy": top}, "frozen": frozen})
     names = ["log_probs", *_HIDDEN, "values"] + ["lower_states"] * bool(lower)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     cut = []
-    batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
+    batches = list(batching.microbatches(packed, rows.rows_per_device, trainer.devices))
     for batch in tqdm.tqdm(batches, desc=title, unit="batch", disable=not title):
-        out = run(replicated, batch, frozen)
+        out = run(placed, batch)
         flat = jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), batch)
         cut.append(flat)
         for name in names:
@@ -136,8 +135,18 @@ def answered(
 
 
 @functools.lru_cache(maxsize=4)  # the same function for a model, so that it compiles once
-def _compiled(config: ModelConfig, temperature: float) -> Callable:
-    return partition.pmap_forward(functools.partial(forward.score, config, temperature=temperature))
+def _compiled(
+    config: ModelConfig, temperature: float, kind: Literal["pmap", "mesh"], mesh: str
+) -> tuple[partition.Trainer, Callable]:
+    """Where the weights lie, and the pass: ({"params": ..., "frozen": ...}, rows) -> scores."""
+    trainer = partition.without_loss(RowsConfig(partition=kind, mesh=mesh))
+
+    def score(placed: Params, _: Params, rows: batching.PackedRows) -> dict[str, jax.Array]:
+        return forward.score(
+            config, placed["params"], rows, placed["frozen"], temperature=temperature
+        )
+
+    return trainer, trainer.forward(score)
 
 
 def _by_trajectory(
@@ -168,32 +177,30 @@ def _by_trajectory(
 
 def lower_states(
     config: ModelConfig,
-    frozen: Params,
+    trainer: partition.Trainer,
     trajectories: Sequence[Trajectory],
     rows: RowsConfig,
     *,
-    devices: int,
     title: str,
 ) -> list[np.ndarray] | None:
     """The hidden states of every token after the frozen layers, which no update changes.
 
     Args:
       config: the model's shape.
-      frozen: {"policy": the frozen part} if layers are frozen, replicated over `devices`.
+      trainer: whose `frozen` is {"policy": the frozen part} if layers are frozen.
       trajectories: N encoded trajectories.
       rows: the static shape.
-      devices: how many devices share the work, of all processes.
       title: of the progress bar.
 
     Returns:
       A list of N arrays [T_i, D]; None if nothing is frozen, or there is no trajectory.
     """
-    if not frozen.get("policy") or not trajectories:
+    if not trainer.frozen.get("policy") or not trajectories:
         return None
     packed = batching.pack(trajectories, **rows.packing)
-    run = partition.pmap_forward(functools.partial(forward.rows_lower_states, config), devices)
-    batches = list(batching.microbatches(packed, rows.rows_per_device, devices))
-    parts = [run(frozen, batch) for batch in tqdm.tqdm(batches, desc=title, unit="batch")]
+    run = trainer.forward(lambda _, frozen, batch: forward.rows_lower_states(config, frozen, batch))
+    batches = list(batching.microbatches(packed, rows.rows_per_device, trainer.devices))
+    parts = [run({}, batch) for batch in tqdm.tqdm(batches, desc=title, unit="batch")]
     values = np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
     lengths = [len(t.token_ids) for t in trajectories]
     return batching.gather_tokens(values[: len(packed.tokens)], packed, lengths)

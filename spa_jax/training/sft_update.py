@@ -44,7 +44,7 @@ def sft_loss(
     Returns:
       The loss of these rows and the sum "nll".
     """
-    rows, policy = batch.rows, forward.with_frozen(params, frozen)
+    rows, policy = batch.rows, forward.with_frozen(config, params, frozen)
     hidden = forward.rows_hidden(config, policy, rows, batch.lower_states)
     log_probs, _ = forward.policy_terms(config, policy, hidden, rows, 1.0)
     nll = losses.nll(log_probs, rows.token_mask)

@@ -173,6 +173,7 @@ def accumulate(
     counts: Counts,
     *,
     loss_fn: LossFn,
+    add_up: Callable[[Params, Sums], tuple[Params, Sums]] = lambda grads, sums: (grads, sums),
 ) -> tuple[Params, Sums]:
     """Adds one microbatch's gradients and sums to those before it.
 
@@ -183,14 +184,16 @@ def accumulate(
       batch: the microbatch, of the loss's own kind.
       counts: the update's global counts.
       loss_fn: the loss.
+      add_up: makes a microbatch's of one device's, where several have rows of their own.
 
     Returns:
       (gradients, sums) with this microbatch's.
     """
     grads, sums = totals
     gradient, new_sums = jax.grad(loss_fn, has_aux=True)(params, frozen, batch, counts)
+    gradient, new_sums = add_up(gradient, dict(new_sums))
     grads = jax.tree.map(lambda total, g: total + g.astype(total.dtype), grads, gradient)
-    return grads, jax.tree.map(jnp.add, sums, dict(new_sums))
+    return grads, jax.tree.map(jnp.add, sums, new_sums)
 
 
 def apply(

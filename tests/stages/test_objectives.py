@@ -208,10 +208,9 @@ def test_states_of_frozen_layers_are_kept_in_bfloat16_too(policy, tmp_path, caps
     kept = scoring.cached_lower_states(file, read.config, frozen, episodes)
     wanted = scoring.lower_states(
         read.config,
-        partition.replicate(frozen),
+        partition.Pmap(None, None, frozen=frozen),
         episodes,
         ROWS,
-        devices=jax.device_count(),
         title="lower",
     )
     for a, b in zip(kept, wanted, strict=True):

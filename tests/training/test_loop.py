@@ -42,7 +42,7 @@ class _Stage:
         self.loop = Loop(
             folder,
             trainer=self.trainer,
-            state=state_lib.create({"w": np.zeros(4, np.float32)}, OPTIMIZER),
+            params={"w": np.zeros(4, np.float32)},
             carry={"sum": np.zeros(2)} if carried else None,
             every=every,
             max_skipped_share=0.3,
@@ -204,11 +204,10 @@ def test_an_update_may_have_no_line(tmp_path):
 
 def test_skipped_updates_are_counted_and_too_many_stop_the_stage(tmp_path, capsys):
     trainer = partition.Pmap(_loss, state_lib.adamw(0.1, clip_norm=1.0, weight_decay=0.0), 1)
-    optimizer = state_lib.adamw(0.1, clip_norm=1.0, weight_decay=0.0)
 
     def loop(folder, share):
-        state = state_lib.create({"w": np.zeros(4, np.float32)}, optimizer)
-        return Loop(folder, trainer=trainer, state=state, every=2, max_skipped_share=share)
+        params = {"w": np.zeros(4, np.float32)}
+        return Loop(folder, trainer=trainer, params=params, every=2, max_skipped_share=share)
 
     def step(update, state, carry):
         numbers = np.full((1, 4), np.nan if update in (1, 2, 5) else 1.0, np.float32)

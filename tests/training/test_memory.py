@@ -129,10 +129,10 @@ def test_an_update_on_a_mesh_needs_what_the_plan_says():
     trainer = partition.Mesh(sft_update.make_loss(CONFIG), optimizer, (1, 4))
     params = {"policy": tiny.random_params(CONFIG)}
     state = trainer.replicate(state_lib.create(params, optimizer))
-    rows = batching._empty(4 * ROWS.rows_per_device, 256, 64, 16)
+    rows = batching.empty(4 * ROWS.rows_per_device, 256, 64, 16)
     batch = next(batching.microbatches(rows, ROWS.rows_per_device, 4))
     joined = trainer._joined(sft_update.SftBatch(batch))
-    zeros, accumulate, _ = trainer._compile(state)
+    zeros, accumulate, _ = trainer.programs(state)
     counts = jax.device_put({"tokens": np.float32(1)}, trainer._everywhere)
     sums = trainer._zero_sums(state.params, joined, counts)
     grads = zeros(state.params)

@@ -239,7 +239,7 @@ def test_scores_are_the_same_where_lower_states_are_asked_for():
         np.testing.assert_allclose(a, b, atol=1e-5)
     frozen = {"policy": tree.split(CONFIG, params["policy"], 1)[1]}
     wanted = scoring.lower_states(
-        CONFIG, partition.replicate(frozen), opened, ROWS, devices=8, title="lower"
+        CONFIG, partition.Pmap(None, SGD, frozen=frozen), opened, ROWS, title="lower"
     )
     for a, b in zip(both.lower_states, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -290,7 +290,7 @@ def test_the_ppo_loss_by_hand(monkeypatch):
     Values 0.5 and 0 against old ones 0 and 0, returns 1 and -1, clip 0.2:
     1/2 (max(0.25, 0.64) + max(1, 1)) = 0.82.
     """
-    packed = batching._empty(1, 8, 4, 2)
+    packed = batching.empty(1, 8, 4, 2)
     packed.token_mask[0, :3] = 1
     packed.token_step[0, :3] = [0, 0, 1]
     packed.targets[0, :3] = [1, 1, 1]
@@ -358,10 +358,9 @@ def test_top_layers_learn_alone_what_they_learn_in_the_whole_model(name, monkeyp
     parts, frozen = params | {"policy": trained}, {"policy": frozen}
     lower_states = scoring.lower_states(
         CONFIG,
-        partition.replicate(frozen),
+        partition.Pmap(None, SGD, frozen=frozen),
         opened[::-1],
         dataclasses.replace(rows, row_length=100, policy_slots=60, step_slots=20),
-        devices=8,
         title="lower",
     )[::-1]
     assert [len(b) for b in lower_states] == [len(t.token_ids) for t in opened]
@@ -470,16 +469,18 @@ def test_a_mesh_holds_each_parameter_and_its_moments_in_parts():
     )
     assert whole / 4 <= here < whole / 3.5
     kernel = state.params["policy"]["layers"]["gate"]["kernel"]  # [2 layers, 32, 64]
-    assert kernel.addressable_shards[0].data.shape == (2, 32, 16)
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 64)
     jax.tree.map(np.testing.assert_array_equal, trainer.unreplicate(state).params, params)
 
 
 def test_the_mesh_flag():
     shape = partition.mesh_shape
-    assert shape("data:2,fsdp:4", 8) == (2, 4) and shape("fsdp:4", 8) == (1, 4)
-    assert shape("", 8) == (8, 1) and shape("fsdp:2, data:3", 8) == (3, 2)
+    assert shape("data:2,fsdp:4", 8) == (2, 4, 1) and shape("fsdp:4", 8) == (1, 4, 1)
+    assert shape("", 8) == (8, 1, 1) and shape("fsdp:2, data:3", 8) == (3, 2, 1)
+    assert shape("tensor:2,fsdp:4", 8) == (1, 4, 2)
     for bad in ("data", "data:0", "data:two", "model:2", "data:2,data:2", "data:-1"):
-        with pytest.raises(UserError, match="data:A,fsdp:B"):
+        with pytest.raises(UserError, match="data:A,fsdp:B,tensor:C"):
             shape(bad, 8)
-    with pytest.raises(UserError, match="there are 8"):
-        shape("data:3,fsdp:3", 8)
+    for most in ("data:3,fsdp:3", "fsdp:4,tensor:4"):
+        with pytest.raises(UserError, match="there are 8"):
+            shape(most, 8)

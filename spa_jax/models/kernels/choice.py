@@ -9,6 +9,13 @@ from spa_jax.models.config import ModelConfig
 from spa_jax.models.kernels import fused, native
 
 
+def without_auto(compute: ComputeConfig) -> ComputeConfig:
+    """What `auto` is on an accelerator: attention by XLA, and products in --compute_dtype."""
+    attention = "xla" if compute.attention == "auto" else compute.attention
+    dtype = "compute" if compute.matmul_dtype == "auto" else compute.matmul_dtype
+    return dataclasses.replace(compute, attention=attention, matmul_dtype=dtype)
+
+
 def resolve(config: ModelConfig, compute: ComputeConfig = DEFAULT_COMPUTE) -> ModelConfig:
     """The model as it is computed on this machine.
 

@@ -70,7 +70,8 @@ def cudnn(
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Splash attention: causal, and each token sees its own segment only.
 
-    On anything but a TPU the kernel is interpreted, which is slow: for tests.
+    On anything but a TPU the kernel is interpreted, which is slow: for tests.  What it keeps for the
+    backward pass is called "attention", so that a `--remat` policy that keeps that runs it once.
 
     Args:
       q: [B, T, H, K], T a multiple of 128.
@@ -87,7 +88,8 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> 
     length, heads, size = q.shape[1:]
     causal = kernels.CausalMask((length, length))
     block = next(n for n in (512, 256, 128) if length % n == 0)  # of queries and of keys
-    kernel = kernels.make_splash_mha_single_device(
+    make = functools.partial(
+        kernels.make_splash_mha_single_device,
         kernels.MultiHeadMask([causal] * heads),
         block_sizes=kernels.BlockSizes(
             block_q=block,
@@ -99,10 +101,18 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> 
             block_q_dq=block,
             block_kv_dq=block,
         ),
-        interpret=jax.default_backend() != "tpu",
+        residual_checkpoint_name="attention",
     )
     q = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
     heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
     segments = kernels.SegmentIds(segment_ids, segment_ids)
-    out = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), segments)
+    # By the platform that is compiled for, which need not be this machine's.
+    out = jax.lax.platform_dependent(
+        heads_first(q),
+        heads_first(k),
+        heads_first(v),
+        segments,
+        tpu=jax.vmap(make(interpret=False)),
+        default=jax.vmap(make(interpret=True)),
+    )
     return heads_first(out)

@@ -145,7 +145,10 @@ def test_a_kernel_that_runs_here_is_not():
     [
         ({"share_prefix": True}, "--share_prefix with --attention=splash.*--noshare_prefix"),
         ({"row_length": 1088}, "--row_length=1088 with --attention=splash.*128"),
-        ({"partition": "mesh"}, "--partition=mesh with --attention=splash.*--partition=pmap"),
+        (
+            {"partition": "mesh", "mesh": "fsdp:2,tensor:4"},
+            "--mesh=fsdp:2,tensor:4 with --attention=splash",
+        ),
     ],
 )
 def test_rows_that_splash_cannot_take_are_refused(rows, words):
@@ -156,14 +159,15 @@ def test_rows_that_splash_cannot_take_are_refused(rows, words):
     fit_attention(ComputeConfig(attention="xla"), RowsConfig(**rows))
 
 
-def test_a_mesh_takes_xla():
-    """XLA would compute all rows on every device of a mesh, in a function that it cannot cut."""
-    mesh, pmap = RowsConfig(partition="mesh"), RowsConfig()
-    assert fit_attention(ComputeConfig(), mesh).attention == "xla"
-    assert fit_attention(ComputeConfig(), pmap).attention == "auto"
-    assert fit_attention(ComputeConfig(attention="native"), pmap).attention == "native"
-    with pytest.raises(UserError, match="--partition=mesh with --attention=native"):
-        fit_attention(ComputeConfig(attention="native"), mesh)
+def test_heads_that_are_cut_take_xla():
+    """XLA would compute all heads on every device, in a function that it cannot cut."""
+    cut = RowsConfig(partition="mesh", mesh="tensor:2")
+    assert fit_attention(ComputeConfig(), cut).attention == "xla"
+    with pytest.raises(UserError, match="--mesh=tensor:2 with --attention=native"):
+        fit_attention(ComputeConfig(attention="native"), cut)
+    for whole in (RowsConfig(), RowsConfig(partition="mesh", mesh="fsdp:2")):
+        assert fit_attention(ComputeConfig(), whole).attention == "auto"
+        assert fit_attention(ComputeConfig(attention="native"), whole).attention == "native"
 
 
 # --- what is kept -------------------------------------------------------------------------------
