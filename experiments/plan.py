@@ -3,6 +3,12 @@
     python -m experiments.plan --model=llama-3.2-3b --devices=8 --hbm_gib=80 \
         --flagfile=experiments/presets/alfworld_llama3.2_3b.flags
 
+    python -m experiments.plan --model=llama-3.2-3b --compile=v5e:2x4 --partition=mesh \
+        --mesh=fsdp:8 --flagfile=experiments/presets/alfworld_llama3.2_3b.flags
+
+With --compile the TPU's own compiler compiles every program of every stage for that topology,
+without a TPU (`make setup-tpu` once; minutes a stage), and a line a stage says what it made of it.
+
 --model is a Hugging Face folder or its config.json (by default that of --policy), or a name:
 smollm2-135m, llama-3.2-3b.  All flags of `run_spa` count: rows, adapters, dtypes, --remat.  Two
 tables: parameters whole on every device (--partition=pmap), and cut over --mesh (all devices, if
@@ -18,11 +24,15 @@ import jax
 from absl import flags
 
 from experiments import flags as flags_lib
+from spa_jax.compiler import chips, verdict
+from spa_jax.compiler import topology as topology_lib
+from spa_jax.compiler.stages import Stages
 from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.errors import UserError
 from spa_jax.models import limits, shapes
 from spa_jax.models.config import ModelConfig
 from spa_jax.models.io import hf_config
+from spa_jax.models.kernels import choice
 from spa_jax.stage_config import AdaptedStage, Settings
 from spa_jax.training import memory, partition
 from spa_jax.training.memory import Need
@@ -50,17 +60,17 @@ def model_config(model: str) -> ModelConfig:
     return hf_config.read(path)
 
 
-def stages(settings: Settings, config: ModelConfig, fsdp: int) -> dict[str, Need]:
+def stages(settings: Settings, config: ModelConfig, fsdp: int, tensor: int = 1) -> dict[str, Need]:
     """What each stage needs of a device, at its most demanding moment."""
     rows, lora = settings.rows, settings.adapters
-    scoring = memory.forward(config, rows)
+    scoring = memory.forward(config, rows, fsdp=fsdp, tensor=tensor)
 
-    def update(stage: AdaptedStage, fsdp: int = fsdp, **trained: Any) -> Need:
-        return memory.update(config, rows, lora(stage), fsdp=fsdp, **trained)
+    def update(stage: AdaptedStage, **trained: Any) -> Need:
+        return memory.update(config, rows, lora(stage), fsdp=fsdp, tensor=tensor, **trained)
 
     progress = [scoring]
     if lora("progress").rank or settings.progress.trunk == "trained":
-        progress.append(update("progress", fsdp=1))  # an estimator's trunk is never cut
+        progress.append(update("progress"))
     by_stage = {
         "sft": [
             update("sft", train_layers=settings.sft.train_layers, averaged=settings.sft.ema > 0)
@@ -87,23 +97,50 @@ def fits(need: Need, hbm_gib: float) -> bool:
     return need.total <= _ROOM * hbm_gib * _GIB
 
 
-def mesh_of(rows: RowsConfig, devices: int) -> tuple[int, int]:
-    """(data, fsdp): of --mesh, or all devices share each parameter."""
-    return partition.mesh_shape(rows.mesh, devices) if rows.mesh else (1, devices)
+def mesh_of(rows: RowsConfig, devices: int) -> tuple[int, int, int]:
+    """(data, fsdp, tensor): of --mesh, or all devices share each parameter."""
+    return partition.mesh_shape(rows.mesh, devices) if rows.mesh else (1, devices, 1)
+
+
+def compile_for(topology: str, settings: Settings, config: ModelConfig) -> None:
+    """Prints what the compiler makes of every stage's programs on a topology.
+
+    Raises:
+      UserError: the topology is not known, or the compiler is not installed.
+    """
+    jax.config.update("jax_platforms", "cpu")  # this machine's part is to lower
+    chip = chips.of(topology)
+    devices = topology_lib.devices(topology)
+    config = dataclasses.replace(config, compute=choice.without_auto(config.compute))
+    rows = settings.rows
+    where = f"--partition={rows.partition}" + (f" --mesh={rows.mesh}" if rows.mesh else "")
+    print(
+        f"{topology}: {len(devices)} devices of {chip.hbm_gib:g} GiB, {where}; a microbatch is "
+        f"{rows.rows_per_device} x {rows.row_length} tokens a device; "
+        f"--attention={config.compute.attention}; milliseconds are the compiler's cycles, without "
+        "waiting and without Pallas kernels",
+        flush=True,
+    )
+    for line in verdict.lines(Stages(settings, config, devices), chip):
+        print(line, flush=True)
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    devices, hbm = _DEVICES.value, _HBM.value
-    if devices < 1 or hbm <= 0:
-        raise UserError(f"--devices={devices} --hbm_gib={hbm:g}: give both, above 0")
+    devices, hbm, topology = _DEVICES.value, _HBM.value, _COMPILE.value
+    if not topology and (devices < 1 or hbm <= 0):
+        raise UserError(f"--devices={devices} --hbm_gib={hbm:g}: give both, above 0, or --compile")
     settings = flags_lib.settings()
     model, rows = _MODEL.value or flags.FLAGS.policy, settings.rows
     config = model_config(model)
     limits.check_length(config, rows.row_length, "--row_length")
     compute = settings.compute
-    compute = compute.resolved("tpu" if compute.attention == "splash" else "gpu")
+    on_tpu = bool(topology) or compute.attention == "splash"
+    compute = compute.resolved("tpu" if on_tpu else "gpu")
     config = dataclasses.replace(config, compute=compute)
+    if topology:
+        compile_for(topology, settings, config)
+        return
     count = sum(x.size for x in jax.tree.leaves(memory.shapes(config)))
     print(
         f"{model}: {count / 1e6:.0f}e6 parameters; weights {compute.param_dtype}, products "
@@ -111,11 +148,12 @@ def main(argv: Sequence[str]) -> None:
         f"{rows.rows_per_device} x {rows.row_length} tokens a device and microbatch, "
         f"{settings.sampling.slots} episodes at once"
     )
-    data, fsdp = mesh_of(rows, devices)
+    data, fsdp, tensor = mesh_of(rows, devices)
     result = []
-    for kind, parts in (("pmap", 1), ("mesh", fsdp)):
+    for kind, parts in (("pmap", (1, 1)), ("mesh", (fsdp, tensor))):
         where = f"data:{data},fsdp:{fsdp}" if kind == "mesh" else "parameters whole"
-        needs = stages(settings, config, parts)
+        where += f",tensor:{tensor}" if kind == "mesh" and tensor > 1 else ""
+        needs = stages(settings, config, *parts)
         print(f"\n--partition={kind}, {devices} devices, {where}\n{table(needs, hbm)}")
         result += [f"{name}_{kind}_gib={need.total / _GIB:.2f}" for name, need in needs.items()]
         result.append(f"fits_{kind}={all(fits(need, hbm) for need in needs.values())}")
@@ -134,6 +172,9 @@ if __name__ == "__main__":
     _DEVICES = flags.DEFINE_integer("devices", 0, "How many devices share the run.")
     _HBM = flags.DEFINE_float("hbm_gib", 0.0, "Memory of a device, in GiB.")
     shown = ("policy", "lora_stages", "sft_train_layers", "sft_ema", "ppo_train_layers")
+    _COMPILE = flags.DEFINE_string(
+        "compile", "", "A TPU topology to compile for, such as v5e:4x4, v5p:2x2x2 or v6e:2x4."
+    )
     configs = (SamplingConfig, RowsConfig, LoraConfig, ComputeConfig)
     reads = (*configs, *shown)
     flags_lib.run_program(main, reads=reads, stage=False, needs_workdir=False)

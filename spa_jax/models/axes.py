@@ -1,8 +1,8 @@
 """Which axis of which weight a mesh cuts: logical names of axes, and one table to the mesh's.
 
     data    devices that share the rows, and hold the same weights
-    fsdp    devices that share the rows and each weight: a layer's weights are brought together where
-            the layer is computed, and its gradients are added up into the parts
+    fsdp    devices that share the rows and each weight: a layer's weights are brought together
+            where the layer is computed, and its gradients are added up into the parts
     tensor  devices that share the rows' work: each computes its heads and its units
 
     q/kernel  [embed, heads]     D over fsdp, H*K over tensor

@@ -227,7 +227,7 @@ def estimator(config: ModelConfig, progress: ProgressConfig, *, steps: int, epis
 
 
 def layer_matrices(config: ModelConfig) -> int:
-    """Numbers in the matrices of all layers: what a token is multiplied with, but for the logits."""
+    """Numbers in the matrices of all layers: a token's products, but for the logits."""
     layers = jax.tree.leaves(shapes(config)["layers"])
     return sum(leaf.size for leaf in layers if leaf.ndim == 3)
 

@@ -70,8 +70,8 @@ def cudnn(
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Splash attention: causal, and each token sees its own segment only.
 
-    On anything but a TPU the kernel is interpreted, which is slow: for tests.  What it keeps for the
-    backward pass is called "attention", so that a `--remat` policy that keeps that runs it once.
+    On anything but a TPU the kernel is interpreted, which is slow: for tests.  What it keeps for
+    the backward pass is called "attention": a `--remat` policy that keeps that runs it once.
 
     Args:
       q: [B, T, H, K], T a multiple of 128.
