@@ -38,17 +38,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from spa_jax.models import tree
 from spa_jax.models.config import ModelConfig, Params
-from spa_jax.sampling import programs, tuning
+from spa_jax.sampling import programs, tuning, weights
 from spa_jax.sampling.decode import PrefillRows
 from spa_jax.sampling.tuning import Tuning
 from spa_jax.trajectory import Sampling
 
 _STEPS = 4  # decoding steps between two looks at who has ended
 _SHARED_LEAST = 16  # tokens; a shorter opening is encoded again (not tuned)
-
-_unstack = jax.jit(tree.unstack, static_argnames=("dtype", "matmul_dtype"))
 
 
 class Ending(enum.StrEnum):
@@ -163,8 +160,7 @@ class Engine:
         self.usage = Usage()
         device = device or jax.local_devices()[0]
         tuned = tuned or tuning.of(device.platform, config.num_kv_heads)
-        params = jax.device_put(params, device)
-        self._params = _unstack(params, dtype=config.dtype, matmul_dtype=config.matmul_dtype)
+        self._params = weights.place(config, params, device)
         dtype = self._params["embed"]["embedding"].dtype
         self._base_key = jax.device_put(jax.random.key(seed), device)
         shape = programs.Shape(
