@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
         f"{model}: {count / 1e6:.0f}e6 parameters; weights {compute.param_dtype}, products "
         f"{compute.compute_dtype}, --remat={compute.remat}, --attention={compute.attention}; "
         f"{rows.rows_per_device} x {rows.row_length} tokens a device and microbatch, "
-        f"{settings.sampling.slots} episodes at once"
+        f"{settings.sampling.slots} episodes at once on each"
     )
     data, fsdp, tensor = mesh_of(rows, devices)
     result = []

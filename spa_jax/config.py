@@ -166,7 +166,11 @@ class SamplingConfig(Checked):
         minimum=0,
     )
     slots: int = setting(
-        16, "Episodes that are played at once.", minimum=1, group=MAY, operational=True
+        16,
+        "Episodes that are played at once on each device: 16 on a machine of 8 are 128.",
+        minimum=1,
+        group=MAY,
+        operational=True,
     )
     context_length: int = setting(
         1024, "Tokens that a whole episode may have.", minimum=2, group=MAY

@@ -149,8 +149,7 @@ def _play(
     """Plays branches; each is on disk when it ends.  Those that the environment failed are not."""
     settings, done = run.settings, []
     player = policy_lib.load(policy, settings.chat.name, settings.compute)
-    slots = min(sampling.slots, len(jobs))
-    engine = play_lib.make_engine(player, sampling, slots, run.seed)
+    engine = play_lib.make_engine(player, sampling, len(jobs), run.seed)
     engine.warm_up()
 
     def on_done(t: Trajectory) -> None:
@@ -161,7 +160,7 @@ def _play(
         done.append(branch)
         bar.update()
 
-    with play_lib.open_env(settings.env, slots, log) as client:
+    with play_lib.open_env(settings.env, engine.slots, log) as client:
         limits = play_lib.make_player(settings.env, player)
         playing = rollout.Rollout(engine, player.chat, client, player=limits, on_done=on_done)
         timing = playing.play(jobs)

@@ -123,8 +123,8 @@ def record(run: Run, recording: Recording) -> Recorded:
         chat_format = settings.chat.name
         policy = policy_lib.load(recording.policy, chat_format, settings.compute)
         policy_lib.record_chat_format(folder, policy)
-    slots = _EXPERT_SESSIONS if expert else recording.sampling.slots
-    with open_env(settings.env, slots, folder / "server.log") as client:
+    sessions = _EXPERT_SESSIONS if expert else most_slots(recording.sampling)
+    with open_env(settings.env, sessions, folder / "server.log") as client:
         chosen = choose_games(client, games)
         jobs, own = (
             [
@@ -137,7 +137,7 @@ def record(run: Run, recording: Recording) -> Recorded:
 
         def engine() -> Engine | ParallelEngine:
             assert policy is not None  # the expert needs none
-            return make_engine(policy, recording.sampling, min(slots, len(own)), run.seed)
+            return make_engine(policy, recording.sampling, len(own), run.seed)
 
         distributed.assert_equal("number of episodes", len(jobs))
         _play(recording, client, own, policy=policy, make_engine=engine, env=settings.env)
@@ -204,10 +204,25 @@ def choose_games(client: EnvClient, games: ExploreConfig) -> list[Task]:
     return tasks[games.first_game : last]
 
 
+def most_slots(sampling: SamplingConfig) -> int:
+    """Episodes that this process can play at once: --slots on each of its devices."""
+    return sampling.slots * jax.local_device_count()
+
+
 def make_engine(
-    policy: Policy, sampling: SamplingConfig, slots: int, seed: int
+    policy: Policy, sampling: SamplingConfig, episodes: int, seed: int
 ) -> Engine | ParallelEngine:
-    """The generation engine of a policy: one on each local device, as far as there are slots."""
+    """The generation engine of a policy: one on each local device.
+
+    Args:
+      policy: who writes.
+      sampling: how; its slots are those of each device.
+      episodes: to be played, at least 1: there are no more devices and slots than they can fill.
+      seed: the base of every episode's random key.
+
+    Raises:
+      UserError: the model takes no context of this length.
+    """
     limits.check_length(policy.config, sampling.context_length, "--context_length")
     drawn = Sampling(
         temperature=sampling.temperature,
@@ -232,8 +247,11 @@ def make_engine(
             device=device,
         )
 
-    devices = jax.local_devices()[:slots]
-    return make(slots, devices[0]) if len(devices) == 1 else ParallelEngine(make, slots, devices)
+    devices = jax.local_devices()[:episodes]
+    each = min(sampling.slots, -(-episodes // len(devices)))
+    if len(devices) == 1:
+        return make(each, devices[0])
+    return ParallelEngine(make, each * len(devices), devices)
 
 
 @contextlib.contextmanager

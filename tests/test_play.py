@@ -20,6 +20,18 @@ def test_nothing_longer_than_the_model_can_attend_over(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("episodes", "slots"), [(1, 1), (2, 2), (8, 8), (9, 16), (15, 16), (24, 24), (100, 24)]
+)
+def test_slots_are_those_of_each_device(episodes, slots, tmp_path):
+    """Eight devices of three slots; no more of either than there are episodes for."""
+    player = policy.load(tiny.tiny_policy(tmp_path / "tiny"))
+    sampling = SamplingConfig(slots=3, context_length=64)
+    engine = play.make_engine(player, sampling, episodes, 0)
+    assert engine.slots == slots
+    assert play.most_slots(sampling) == 24
+
+
+@pytest.mark.parametrize(
     ("env", "message"),
     [
         ({"env": "openenv"}, "--env=openenv needs --env_address"),

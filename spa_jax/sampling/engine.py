@@ -38,17 +38,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from spa_jax.models import tree
 from spa_jax.models.config import ModelConfig, Params
-from spa_jax.sampling import decode, programs
+from spa_jax.sampling import programs, tuning, weights
 from spa_jax.sampling.decode import PrefillRows
+from spa_jax.sampling.tuning import Tuning
 from spa_jax.trajectory import Sampling
 
-_CHUNKS = (16, 24, 32, 48)  # tokens of a chunk that a prefill call reads: the compiled shapes
 _STEPS = 4  # decoding steps between two looks at who has ended
 _SHARED_LEAST = 16  # tokens; a shorter opening is encoded again (not tuned)
-
-_unstack = jax.jit(tree.unstack, static_argnames=("dtype", "matmul_dtype"))
 
 
 class Ending(enum.StrEnum):
@@ -139,6 +136,7 @@ class Engine:
         text: Callable[[Sequence[int]], str] | None = None,
         turn_deadline_s: float = 0.0,
         device: jax.Device | None = None,
+        tuned: Tuning | None = None,
     ) -> None:
         """Allocates the cache; compiles nothing that an engine of the same shape has compiled.
 
@@ -154,35 +152,36 @@ class Engine:
           turn_deadline_s: seconds from `submit` on that a turn may take; 0: no limit.  It is
             looked at after each chunk.
           device: where it runs; None: JAX's first.
+          tuned: how the programs are laid out; None: as suits the device.  It changes no token.
         """
         self.slots = slots
         self.context_length = context_length
         self.sampling = sampling
         self.usage = Usage()
         device = device or jax.local_devices()[0]
-        params = jax.device_put(params, device)
-        self._params = _unstack(params, dtype=config.dtype, matmul_dtype=config.matmul_dtype)
+        tuned = tuned or tuning.of(device.platform, config.num_kv_heads)
+        self._params = weights.place(config, params, device)
         dtype = self._params["embed"]["embedding"].dtype
-        empty = decode.empty_state(config, slots, context_length, dtype)
-        self._state = jax.device_put(empty, device)
         self._base_key = jax.device_put(jax.random.key(seed), device)
-        self._programs = programs.of(
-            programs.Shape(
-                config=config,
-                dtype=dtype,
-                slots=slots,
-                context_length=context_length,
-                steps=_STEPS,
-                end_of_turn=tuple(end_of_turn),
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                device=device,
-            )
+        shape = programs.Shape(
+            config=config,
+            dtype=dtype,
+            slots=slots,
+            context_length=context_length,
+            steps=_STEPS,
+            end_of_turn=tuple(end_of_turn),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            device=device,
+            tuning=tuned,
         )
+        self._programs = programs.of(shape)
+        self._state = self._programs.empty_state()
         self._text = text
         self._deadline_s = turn_deadline_s
-        self._rows = -(-slots // 4)  # chunks that a prefill call reads
+        self._rows = shape.rows
+        self._chunks = tuned.chunks
         self._length = np.zeros(slots, np.int64)  # at the start of a turn that is being written
         self._unfed: list[list[int]] = [[] for _ in range(slots)]
         self._unread: dict[int, list[int]] = {}
@@ -198,7 +197,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles what is not compiled yet; from here on, to compile anything is an error."""
-        self._programs.warm_up(self._params, self._state, self._base_key, self._rows, _CHUNKS)
+        self._programs.warm_up(self._params, self._state, self._base_key)
 
     def open(self, slot: int, episode: int) -> None:
         """Empties a slot for a new conversation.
@@ -246,7 +245,7 @@ class Engine:
         while self._unread:
             later = self._reuse()
             ready = {slot: ids for slot, ids in self._unread.items() if slot not in later}
-            chunks = sum(-(-len(ids) // _CHUNKS[-1]) for ids in ready.values())
+            chunks = sum(-(-len(ids) // self._chunks[-1]) for ids in ready.values())
             if not later and chunks < min(self._rows, len(self._writing)):
                 break  # wait for more chunks: a call with fewer costs the same
             order = sorted(ready, key=lambda slot: -len(ready[slot]))
@@ -302,7 +301,7 @@ class Engine:
         What a slot has not read is cut into chunks, a row each.
         """
         longest = max(len(self._unread[slot]) for slot in slots)
-        chunk = next((size for size in _CHUNKS if size >= longest), _CHUNKS[-1])
+        chunk = next((size for size in self._chunks if size >= longest), self._chunks[-1])
         cut = [
             (slot, self._unread[slot][start : start + chunk])
             for slot in slots

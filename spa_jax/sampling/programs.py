@@ -3,20 +3,27 @@
 Engines of the same `Shape` share their programs, so new weights (the next round's, an
 evaluation's) compile nothing.  Programs are compiled ahead of time: one that is given another
 shape refuses it, and nothing is ever compiled in its place.
+
+A `Shape` names its device, and everything that depends on the kind of device follows from it and
+from `tuning`: `lower` needs no array and no device of that kind on this machine.
 """
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
 
+from spa_jax.models import transformer, tree
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.sampling import decode
 from spa_jax.sampling.decode import Chunk, PrefillRows, SlotState
+from spa_jax.sampling.tuning import Tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +40,8 @@ class Shape:
       temperature: see `decode.draw`.
       top_k: see `decode.draw`.
       top_p: see `decode.draw`.
-      device: where it runs.
+      device: where it runs, or one of a topology that is not here.
+      tuning: what suits the device.
     """
 
     config: ModelConfig
@@ -46,6 +54,158 @@ class Shape:
     top_k: int
     top_p: float
     device: jax.Device
+    tuning: Tuning
+
+    @property
+    def rows(self) -> int:
+        """Chunks that a prefill call reads."""
+        return -(-self.slots // 4)
+
+
+class _Functions(NamedTuple):
+    """The programs of a shape, each told where its arguments and results lie."""
+
+    empty: Any
+    prefill: Any
+    copy: Any
+    decode: Any
+
+
+def _functions(shape: Shape) -> _Functions:
+    config, here, state = shape.config, SingleDeviceSharding(shape.device), _formats(shape)
+
+    def empty() -> SlotState:
+        return decode.empty_state(config, shape.slots, shape.context_length, shape.dtype)
+
+    def decode_chunk(
+        params: Params,
+        state: SlotState,
+        tokens: jax.Array,
+        budget: jax.Array,
+        seeds: tuple[chex.PRNGKey, jax.Array],
+    ) -> tuple[SlotState, Chunk]:
+        key, episodes = seeds
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, episodes)
+        return decode.decode_chunk(
+            config,
+            params,
+            state,
+            tokens=tokens,
+            budget=budget,
+            keys=keys,
+            steps=shape.steps,
+            end_of_turn=shape.end_of_turn,
+            temperature=shape.temperature,
+            top_k=shape.top_k,
+            top_p=shape.top_p,
+        )
+
+    # The order of the cache is that of arguments and results: donated, it is written in place.
+    jit: Callable[..., Any] = functools.partial(jax.jit, out_shardings=state)
+    return _Functions(
+        empty=jit(empty),
+        prefill=jit(
+            functools.partial(decode.prefill, config),
+            in_shardings=(here, state, here),
+            donate_argnums=1,
+        ),
+        copy=jit(decode.copy_cache, in_shardings=(state, here, here), donate_argnums=0),
+        decode=jax.jit(
+            decode_chunk,
+            in_shardings=(here, state, here, here, here),
+            out_shardings=(state, here),
+            donate_argnums=1,
+        ),
+    )
+
+
+def _formats(shape: Shape) -> SlotState:
+    """Where the slots lie, and in which order, in the place of each array of a `SlotState`."""
+    here, order = SingleDeviceSharding(shape.device), shape.tuning.order
+    layer: Any = (here, here)
+    if order is not None:
+        layer = (Format(Layout(order.keys), here), Format(Layout(order.values), here))
+    cache: Any = [layer] * shape.config.num_layers
+    whole: Any = here
+    return SlotState(cache=cache, hidden=whole, length=whole)
+
+
+def lower(
+    shape: Shape, names: Collection[str] | None = None, params: Params | None = None
+) -> dict[str, jax.stages.Lowered]:
+    """The programs of an engine, lowered for its device: nothing runs, no array is made.
+
+    The device may be one of a topology (`jax.experimental.topologies`) that this machine has not;
+    only the compiler for it is needed, and that by `compile()` alone.
+
+        lowered = programs.lower(shape, ["decode"])
+        lowered["decode"].compile().memory_analysis()
+
+    Args:
+      shape: of the engine; its config says no `auto`, and names no kernel of another platform.
+      names: which of `names_of` to lower; None: all.
+      params: shapes and dtypes (arrays or `jax.ShapeDtypeStruct`) of the tree of `tree.unstack`;
+        None: those of `shape.config` with float32 vectors, as weights that were loaded have.
+
+    Returns:
+      By name: "prefill T" for each of `shape.tuning.chunks`, "copy", "decode".
+
+    Raises:
+      KeyError: an engine of this shape has no program of a name.
+    """
+    functions = _functions(shape)
+    if params is None:
+        params = _weights(shape.config)
+    state = jax.eval_shape(functions.empty)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = _arguments(shape, params, state, key)
+    chosen = list(arguments) if names is None else names
+    # GPUs are one platform to a device, and several to the compiler: theirs is JAX's own choice.
+    platform = shape.device.platform
+    platforms = None if platform == "gpu" else (platform,)
+    return {
+        name: getattr(functions, _kind(name))
+        .trace(*arguments[name])
+        .lower(lowering_platforms=platforms)
+        for name in chosen
+    }
+
+
+def names_of(shape: Shape) -> list[str]:
+    """The programs that an engine of this shape has."""
+    return [*(f"prefill {chunk}" for chunk in shape.tuning.chunks), "copy", "decode"]
+
+
+def _kind(name: str) -> str:
+    return name.split()[0]
+
+
+def _arguments(shape: Shape, params: Params, state: SlotState, key: Any) -> dict[str, tuple]:
+    """What each program of `names_of` is called with; of shapes or of arrays."""
+    of_slots, of_rows = np.zeros(shape.slots, np.int32), np.zeros(shape.rows, np.int32)
+    arguments: dict[str, tuple] = {
+        "copy": (state, of_rows[0], of_rows[0]),
+        "decode": (params, state, of_slots, of_slots, (key, of_slots.astype(np.uint32))),
+    }
+    for chunk in shape.tuning.chunks:
+        empty = PrefillRows(
+            slots=of_rows,
+            tokens=np.zeros((shape.rows, chunk), np.int32),
+            starts=of_rows,
+            counts=of_rows,
+            newest=of_rows.astype(bool),
+        )
+        arguments[f"prefill {chunk}"] = (params, state, empty)
+    return {name: arguments[name] for name in names_of(shape)}
+
+
+def _weights(config: ModelConfig) -> Params:
+    """Shapes and dtypes of the tree that an engine decodes with."""
+
+    def made(key: chex.PRNGKey) -> Params:
+        return tree.unstack(transformer.init(config, key), config.dtype, config.matmul_dtype)
+
+    return jax.eval_shape(made, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 @functools.cache
@@ -63,75 +223,36 @@ class Programs:
 
     def __init__(self, shape: Shape) -> None:
         self.compiled = 0
-        self._executables: dict[Hashable, Any] = {}
+        self._shape = shape
+        self._functions = _functions(shape)
+        self._executables: dict[str, Any] = {}
         self._complete = False
-        config = shape.config
 
-        def decode_chunk(
-            params: Params,
-            state: SlotState,
-            tokens: jax.Array,
-            budget: jax.Array,
-            seeds: tuple[chex.PRNGKey, jax.Array],
-        ) -> tuple[SlotState, Chunk]:
-            key, episodes = seeds
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, episodes)
-            return decode.decode_chunk(
-                config,
-                params,
-                state,
-                tokens=tokens,
-                budget=budget,
-                keys=keys,
-                steps=shape.steps,
-                end_of_turn=shape.end_of_turn,
-                temperature=shape.temperature,
-                top_k=shape.top_k,
-                top_p=shape.top_p,
-            )
+    def empty_state(self) -> SlotState:
+        """`decode.empty_state`, made on the device and in the order of its cache."""
+        return self._functions.empty()
 
-        self._prefill = jax.jit(functools.partial(decode.prefill, config), donate_argnums=1)
-        self._copy = jax.jit(decode.copy_cache, donate_argnums=0)
-        self._decode = jax.jit(decode_chunk, donate_argnums=1)
-
-    def warm_up(
-        self, params: Params, state: SlotState, key: chex.PRNGKey, rows: int, chunks: Sequence[int]
-    ) -> None:
+    def warm_up(self, params: Params, state: SlotState, key: chex.PRNGKey) -> None:
         """Compiles everything, and refuses to compile anything later; runs nothing.
 
         Args:
           params: the weights of an engine.
           state: its slots; they stay as they are.
           key: its base key.
-          rows: chunks that a prefill call reads.
-          chunks: the lengths that they can have.
         """
-        slots = np.zeros(state.length.shape, np.int32)
-        row = np.zeros(rows, np.int32)
-        for chunk in chunks:
-            empty = PrefillRows(
-                slots=row,
-                tokens=np.zeros((rows, chunk), np.int32),
-                starts=row,
-                counts=row,
-                newest=row.astype(bool),
-            )
-            name = ("prefill", empty.tokens.shape)
-            self._executable(name, self._prefill, (params, state, empty))
-        self._executable("copy", self._copy, (state, row[0], row[0]))
-        seeds = (key, slots.astype(np.uint32))
-        self._executable("decode", self._decode, (params, state, slots, slots, seeds))
+        for name, args in _arguments(self._shape, params, state, key).items():
+            self._executable(name, args)
         self._complete = True
 
     def prefill(self, params: Params, state: SlotState, rows: PrefillRows) -> SlotState:
-        """`decode.prefill`; donates the state.  One program for each shape of the tokens."""
+        """`decode.prefill`; donates the state.  One program for each length of a chunk."""
         args = (params, state, rows)
-        return self._executable(("prefill", rows.tokens.shape), self._prefill, args)(*args)
+        return self._executable(f"prefill {rows.tokens.shape[1]}", args)(*args)
 
     def copy(self, state: SlotState, source: int, target: int) -> SlotState:
         """`decode.copy_cache`; donates the state."""
         args = (state, np.int32(source), np.int32(target))
-        return self._executable("copy", self._copy, args)(*args)
+        return self._executable("copy", args)(*args)
 
     def decode(
         self,
@@ -154,11 +275,12 @@ class Programs:
           episodes: [B] uint32, the number of each slot's episode.
         """
         args = (params, state, tokens, budget, (key, episodes))
-        return self._executable("decode", self._decode, args)(*args)
+        return self._executable("decode", args)(*args)
 
-    def _executable(self, name: Hashable, function: Any, args: tuple) -> Any:
+    def _executable(self, name: str, args: tuple) -> Any:
         if name not in self._executables:
             assert not self._complete, f"{name} would be compiled after the warm-up"
+            function = getattr(self._functions, _kind(name))
             self._executables[name] = function.lower(*args).compile()
             self.compiled += 1
         return self._executables[name]

@@ -128,19 +128,19 @@ def forward(config: ModelConfig, rows: RowsConfig, *, fsdp: int = 1, tensor: int
 def exploration(config: ModelConfig, sampling: SamplingConfig) -> Need:
     """The generation engine.
 
-    Its weights are loaded as float32 and cast before the cache is allocated and anything is
-    played.  Where the float32 copy is larger than cache and logits, the difference is counted
-    under `activations`: it is what the engine needs at its start only.
+    Its weights are cast layer by layer before the cache is allocated and anything is played
+    (`sampling.weights`).  Where one float32 layer is larger than cache and logits, the difference
+    is counted under `activations`: it is what the engine needs at its start only.
     """
     weights = _elements(shapes(config)) * _width(config)
     cache = jax.eval_shape(
         lambda: transformer.empty_cache(config, sampling.slots, sampling.context_length)
     )
     logits = _LOGITS_FORWARD * sampling.slots * config.vocab_size * _FLOAT32
-    loaded = _elements(shapes(config)) * _FLOAT32
+    layer = _elements(shapes(config)["layers"]) / config.num_layers * _FLOAT32
     return Need(
         parameters=weights,
-        activations=max(0.0, loaded - logits - _bytes(cache)),
+        activations=max(0.0, layer - logits - _bytes(cache)),
         logits=logits,
         cache=_bytes(cache),
     )

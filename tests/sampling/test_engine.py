@@ -13,8 +13,9 @@ from spa_jax import batching
 from spa_jax.models import transformer
 from spa_jax.sampling import decode, programs
 from spa_jax.sampling.decode import PrefillRows
-from spa_jax.sampling.engine import _CHUNKS, Ending, Engine, Response
+from spa_jax.sampling.engine import Ending, Engine, Response
 from spa_jax.sampling.parallel import ParallelEngine
+from spa_jax.sampling.tuning import CPU
 from spa_jax.training import forward
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 from tests import tiny
@@ -260,9 +261,9 @@ def test_nothing_is_compiled_after_the_warm_up():
     engine = _engine(4, DRAWN)
     assert engine.compiled == 0
     engine.warm_up()
-    assert engine.compiled == len(_CHUNKS) + 2  # a prefill for each length; copy and decode
+    assert engine.compiled == len(CPU.chunks) + 2  # a prefill for each length; copy and decode
     _play(engine, _episodes(count=14), 0)
-    assert engine.compiled == len(_CHUNKS) + 2
+    assert engine.compiled == len(CPU.chunks) + 2
     state = engine._state
     with pytest.raises(AssertionError, match="would be compiled after the warm-up"):
         tokens, row = np.zeros((1, 7), np.int32), np.zeros(1, np.int32)
@@ -277,7 +278,7 @@ def test_new_weights_compile_nothing_and_see_nothing_of_the_old_cache():
     old = _play(first, _episodes(), 0)
     second = _engine(4, DRAWN, params=other)
     new = _play(second, _episodes(), 0)
-    assert second.compiled == first.compiled == len(_CHUNKS) + 2
+    assert second.compiled == first.compiled == len(CPU.chunks) + 2
     assert second.usage.reused == 0
     assert [e.ids for e in new] != [e.ids for e in old]
     programs.of.cache_clear()

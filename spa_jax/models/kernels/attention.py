@@ -3,6 +3,8 @@
 B rows, T tokens, H query heads, G key/value heads, R = H / G, K head size, C places of a cache.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -12,6 +14,14 @@ from spa_jax.models.kernels import fused, native, xla
 # Keys [B, G, K, C] and values [B, G, C, K].  Keys lie transposed: on a CPU the scores of
 # one new token are then a row-major product, ten times faster than the other layout.
 LayerCache = tuple[jax.Array, jax.Array]
+
+
+class CacheOrder(NamedTuple):
+    """The order in memory, outermost first, of the axes of a layer's keys and values."""
+
+    keys: tuple[int, int, int, int]
+    values: tuple[int, int, int, int]
+
 
 _BY_SEGMENT = ("splash", "native")
 

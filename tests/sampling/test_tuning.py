@@ -1,0 +1,162 @@
+"""What an accelerator's engine does otherwise gives the same tokens; a TPU's copies no cache."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spa_jax.sampling import compiled, programs, tuning
+from spa_jax.sampling.programs import Shape
+from spa_jax.sampling.tuning import CPU, Tuning
+from tests.sampling import test_engine
+
+TPU = tuning.of("tpu", 2)
+DRAWN = test_engine.DRAWN
+
+
+def _shape(**settings) -> Shape:
+    settings = {"tuning": CPU, "slots": 4, "context_length": 32} | settings
+    return Shape(
+        config=test_engine.CONFIG, dtype=jnp.dtype("float32"), steps=4, end_of_turn=(2,),
+        temperature=1.0, top_k=0, top_p=1.0, device=jax.local_devices()[0], **settings,
+    )
+
+
+def test_the_order_in_memory_by_hand():
+    """Slot, place, head, K of an array of numbers that say where they belong."""
+    slots, heads, size, places = 2, 3, 4, 5
+    keys = np.arange(slots * heads * size * places).reshape(slots, heads, size, places)
+    values = keys.swapaxes(2, 3)
+    order = tuning.of("tpu", 3).order
+    assert (keys.transpose(order.keys) == values.transpose(order.values)).all()
+    assert keys.transpose(order.keys).shape == (slots, places, heads, size)
+    one = tuning.of("tpu", 1).order
+    assert keys.transpose(one.keys).shape == (slots, heads, places, size)
+    assert values.transpose(one.values).shape == (slots, heads, places, size)
+    assert tuning.of("cpu", 3).order is None
+
+
+@pytest.mark.parametrize(
+    "tuned", [TPU, tuning.of("tpu", 1)], ids=["tpu", "one head"]
+)
+def test_a_tuning_changes_no_token(tuned: Tuning):
+    """It runs on this CPU as it would elsewhere, in the order that a TPU keeps its cache in."""
+    wanted = test_engine._play(test_engine._shared_engine(4, DRAWN), test_engine._episodes(), 0)
+    engine = test_engine._engine(4, DRAWN, tuned=tuned)
+    engine.warm_up()
+    keys, values = engine._state.cache[0]
+    if tuned.order is not None:
+        assert keys.format.layout.major_to_minor == tuned.order.keys
+        assert values.format.layout.major_to_minor == tuned.order.values
+    played = test_engine._play(engine, test_engine._episodes(), 1)
+    for ours, theirs in zip(played, wanted, strict=True):
+        assert ours.ids == theirs.ids
+        np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
+    keys, values = engine._state.cache[0]
+    if tuned.order is not None:
+        assert keys.format.layout.major_to_minor == tuned.order.keys
+
+
+HLO = """HloModule jit_decode
+
+%fused_copy (param_0: f32[4,2,8,32]) -> f32[4,2,8,32] {
+  %param_0 = f32[4,2,8,32]{3,2,1,0} parameter(0)
+  ROOT %copy.9 = f32[4,2,8,32]{2,1,3,0} copy(%param_0)
+}
+
+%fused_scores (param_0: f32[4,2,8,32]) -> f32[4,32] {
+  %param_0.1 = f32[4,2,8,32]{3,2,1,0} parameter(0)
+  %copy.8 = f32[4,2,8,32]{2,1,3,0} copy(%param_0.1)
+  ROOT %dot.1 = f32[4,32]{1,0} dot(%copy.8, %copy.8)
+}
+
+ENTRY %main (p: f32[4,2,8,32]) -> f32[4,2,8,32] {
+  %p = f32[4,2,8,32]{3,2,1,0:T(8,128)} parameter(0)
+  %copy.1 = f32[4,2,8,32]{2,1,3,0:T(8,128)} copy(%p)
+  %transpose.2 = f32[4,2,32,8]{3,2,1,0} transpose(%copy.1), dimensions={0,1,3,2}
+  %copy-start.3 = (f32[4,2,8,32]{3,2,1,0}, f32[4,2,8,32]{3,2,1,0}, u32[]) copy-start(%p)
+  %small = f32[2,2,8,32]{3,2,1,0} copy(%p)
+  %fusion.4 = f32[4,2,8,32]{2,1,3,0} fusion(%p), kind=kLoop, calls=%fused_copy
+  %scores = f32[4,32]{1,0} fusion(%p), kind=kOutput, calls=%fused_scores
+  ROOT %scatter.5 = f32[4,2,8,32]{3,2,1,0} scatter(%p, %p, %p)
+}
+"""
+
+
+def test_copies_of_a_layers_cache_are_counted_by_hand():
+    """A layer has 4 x 2 x 8 x 32 keys: copy.1, transpose.2, copy-start.3 and fusion.4."""
+    assert compiled.cache_copies(HLO, _shape()) == 4
+    assert compiled.cache_copies(HLO, _shape(slots=2)) == 1  # %small
+    assert compiled.cache_copies(HLO, _shape(slots=3)) == 0
+
+
+def test_lowering_takes_shapes_alone():
+    shape = _shape()
+    lowered = programs.lower(shape)
+    assert list(lowered) == programs.names_of(shape)
+    assert list(programs.lower(shape, ["decode"])) == ["decode"]
+    with pytest.raises(KeyError):
+        programs.lower(shape, ["prefill 17"])
+    # What it lowers is what an engine compiles: the arguments of one are those of the other.
+    state, params = lowered["decode"].in_avals[0][1], lowered["decode"].in_avals[0][0]
+    engine = test_engine._engine(4, DRAWN, context_length=32)
+    for ours, theirs in ((state, engine._state), (params, engine._params)):
+        same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), ours, theirs)
+        assert jax.tree.all(same)
+
+
+_COMPILE = """
+import dataclasses, jax
+from jax.experimental import topologies
+from spa_jax.config import ComputeConfig
+from spa_jax.models.config import ModelConfig
+from spa_jax.sampling import compiled, programs, tuning
+
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+for heads in (2, 1):
+    config = ModelConfig(
+        vocab_size=512, hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=heads,
+        head_dim=128, intermediate_size=512, compute=ComputeConfig().resolved("tpu"),
+    )
+    tuned = tuning.of(device.platform, heads)
+    for each in (tuned, dataclasses.replace(tuned, order=None)):
+        shape = programs.Shape(
+            config=config, dtype=jax.numpy.dtype("bfloat16"), slots=8, context_length=512,
+            steps=4, end_of_turn=(2,), temperature=1.0, top_k=0, top_p=1.0, device=device,
+            tuning=each,
+        )
+        for name, lowered in programs.lower(shape).items():
+            if name.startswith("prefill"):
+                continue
+            copies = compiled.cache_copies(lowered.compile().as_text(), shape)
+            print("COPIES", heads, "set" if each.order else "as is", name.split()[0], copies)
+assert jax.default_backend() == "cpu"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no compiler for TPUs here")
+def test_a_tpu_copies_no_cache():
+    """By its compiler, which needs no TPU; without the order decoding does."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("COPIES")]
+    before = {int(line[1]): int(line[-1]) for line in lines if line[2:5] == ["as", "is", "decode"]}
+    assert before.keys() == {1, 2} and all(before.values())
+    after = [int(line[-1]) for line in lines if line[2] == "set"]
+    assert len(after) == 2 * 2 and not any(after)
