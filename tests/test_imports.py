@@ -34,7 +34,7 @@ FLOORS = (
     {"episodes", "failures", "files", "replay"},
     {"env_check", "policy", "provenance", "rollout"},
     {"model_card", "redo", "training"},
-    {"annotation", "export", "play", "report"},
+    {"annotation", "compiler", "export", "play", "report"},
     {"continuations"},
     {"stages"},
     {"method"},

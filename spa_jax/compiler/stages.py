@@ -1,6 +1,7 @@
 """The programs of a run's stages, lowered from shapes for devices that need not be here."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from spa_jax.config import LoraConfig, RowsConfig
 from spa_jax.models import axes, heads
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.rl import objectives
-from spa_jax.sampling import programs, tuning
+from spa_jax.sampling import programs as engine_programs
+from spa_jax.sampling import tuning
 from spa_jax.stage_config import Settings
 from spa_jax.training import (
     estimator_update,
@@ -62,7 +64,7 @@ class Stage:
     name: str
     programs: list[Program]
     plan: Need
-    cache: programs.Shape | None = None
+    cache: engine_programs.Shape | None = None
 
 
 class Stages:
@@ -204,14 +206,14 @@ class Stages:
 
     def _engine(self) -> Iterator[Stage]:
         sampling, config, device = self._settings.sampling, self._config, self._devices[0]
-        shape = programs.Shape(
+        shape = engine_programs.Shape(
             config=dataclasses.replace(
                 config, compute=dataclasses.replace(config.compute, attention="xla")
             ),
             dtype=np.dtype(jnp.dtype(config.dtype)),
             slots=sampling.slots,
             context_length=sampling.context_length,
-            steps=programs.STEPS,
+            steps=engine_programs.STEPS,
             end_of_turn=(2,),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -220,15 +222,12 @@ class Stages:
             tuning=tuning.of(device.platform, config.num_kv_heads),
         )
         plan = memory.exploration(config, sampling)
-        names = programs.names_of(shape)
+        names = engine_programs.names_of(shape)
         longest = [name for name in names if name.startswith("prefill")][-1:]
         for stage, chosen in (("prefill", longest), ("decode", ["decode"])):
             yield Stage(
                 stage,
-                [
-                    Program(name, lambda name=name: programs.lower(shape, [name])[name])
-                    for name in chosen
-                ],
+                [Program(name, functools.partial(_lower_engine, shape, name)) for name in chosen],
                 plan,
                 cache=shape,
             )
@@ -337,7 +336,11 @@ def _programs(
             made.update(trainer.lower(params, frozen, batch, counts))
         return made[name]
 
-    return [Program(name, lambda name=name: lowered(name)) for name in ("accumulate", "apply")]
+    return [Program(name, functools.partial(lowered, name)) for name in ("accumulate", "apply")]
+
+
+def _lower_engine(shape: engine_programs.Shape, name: str) -> jax.stages.Lowered:
+    return engine_programs.lower(shape, [name])[name]
 
 
 def _no_loss(*_: Any) -> Any:

@@ -44,7 +44,6 @@ from spa_jax.sampling.decode import PrefillRows
 from spa_jax.sampling.tuning import Tuning
 from spa_jax.trajectory import Sampling
 
-_STEPS = 4  # decoding steps between two looks at who has ended
 _SHARED_LEAST = 16  # tokens; a shorter opening is encoded again (not tuned)
 
 
@@ -168,7 +167,7 @@ class Engine:
             dtype=dtype,
             slots=slots,
             context_length=context_length,
-            steps=_STEPS,
+            steps=programs.STEPS,
             end_of_turn=tuple(end_of_turn),
             temperature=sampling.temperature,
             top_k=sampling.top_k,

@@ -25,6 +25,8 @@ from spa_jax.sampling import decode
 from spa_jax.sampling.decode import Chunk, PrefillRows, SlotState
 from spa_jax.sampling.tuning import Tuning
 
+STEPS = 4  # decoding steps between two looks at who has ended
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:

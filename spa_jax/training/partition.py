@@ -253,7 +253,7 @@ def mesh_shape(mesh: str, devices: int) -> tuple[int, int, int]:
         found[name] = int(size)
     data, fsdp, tensor = (found.get(axis, 1) for axis in _AXES)
     if data * fsdp * tensor > devices:
-        asked = " x ".join(str(size) for size in found.values())
+        asked = f"{data} x {fsdp}" + (f" x {tensor}" if tensor > 1 else "")
         raise UserError(f"--mesh={mesh}: {asked} devices, and there are {devices}")
     return data, fsdp, tensor
 
