@@ -15,7 +15,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tour setup setup-peers policy test test-slow lint docs lock clean
+.PHONY: help quickstart tour setup setup-peers setup-tpu policy test test-slow lint docs lock clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -97,6 +97,11 @@ $(ALL): $(ALFWORLD)
 setup-peers: setup
 	$(PIP) install torch==2.13.0
 	$(PIP) install -e ".[peers]"
+
+# The TPU's compiler, of the version that JAX names, for `plan --compile`. It lies apart: where JAX
+# finds it, every program on a machine without a TPU complains that there is none.
+setup-tpu: setup
+	@$(PIP) install --quiet --no-deps --target $(VENV)/tpu --upgrade "$$($(PY) -c 'from importlib.metadata import requires; print(next(r for r in requires("jax") if r.startswith("libtpu")).split(";")[0])')"
 
 policy: $(ALFWORLD)
 	$(PY) -m experiments.fetch_policy --out $(POLICY)

@@ -36,6 +36,7 @@ _CALLS = re.compile(
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
+_MOVES = ("copy", "copy-start", "transpose")
 _CONSTANT = re.compile(r"^s32\[\]")
 
 
@@ -229,18 +230,33 @@ class Program:
         return total
 
     def copies(self, elements: int) -> int:
-        """How often one run copies an array of at least so many numbers into another order.
+        """How often one run writes an array of so many numbers to memory in another order.
+
+        A fusion that does more than that writes no copy, and what it turns inside is a tile.
 
         Args:
           elements: those of a layer's keys in a cache.
         """
+        fused = {
+            called
+            for _, instruction in self._instructions()
+            if instruction.opcode == "fusion"
+            for _, called in _called(instruction)
+        }
         count = 0
         for name, instruction in self._instructions():
-            if instruction.opcode not in ("copy", "copy-start", "transpose"):
+            if name in fused or next(arrays(instruction.shape), ("", 0))[1] != elements:
                 continue
-            if max((n for _, n, _ in arrays(instruction.shape)), default=0) >= elements:
+            opcodes = [instruction.opcode]
+            if instruction.opcode == "fusion":
+                opcodes += [self._root(called) for _, called in _called(instruction)]
+            if any(opcode in _MOVES for opcode in opcodes):
                 count += self.times[name]
         return count
+
+    def _root(self, computation: str) -> str:
+        """The opcode of its result, which is its last line."""
+        return self.computations[computation][-1].opcode
 
 
 def arrays(shape: str) -> Iterator[tuple[str, int, int]]:

@@ -1,7 +1,9 @@
 """The devices of a TPU that is not there, to compile for: libtpu's own compiler, on any machine."""
 
 import os
+import pathlib
 import re
+import sys
 from importlib import util
 
 import jax
@@ -28,7 +30,10 @@ def devices(topology: str) -> list[jax.Device]:
       UserError: libtpu is not installed, or knows no such topology.
     """
     chips.of(topology)
-    if util.find_spec("libtpu") is None:
+    apart = pathlib.Path(sys.prefix) / "tpu/libtpu/libtpu.so"
+    if apart.exists():
+        os.environ.setdefault("TPU_LIBRARY_PATH", str(apart))
+    elif util.find_spec("libtpu") is None:
         raise UserError("--compile needs the TPU's compiler: run `make setup-tpu` once")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -15,6 +15,7 @@ both do nothing.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -157,9 +158,20 @@ def gather(params: Params, dtype: jax.typing.DTypeLike) -> Params:
         axis = x.ndim - len(found) + found.index("embed")
         # The barrier keeps the cast before the transfer: XLA would move twice the bytes.
         part = jax.lax.optimization_barrier(x.astype(dtype))
-        # The axis that is cut goes first: along another one a TPU has no reduce-scatter, and would
-        # add up whole gradients on every device, for twice the time.
-        first = jnp.moveaxis(part, axis, 0)
-        return jnp.moveaxis(jax.lax.all_gather(first, FSDP, axis=0, tiled=True), 0, axis)
+        return jax.lax.platform_dependent(
+            part,
+            tpu=functools.partial(_gather_first, axis=axis),
+            default=functools.partial(jax.lax.all_gather, axis_name=FSDP, axis=axis, tiled=True),
+        )
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _gather_first(x: jax.Array, axis: int) -> jax.Array:
+    """`all_gather` along the first axis, moved there and back.
+
+    Along another one a TPU has no reduce-scatter: it would add up whole gradients on every device,
+    in twice the time.
+    """
+    first = jnp.moveaxis(x, axis, 0)
+    return jnp.moveaxis(jax.lax.all_gather(first, FSDP, axis=0, tiled=True), 0, axis)

@@ -247,15 +247,17 @@ class Mesh:
     def _add_up(self, gradient: Params, sums: Any) -> tuple[Params, Any]:
         """The gradient and the sums of all devices' rows, from one device's."""
 
-        if self._count == 1:
-            return gradient, sums
+
+        def psum(x: Any, over: Sequence[str]) -> Any:
+            several = tuple(axis for axis in over if self._mesh.shape[axis] > 1)
+            return jax.lax.psum(x, several) if several else x
 
         def one(path: tuple, x: jax.Array) -> jax.Array:
             # Of a weight in parts, the devices of an fsdp row have added up theirs already.
             cut = self._fsdp > 1 and "embed" in axes.names(path)
-            return jax.lax.psum(x, axes.DATA if cut else _ROWS)
+            return psum(x, [axes.DATA] if cut else _ROWS)
 
-        return jax.tree_util.tree_map_with_path(one, gradient), jax.lax.psum(sums, _ROWS)
+        return jax.tree_util.tree_map_with_path(one, gradient), psum(sums, _ROWS)
 
     def _on_parts(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """A function of one device's rows and whole weights, on the mesh's parts of both."""

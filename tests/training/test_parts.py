@@ -72,31 +72,37 @@ def _stage(name: str, rows: RowsConfig, devices: int):
     return loss_fn, {"value": _value()}, update.batches, update.counts
 
 
-def _updated(name: str, devices: int, rows_per_device: int, optimizer=SGD):
+def _updated(name: str, deal, rows_per_device: int, optimizer=SGD):
     """(metrics, trained parameters before, the state after) one update of adapters."""
     rows = dataclasses.replace(ROWS, rows_per_device=rows_per_device)
+    on_mesh = isinstance(deal, tuple)
+    devices = deal[0] * deal[1] if on_mesh else deal
     loss_fn, others, batches, counts = _stage(name, rows, devices)
     cut = parts.adapt(LORA, BASE, _adapter())
-    trainer = partition.Pmap(cut.on_parts(loss_fn), optimizer, devices, frozen=cut.frozen)
+    kind = partition.Mesh if on_mesh else partition.Pmap
+    trainer = kind(cut.on_parts(loss_fn), optimizer, deal, frozen=cut.frozen)
     before = cut.trained | others
-    state = trainer.replicate(state_lib.create(before, optimizer))
+    state = trainer.create(before)
     state, metrics = trainer.update(state, batches, counts)
-    frozen = jax.device_get(trainer.frozen["base"])
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[-1], y), frozen, BASE)
-    return metrics, before, jax.device_get(partition.unreplicate(state))
+    frozen = trainer.fetch(trainer.frozen["base"])
+    jax.tree.map(np.testing.assert_array_equal, frozen, BASE)
+    return metrics, before, trainer.fetch(state)
 
 
 @pytest.mark.parametrize("name", ["sft", "estimator", "ppo"])
 def test_dealing_adapters_out_changes_nothing(name):
     metrics, before, one = _updated(name, 1, 9)
-    metrics_8, _, eight = _updated(name, 8, 1)
     assert metrics["grad_norm"] > 1e-3
-    assert metrics.keys() == metrics_8.keys()
-    for key, value in metrics.items():
-        assert metrics_8[key] == pytest.approx(value, rel=2e-5, abs=2e-5), key
-    for old, a, b in zip(*map(jax.tree.leaves, (before, one.params, eight.params)), strict=True):
-        assert np.abs(a - old).max() > 0, "nothing was learned"
-        np.testing.assert_allclose(b - old, a - old, atol=2e-4 * np.abs(a - old).max())
+    for deal in (8, (2, 4), (2, 2, 2)):
+        others, _, dealt = _updated(name, deal, 1)
+        assert metrics.keys() == others.keys()
+        for key, value in metrics.items():
+            assert others[key] == pytest.approx(value, rel=2e-5, abs=2e-5), (deal, key)
+        for old, a, b in zip(
+            *map(jax.tree.leaves, (before, one.params, dealt.params)), strict=True
+        ):
+            assert np.abs(a - old).max() > 0, "nothing was learned"
+            np.testing.assert_allclose(b - old, a - old, atol=2e-4 * np.abs(a - old).max())
 
 
 def test_only_adapters_and_heads_are_in_the_state():

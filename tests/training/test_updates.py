@@ -107,8 +107,8 @@ def _estimator(devices: int, rows: RowsConfig, kind: str = "answer", members: in
 
 UPDATES = {"sft": _sft, "estimator": _estimator, "ppo": _ppo}
 # (devices or mesh, rows a device a microbatch): on one device, on several with accumulation,
-# and with parameters in parts.
-DEALS = [(1, 9), (2, 1), (8, 1), ((2, 4), 1), ((1, 2), 1)]
+# with parameters in parts, and with the work on a row in parts too.
+DEALS = [(1, 9), (2, 1), (8, 1), ((2, 4), 1), ((1, 2), 1), ((2, 2, 2), 1), ((1, 1, 2), 1)]
 
 
 def _trainer(deal, loss_fn, optimizer, frozen=None):
