@@ -334,8 +334,10 @@ class Engine:
         started = time.perf_counter()
         writing = self._writing
         tokens, budget = np.full(self.slots, -1, np.int32), np.zeros(self.slots, np.int32)
+        longest = 0
         for slot in writing:
             ids = self._turns[slot].ids
+            longest = max(longest, int(self._length[slot]) + len(ids[:-1]))  # the last is not fed
             tokens[slot] = ids[-1] if ids else -1
             budget[slot] = self.sampling.max_new_tokens - len(ids)
         self._state, chunk = self._programs.decode(
@@ -345,6 +347,7 @@ class Engine:
             budget=budget,
             key=self._base_key,
             episodes=self._episodes,
+            longest=longest,
         )
         chunk = jax.device_get(chunk)
         self.usage.decode_s += time.perf_counter() - started
