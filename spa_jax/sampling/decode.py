@@ -84,11 +84,16 @@ class Chunk:
 
 
 def empty_state(
-    config: ModelConfig, slots: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32
+    config: ModelConfig,
+    slots: int,
+    length: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> SlotState:
-    """All slots empty; the cache is of that type."""
+    """All slots empty, of that type; the cache too, unless it has one of its own."""
     return SlotState(
-        cache=transformer.empty_cache(config, slots, length, dtype),
+        cache=transformer.empty_cache(config, slots, length, cache_dtype or dtype),
         hidden=jnp.zeros((slots, config.hidden_size), dtype),
         length=jnp.zeros((slots,), jnp.int32),
     )

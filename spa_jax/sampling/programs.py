@@ -32,7 +32,7 @@ class Shape:
 
     Attributes:
       config: the model's shape.
-      dtype: of the weights and of the cache.
+      dtype: of the weights, and of the hidden states.
       slots: conversations held at once.
       context_length: tokens a conversation may have.
       steps: decoding steps of a chunk.
@@ -42,6 +42,7 @@ class Shape:
       top_p: see `decode.draw`.
       device: where it runs, or one of a topology that is not here.
       tuning: what suits the device.
+      cache_dtype: of keys and values in the cache; None: `dtype`.
     """
 
     config: ModelConfig
@@ -55,6 +56,7 @@ class Shape:
     top_p: float
     device: jax.Device
     tuning: Tuning
+    cache_dtype: np.dtype | None = None
 
     @property
     def rows(self) -> int:
@@ -80,7 +82,9 @@ def _functions(shape: Shape) -> _Functions:
     config, here, state = shape.config, SingleDeviceSharding(shape.device), _formats(shape)
 
     def empty() -> SlotState:
-        return decode.empty_state(config, shape.slots, shape.context_length, shape.dtype)
+        return decode.empty_state(
+            config, shape.slots, shape.context_length, shape.dtype, cache_dtype=shape.cache_dtype
+        )
 
     def decode_chunk(
         params: Params,

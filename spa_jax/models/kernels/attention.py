@@ -90,9 +90,10 @@ def cached(
     """Attention of new tokens to the conversations that they continue.
 
     Args:
-      kernel: as for `packed`; what has no kernel for a cache computes it as xla does.
+      kernel: as for `packed`; what has no kernel for a cache, or for one of this type, computes it
+        as xla does.
       q: [B, T, H, K].
-      cache: with the new tokens' keys and values in it.
+      cache: with the new tokens' keys and values in it, of any float type.
       positions: [B, T] int: a token sees the places 0 to position; one >= C is padding.
       seen: [B, T, L] bool, the same as a mask of the first L <= C places: no others are read
         (native attention reads those up to `positions` in any case).
@@ -103,13 +104,15 @@ def cached(
       [B, T, H, K].
     """
     k_BGKC, v_BGCK = cache
-    if kernel == "native":
+    if kernel == "native" and k_BGKC.dtype == q.dtype:
         at = jnp.arange(q.shape[0]) if rows is None else rows
         return native.cached(q, k_BGKC, v_BGCK, positions, at)
     if rows is not None:
         keys, values = order or (None, None)
         k_BGKC, v_BGCK = _take(k_BGKC, rows, keys), _take(v_BGCK, rows, values)
     k_BGKC, v_BGCK = _first(k_BGKC, seen.shape[-1], 3), _first(v_BGCK, seen.shape[-1], 2)
+    # A cache of another type holds rounded numbers; they are multiplied as all others are.
+    k_BGKC, v_BGCK = k_BGKC.astype(q.dtype), v_BGCK.astype(q.dtype)
     return ungroup(xla.attend(group(q, k_BGKC.shape[1]), k_BGKC, v_BGCK, seen))
 
 
