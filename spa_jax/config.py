@@ -175,6 +175,12 @@ class SamplingConfig(Checked):
     context_length: int = setting(
         1024, "Tokens that a whole episode may have.", minimum=2, group=MAY
     )
+    cache_dtype: Literal["", "bfloat16", "float32"] = setting(
+        "",
+        "Numbers of the keys and values that are kept of every token. bfloat16 takes half of "
+        "float32's memory and rounds them; native attention does not read it, and xla's is "
+        "computed then. Empty: those of the weights (--compute_dtype).",
+    )
 
     def check(self) -> None:
         """Refuses greedy sampling of a cut distribution, and turns that leave no room."""

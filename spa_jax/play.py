@@ -245,6 +245,7 @@ def make_engine(
             text=policy.chat.decode,
             turn_deadline_s=sampling.turn_deadline_s,
             device=device,
+            cache_dtype=sampling.cache_dtype,
         )
 
     devices = jax.local_devices()[:episodes]

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spa_jax.models.config import ModelConfig
 from spa_jax.models.kernels import attention, products
-from spa_jax.models.kernels.attention import LayerCache
+from spa_jax.models.kernels.attention import CacheOrder, LayerCache
 
 
 class Linear(nn.Module):
@@ -110,16 +110,19 @@ class Block(nn.Module):
         seen: jax.Array,
         cache: LayerCache | None = None,
         rows: jax.Array | None = None,
+        *,
+        order: CacheOrder | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Applies the layer.
 
         Args:
           x: [B, T, D].
           positions: [B, T] int.
-          seen: [B, T, T] bool, True where a query may see a key, or [B, T, C] with a cache; with
-            splash and native attention [B, T] int, the segments.
+          seen: [B, T, T] bool, True where a query may see a key, or [B, T, L] of the first places
+            of a cache; with splash and native attention [B, T] int, the segments.
           cache: keys and values so far; a position >= C writes nothing.
           rows: [B] int, the cache's row of each row of x, as in `cached_hidden_states`.
+          order: of the cache, as in `cached_hidden_states`.
 
         Returns:
           [B, T, D] and the cache with the new tokens in it (None without one).
@@ -132,7 +135,9 @@ class Block(nn.Module):
             at = jnp.arange(x.shape[0]) if rows is None else rows
             cache = attention.write(cache, k, v, positions, at)
             kernel = c.compute.attention
-            out = attention.cached(kernel, q, cache, positions=positions, seen=seen, rows=rows)
+            out = attention.cached(
+                kernel, q, cache, positions=positions, seen=seen, rows=rows, order=order
+            )
         x = x + self._linear(out.reshape(*x.shape[:2], -1), "o", c.hidden_size)
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         gate = self._linear(h, "gate", c.intermediate_size)

@@ -39,7 +39,7 @@ from spa_jax.batching import SHARED
 from spa_jax.models import axes, tree
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.models.kernels import attention, products
-from spa_jax.models.kernels.attention import LayerCache
+from spa_jax.models.kernels.attention import CacheOrder, LayerCache
 from spa_jax.models.layers import Block, RMSNorm
 
 # What a rematerialised layer keeps: `--remat` -> the names in `Block`.
@@ -204,6 +204,8 @@ def cached_hidden_states(
     cache: list[LayerCache],
     *,
     rows: jax.Array | None = None,
+    order: CacheOrder | None = None,
+    places: int | None = None,
 ) -> tuple[jax.Array, list[LayerCache]]:
     """Hidden states of new tokens, each row at its own place in its conversation.
 
@@ -223,17 +225,22 @@ def cached_hidden_states(
       rows: [B] int, the row of the cache that each row of tokens continues; several may
         continue the same one at other positions, and see each other.  One beyond the cache
         writes nothing (padding).  None: row i continues row i.
+      order: of the cache's axes in memory, where it is known; it changes no result.
+      places: only the first of the cache are read: no real position is beyond them.  None: all.
 
     Returns:
       [B, T, D] after the final norm (rows of padding hold garbage), and the new cache.
     """
     chex.assert_equal_shape([tokens, positions])
     x = layers_params["embed"]["embedding"][tokens].astype(config.dtype)
-    mask = jnp.arange(cache[0][1].shape[2]) <= positions[:, :, None]
+    mask = jnp.arange(places or cache[0][1].shape[2]) <= positions[:, :, None]
     block = Block(config)
     new_cache = []
     for layer, past in zip(layers_params["layers"], cache, strict=True):
-        x, past = cast(tuple, block.apply({"params": layer}, x, positions, mask, past, rows=rows))
+        x, past = cast(
+            tuple,
+            block.apply({"params": layer}, x, positions, mask, past, rows=rows, order=order),
+        )
         new_cache.append(past)
     norm = RMSNorm(config.rms_norm_eps)
     return cast(jax.Array, norm.apply({"params": layers_params["norm"]}, x)), new_cache

@@ -21,6 +21,7 @@ from flax import struct
 from spa_jax.models import transformer
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.models.kernels import attention
+from spa_jax.models.kernels.attention import CacheOrder
 
 _BLOCK = 256  # vocabulary entries a block of the two-level inverse CDF
 
@@ -83,17 +84,29 @@ class Chunk:
 
 
 def empty_state(
-    config: ModelConfig, slots: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32
+    config: ModelConfig,
+    slots: int,
+    length: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    cache_dtype: jax.typing.DTypeLike | None = None,
 ) -> SlotState:
-    """All slots empty; the cache is of that type."""
+    """All slots empty, of that type; the cache too, unless it has one of its own."""
     return SlotState(
-        cache=transformer.empty_cache(config, slots, length, dtype),
+        cache=transformer.empty_cache(config, slots, length, cache_dtype or dtype),
         hidden=jnp.zeros((slots, config.hidden_size), dtype),
         length=jnp.zeros((slots,), jnp.int32),
     )
 
 
-def prefill(config: ModelConfig, params: Params, state: SlotState, rows: PrefillRows) -> SlotState:
+def prefill(
+    config: ModelConfig,
+    params: Params,
+    state: SlotState,
+    rows: PrefillRows,
+    *,
+    order: CacheOrder | None = None,
+) -> SlotState:
     """Appends chunks of tokens to some slots.
 
     A slot may have several rows, with chunks that follow each other: in every layer the keys of
@@ -104,6 +117,7 @@ def prefill(config: ModelConfig, params: Params, state: SlotState, rows: Prefill
       params: the tree of `tree.unstack`.
       state: the slots.
       rows: the chunks.
+      order: of the cache's axes in memory, where it is known; it changes no result.
 
     Returns:
       The slots with the chunks in their caches; `hidden` is that of a slot's last real token.
@@ -114,7 +128,7 @@ def prefill(config: ModelConfig, params: Params, state: SlotState, rows: Prefill
     offset = jnp.arange(tokens.shape[1])
     positions = jnp.where(offset < counts[:, None], starts[:, None] + offset, cache_length)
     hidden, cache = transformer.cached_hidden_states(
-        config, params, tokens, positions, state.cache, rows=slots
+        config, params, tokens, positions, state.cache, rows=slots, order=order
     )
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
@@ -245,6 +259,7 @@ def decode_chunk(
     temperature: float,
     top_k: int,
     top_p: float,
+    places: int | None = None,
 ) -> tuple[SlotState, Chunk]:
     """Lets the policy go on writing in every slot that has a budget, for at most N steps.
 
@@ -271,6 +286,8 @@ def decode_chunk(
       temperature: see `draw`.
       top_k: see `draw`.
       top_p: see `draw`.
+      places: only the first of the cache are read; no slot that writes may get beyond them in
+        these steps.  None: all.
 
     Returns:
       The slots and the `Chunk`.
@@ -314,7 +331,7 @@ def decode_chunk(
         feeds = chunk.writing
         positions = jnp.where(feeds, state.length, cache_length)
         hidden, cache = transformer.cached_hidden_states(
-            config, params, tokens[:, None], positions[:, None], state.cache
+            config, params, tokens[:, None], positions[:, None], state.cache, places=places
         )
         state = SlotState(
             cache=cache,

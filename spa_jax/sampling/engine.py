@@ -135,13 +135,14 @@ class Engine:
         text: Callable[[Sequence[int]], str] | None = None,
         turn_deadline_s: float = 0.0,
         device: jax.Device | None = None,
+        cache_dtype: str = "",
         tuned: Tuning | None = None,
     ) -> None:
         """Allocates the cache; compiles nothing that an engine of the same shape has compiled.
 
         Args:
           config: the model's shape.
-          params: its (stacked) parameters; their type is the cache's.
+          params: its (stacked) parameters.
           slots: conversations held at once.
           context_length: tokens a conversation may have.
           sampling: how tokens are drawn.
@@ -151,6 +152,7 @@ class Engine:
           turn_deadline_s: seconds from `submit` on that a turn may take; 0: no limit.  It is
             looked at after each chunk.
           device: where it runs; None: JAX's first.
+          cache_dtype: bfloat16 or float32, of keys and values; empty: that of the weights.
           tuned: how the programs are laid out; None: as suits the device.  It changes no token.
         """
         self.slots = slots
@@ -174,6 +176,7 @@ class Engine:
             top_p=sampling.top_p,
             device=device,
             tuning=tuned,
+            cache_dtype=np.dtype(cache_dtype) if cache_dtype else None,
         )
         self._programs = programs.of(shape)
         self._state = self._programs.empty_state()
@@ -333,8 +336,10 @@ class Engine:
         started = time.perf_counter()
         writing = self._writing
         tokens, budget = np.full(self.slots, -1, np.int32), np.zeros(self.slots, np.int32)
+        longest = 0
         for slot in writing:
             ids = self._turns[slot].ids
+            longest = max(longest, int(self._length[slot]) + len(ids[:-1]))  # the last is not fed
             tokens[slot] = ids[-1] if ids else -1
             budget[slot] = self.sampling.max_new_tokens - len(ids)
         self._state, chunk = self._programs.decode(
@@ -344,6 +349,7 @@ class Engine:
             budget=budget,
             key=self._base_key,
             episodes=self._episodes,
+            longest=longest,
         )
         chunk = jax.device_get(chunk)
         self.usage.decode_s += time.perf_counter() - started

@@ -34,7 +34,7 @@ class Shape:
 
     Attributes:
       config: the model's shape.
-      dtype: of the weights and of the cache.
+      dtype: of the weights, and of the hidden states.
       slots: conversations held at once.
       context_length: tokens a conversation may have.
       steps: decoding steps of a chunk.
@@ -44,6 +44,7 @@ class Shape:
       top_p: see `decode.draw`.
       device: where it runs, or one of a topology that is not here.
       tuning: what suits the device.
+      cache_dtype: of keys and values in the cache; None: `dtype`.
     """
 
     config: ModelConfig
@@ -57,11 +58,17 @@ class Shape:
     top_p: float
     device: jax.Device
     tuning: Tuning
+    cache_dtype: np.dtype | None = None
 
     @property
     def rows(self) -> int:
         """Chunks that a prefill call reads."""
-        return -(-self.slots // 4)
+        return min(-(-self.slots // 4), self.tuning.most_rows)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The numbers of places that decoding can read, ascending; the last is the context."""
+        return self.tuning.places(self.context_length)
 
 
 class _Functions(NamedTuple):
@@ -70,14 +77,16 @@ class _Functions(NamedTuple):
     empty: Any
     prefill: Any
     copy: Any
-    decode: Any
+    decode: dict[int, Any]  # by the places that it reads
 
 
 def _functions(shape: Shape) -> _Functions:
     config, here, state = shape.config, SingleDeviceSharding(shape.device), _formats(shape)
 
     def empty() -> SlotState:
-        return decode.empty_state(config, shape.slots, shape.context_length, shape.dtype)
+        return decode.empty_state(
+            config, shape.slots, shape.context_length, shape.dtype, cache_dtype=shape.cache_dtype
+        )
 
     def decode_chunk(
         params: Params,
@@ -85,6 +94,8 @@ def _functions(shape: Shape) -> _Functions:
         tokens: jax.Array,
         budget: jax.Array,
         seeds: tuple[chex.PRNGKey, jax.Array],
+        *,
+        places: int,
     ) -> tuple[SlotState, Chunk]:
         key, episodes = seeds
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, episodes)
@@ -100,6 +111,7 @@ def _functions(shape: Shape) -> _Functions:
             temperature=shape.temperature,
             top_k=shape.top_k,
             top_p=shape.top_p,
+            places=places,
         )
 
     # The order of the cache is that of arguments and results: donated, it is written in place.
@@ -107,17 +119,20 @@ def _functions(shape: Shape) -> _Functions:
     return _Functions(
         empty=jit(empty),
         prefill=jit(
-            functools.partial(decode.prefill, config),
+            functools.partial(decode.prefill, config, order=shape.tuning.order),
             in_shardings=(here, state, here),
             donate_argnums=1,
         ),
         copy=jit(decode.copy_cache, in_shardings=(state, here, here), donate_argnums=0),
-        decode=jax.jit(
-            decode_chunk,
-            in_shardings=(here, state, here, here, here),
-            out_shardings=(state, here),
-            donate_argnums=1,
-        ),
+        decode={
+            places: jax.jit(
+                functools.partial(decode_chunk, places=places),
+                in_shardings=(here, state, here, here, here),
+                out_shardings=(state, here),
+                donate_argnums=1,
+            )
+            for places in shape.places
+        },
     )
 
 
@@ -140,8 +155,8 @@ def lower(
     The device may be one of a topology (`jax.experimental.topologies`) that this machine has not;
     only the compiler for it is needed, and that by `compile()` alone.
 
-        lowered = programs.lower(shape, ["decode"])
-        lowered["decode"].compile().memory_analysis()
+        lowered = programs.lower(shape, ["decode 4096"])
+        lowered["decode 4096"].compile().memory_analysis()
 
     Args:
       shape: of the engine; its config says no `auto`, and names no kernel of another platform.
@@ -150,7 +165,8 @@ def lower(
         None: those of `shape.config` with float32 vectors, as weights that were loaded have.
 
     Returns:
-      By name: "prefill T" for each of `shape.tuning.chunks`, "copy", "decode".
+      By name: "prefill T" for each of `shape.tuning.chunks`, "copy", "decode L" for each of
+      `shape.places`.
 
     Raises:
       KeyError: an engine of this shape has no program of a name.
@@ -166,29 +182,29 @@ def lower(
     platform = shape.device.platform
     platforms = None if platform == "gpu" else (platform,)
     return {
-        name: getattr(functions, _kind(name))
-        .trace(*arguments[name])
-        .lower(lowering_platforms=platforms)
+        name: _named(functions, name).trace(*arguments[name]).lower(lowering_platforms=platforms)
         for name in chosen
     }
 
 
 def names_of(shape: Shape) -> list[str]:
     """The programs that an engine of this shape has."""
-    return [*(f"prefill {chunk}" for chunk in shape.tuning.chunks), "copy", "decode"]
+    prefills = [f"prefill {chunk}" for chunk in shape.tuning.chunks]
+    return [*prefills, "copy", *(f"decode {places}" for places in shape.places)]
 
 
-def _kind(name: str) -> str:
-    return name.split()[0]
+def _named(functions: _Functions, name: str) -> Any:
+    kind, _, size = name.partition(" ")
+    return functions.decode[int(size)] if kind == "decode" else getattr(functions, kind)
 
 
 def _arguments(shape: Shape, params: Params, state: SlotState, key: Any) -> dict[str, tuple]:
     """What each program of `names_of` is called with; of shapes or of arrays."""
     of_slots, of_rows = np.zeros(shape.slots, np.int32), np.zeros(shape.rows, np.int32)
-    arguments: dict[str, tuple] = {
-        "copy": (state, of_rows[0], of_rows[0]),
-        "decode": (params, state, of_slots, of_slots, (key, of_slots.astype(np.uint32))),
-    }
+    arguments: dict[str, tuple] = {"copy": (state, of_rows[0], of_rows[0])}
+    for places in shape.places:
+        seeds = (key, of_slots.astype(np.uint32))
+        arguments[f"decode {places}"] = (params, state, of_slots, of_slots, seeds)
     for chunk in shape.tuning.chunks:
         empty = PrefillRows(
             slots=of_rows,
@@ -265,8 +281,9 @@ class Programs:
         budget: np.ndarray,
         key: chex.PRNGKey,
         episodes: np.ndarray,
+        longest: int,
     ) -> tuple[SlotState, Chunk]:
-        """`decode.decode_chunk`; donates the state.
+        """`decode.decode_chunk`, reading no more places than it must; donates the state.
 
         Args:
           params: as there, like those that are not named here.
@@ -275,14 +292,18 @@ class Programs:
           budget: as there.
           key: the base of all episodes' keys.
           episodes: [B] uint32, the number of each slot's episode.
+          longest: tokens in the longest cache of a slot that writes, before the call.
         """
+        needed = longest + self._shape.steps
+        all_places = self._shape.context_length
+        places = next((n for n in self._shape.places if n >= needed), all_places)
         args = (params, state, tokens, budget, (key, episodes))
-        return self._executable("decode", args)(*args)
+        return self._executable(f"decode {places}", args)(*args)
 
     def _executable(self, name: str, args: tuple) -> Any:
         if name not in self._executables:
             assert not self._complete, f"{name} would be compiled after the warm-up"
-            function = getattr(self._functions, _kind(name))
+            function = _named(self._functions, name)
             self._executables[name] = function.lower(*args).compile()
             self.compiled += 1
         return self._executables[name]

@@ -133,9 +133,8 @@ def exploration(config: ModelConfig, sampling: SamplingConfig) -> Need:
     is counted under `activations`: it is what the engine needs at its start only.
     """
     weights = _elements(shapes(config)) * _width(config)
-    cache = jax.eval_shape(
-        lambda: transformer.empty_cache(config, sampling.slots, sampling.context_length)
-    )
+    sizes, dtype = (sampling.slots, sampling.context_length), sampling.cache_dtype or None
+    cache = jax.eval_shape(lambda: transformer.empty_cache(config, *sizes, dtype))
     logits = _LOGITS_FORWARD * sampling.slots * config.vocab_size * _FLOAT32
     layer = _elements(shapes(config)["layers"]) / config.num_layers * _FLOAT32
     return Need(

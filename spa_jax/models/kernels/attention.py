@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from spa_jax.models.kernels import fused, native, xla
 
@@ -84,27 +85,54 @@ def cached(
     positions: jax.Array,
     seen: jax.Array,
     rows: jax.Array | None,
+    order: CacheOrder | None = None,
 ) -> jax.Array:
     """Attention of new tokens to the conversations that they continue.
 
     Args:
-      kernel: as for `packed`; what has no kernel for a cache computes it as xla does.
+      kernel: as for `packed`; what has no kernel for a cache, or for one of this type, computes it
+        as xla does.
       q: [B, T, H, K].
-      cache: with the new tokens' keys and values in it.
+      cache: with the new tokens' keys and values in it, of any float type.
       positions: [B, T] int: a token sees the places 0 to position; one >= C is padding.
-      seen: [B, T, C] bool, the same as a mask.
+      seen: [B, T, L] bool, the same as a mask of the first L <= C places: no others are read
+        (native attention reads those up to `positions` in any case).
       rows: [B] int, the cache's row of each row of q; None: row i is row i.
+      order: of the cache's axes in memory, so that rows are taken in it; None: it is not known.
 
     Returns:
       [B, T, H, K].
     """
     k_BGKC, v_BGCK = cache
-    if kernel == "native":
+    if kernel == "native" and k_BGKC.dtype == q.dtype:
         at = jnp.arange(q.shape[0]) if rows is None else rows
         return native.cached(q, k_BGKC, v_BGCK, positions, at)
     if rows is not None:
-        k_BGKC, v_BGCK = k_BGKC.at[rows].get(mode="clip"), v_BGCK.at[rows].get(mode="clip")
+        keys, values = order or (None, None)
+        k_BGKC, v_BGCK = _take(k_BGKC, rows, keys), _take(v_BGCK, rows, values)
+    k_BGKC, v_BGCK = _first(k_BGKC, seen.shape[-1], 3), _first(v_BGCK, seen.shape[-1], 2)
+    # A cache of another type holds rounded numbers; they are multiplied as all others are.
+    k_BGKC, v_BGCK = k_BGKC.astype(q.dtype), v_BGCK.astype(q.dtype)
     return ungroup(xla.attend(group(q, k_BGKC.shape[1]), k_BGKC, v_BGCK, seen))
+
+
+def _first(x: jax.Array, places: int, axis: int) -> jax.Array:
+    """The first places of a cache."""
+    if places == x.shape[axis]:
+        return x
+    # A TPU's compiler takes twice as long for a slice whose start it knows.
+    start = jax.lax.optimization_barrier(jnp.int32(0))
+    return jax.lax.dynamic_slice_in_dim(x, start, places, axis)
+
+
+def _take(x: jax.Array, rows: jax.Array, order: tuple[int, ...] | None) -> jax.Array:
+    """x [rows of the cache, ...] at rows [B]: [B, ...]; one beyond the cache gives the last."""
+    if order is None:
+        return x.at[rows].get(mode="clip")
+    # A TPU gathers by cutting every row of the cache into pieces.  A slice a row it reads where it
+    # lies, but only if it must not lay the result out in another order.
+    parts = [jax.lax.dynamic_index_in_dim(x, row) for row in rows]
+    return with_layout_constraint(jnp.concatenate(parts), Layout(order))
 
 
 def group(q: jax.Array, kv_heads: int) -> jax.Array:
