@@ -59,7 +59,7 @@ def test_the_places_that_decoding_reads_by_hand():
 def test_the_rows_of_a_prefill_call_by_hand():
     assert _shape(slots=9).rows == 3
     assert _shape(slots=90).rows == 23
-    assert _shape(slots=90, tuning=TPU).rows == TPU.most_rows == 8
+    assert _shape(slots=90, tuning=TPU).rows == TPU.most_rows == 4
 
 
 @pytest.mark.parametrize(
