@@ -16,7 +16,8 @@ def cache_copies(hlo: str, shape: Shape) -> int:
     """How many times a program copies all keys, or all values, of a layer.
 
     A copy is written to memory: one inside a fusion counts if the fusion does nothing after it.
-    An update in place is none.
+    An update in place is none, and neither is a cache that is small enough to be brought into the
+    chip's own memory (`S(1)`), as it lies, before it is read.
 
     Args:
       hlo: `jax.stages.Compiled.as_text()`.
@@ -27,7 +28,7 @@ def cache_copies(hlo: str, shape: Shape) -> int:
     """
     config = shape.config
     size = shape.slots * config.num_kv_heads * config.head_dim * shape.context_length
-    found = [of for of in _instructions(hlo) if of[2] == size]
+    found = [of for of in _instructions(hlo) if of[2] == size and not _fetched(*of[3:])]
     fused = set(_CALLS.findall(hlo))
     moved_inside = {inside for inside, root, _, op, _ in found if root and op in _MOVES}
     return sum(
@@ -36,6 +37,10 @@ def cache_copies(hlo: str, shape: Shape) -> int:
         if inside not in fused
         for called in _CALLS.findall(line) or [""]
     )
+
+
+def _fetched(op: str, line: str) -> bool:
+    return op == "copy-start" and "S(1)" in line
 
 
 def _instructions(hlo: str) -> Iterator[tuple[str, bool, int, str, str]]:

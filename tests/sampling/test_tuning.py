@@ -148,6 +148,7 @@ ENTRY %main (p: f32[4,2,8,32]) -> f32[4,2,8,32] {
   %copy.1 = f32[4,2,8,32]{2,1,3,0:T(8,128)} copy(%p)
   %transpose.2 = f32[4,2,32,8]{3,2,1,0} transpose(%copy.1), dimensions={0,1,3,2}
   %copy-start.3 = (f32[4,2,8,32]{3,2,1,0}, f32[4,2,8,32]{3,2,1,0}, u32[]) copy-start(%p)
+  %fetch.6 = (f32[4,2,8,32]{3,2,1,0:T(8,128)S(1)}, f32[4,2,8,32]{3,2,1,0}, u32[]) copy-start(%p)
   %small = f32[2,2,8,32]{3,2,1,0} copy(%p)
   %fusion.4 = f32[4,2,8,32]{2,1,3,0} fusion(%p), kind=kLoop, calls=%fused_copy
   %scores = f32[4,32]{1,0} fusion(%p), kind=kOutput, calls=%fused_scores
