@@ -111,7 +111,7 @@ test: setup
 	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # One at a time: they measure, kill and resume. The last -m counts, so this one undoes "not slow".
-test-slow: setup policy
+test-slow: setup policy setup-tpu
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 lint: setup

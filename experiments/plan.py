@@ -33,6 +33,7 @@ from spa_jax.models import limits, shapes
 from spa_jax.models.config import ModelConfig
 from spa_jax.models.io import hf_config
 from spa_jax.models.kernels import choice
+from spa_jax.sampling import tuning
 from spa_jax.stage_config import AdaptedStage, Settings
 from spa_jax.training import memory, partition
 from spa_jax.training.memory import Need
@@ -64,6 +65,9 @@ def stages(settings: Settings, config: ModelConfig, fsdp: int, tensor: int = 1) 
     """What each stage needs of a device, at its most demanding moment."""
     rows, lora = settings.rows, settings.adapters
     scoring = memory.forward(config, rows, fsdp=fsdp, tensor=tensor)
+    # The plan is of accelerators; how much is read at once is the same on all of them.
+    tuned = tuning.of("gpu", config.num_kv_heads)
+    read = tuned.rows(settings.sampling.slots) * tuned.chunks[-1]
 
     def update(stage: AdaptedStage, **trained: Any) -> Need:
         return memory.update(config, rows, lora(stage), fsdp=fsdp, tensor=tensor, **trained)
@@ -75,7 +79,7 @@ def stages(settings: Settings, config: ModelConfig, fsdp: int, tensor: int = 1) 
         "sft": [
             update("sft", train_layers=settings.sft.train_layers, averaged=settings.sft.ema > 0)
         ],
-        "explore": [memory.exploration(config, settings.sampling)],
+        "explore": [memory.exploration(config, settings.sampling, read)],
         "train_progress": progress,
         "train_ppo": [scoring, update("ppo", train_layers=settings.ppo.train_layers)],
     }

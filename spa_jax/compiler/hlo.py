@@ -232,7 +232,8 @@ class Program:
     def copies(self, elements: int) -> int:
         """How often one run writes an array of so many numbers to memory in another order.
 
-        A fusion that does more than that writes no copy, and what it turns inside is a tile.
+        A fusion that does more than that writes no copy, and what it turns inside is a tile.  An
+        array that is fetched into the chip's own memory (`S(1)`), as it lies, is none either.
 
         Args:
           elements: those of a layer's keys in a cache.
@@ -245,7 +246,10 @@ class Program:
         }
         count = 0
         for name, instruction in self._instructions():
-            if name in fused or next(arrays(instruction.shape), ("", 0))[1] != elements:
+            first = instruction.shape.partition("}")[0]
+            if name in fused or next(arrays(first), ("", 0))[1] != elements:
+                continue
+            if instruction.opcode == "copy-start" and "S(1)" in first:
                 continue
             opcodes = [instruction.opcode]
             if instruction.opcode == "fusion":

@@ -220,17 +220,15 @@ class Stages:
             top_p=sampling.top_p,
             device=device,
             tuning=tuning.of(device.platform, config.num_kv_heads),
+            cache_dtype=np.dtype(sampling.cache_dtype) if sampling.cache_dtype else None,
         )
-        plan = memory.exploration(config, sampling)
+        read = shape.rows * shape.tuning.chunks[-1]
+        plan = memory.exploration(config, sampling, read)
         names = engine_programs.names_of(shape)
-        longest = [name for name in names if name.startswith("prefill")][-1:]
-        for stage, chosen in (("prefill", longest), ("decode", ["decode"])):
-            yield Stage(
-                stage,
-                [Program(name, functools.partial(_lower_engine, shape, name)) for name in chosen],
-                plan,
-                cache=shape,
-            )
+        for stage in ("prefill", "decode"):
+            longest = [name for name in names if name.startswith(stage)][-1]
+            program = Program(longest, functools.partial(_lower_engine, shape, longest))
+            yield Stage(stage, [program], plan, cache=shape)
 
     def _update(
         self,

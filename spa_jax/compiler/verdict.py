@@ -9,6 +9,7 @@ import jax
 from spa_jax.compiler.chips import Chip
 from spa_jax.compiler.hlo import Program as Hlo
 from spa_jax.compiler.stages import Program, Stage
+from spa_jax.sampling.programs import Shape
 
 _GIB, _GB, _TERA = 2**30, 1e9, 1e12
 _USED = re.compile(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]i?B? hbm")
@@ -75,9 +76,7 @@ def of_program(program: Program, stage: Stage, chip: Chip) -> Verdict:
     hlo = Hlo(text)
     copies = 0
     if stage.cache is not None:
-        config, slots = stage.cache.config, stage.cache.slots
-        layer = slots * config.num_kv_heads * config.head_dim * stage.cache.context_length
-        copies = hlo.copies(layer)
+        copies = hlo.copies(cache_elements(stage.cache))
     return Verdict(
         program.name,
         True,
@@ -89,6 +88,12 @@ def of_program(program: Program, stage: Stage, chip: Chip) -> Verdict:
         kinds={kind: size / _GB for kind, size in hlo.by_kind().items()},
         outside=sum(c.total for c in hlo.collectives if not c.in_loop) / _GB,
     )
+
+
+def cache_elements(shape: Shape) -> int:
+    """Numbers in a layer's keys of all slots; its values have as many."""
+    config = shape.config
+    return shape.slots * config.num_kv_heads * config.head_dim * shape.context_length
 
 
 def of_stage(stage: Stage, chip: Chip) -> tuple[Verdict, list[Verdict]]:

@@ -63,7 +63,7 @@ class Shape:
     @property
     def rows(self) -> int:
         """Chunks that a prefill call reads."""
-        return min(-(-self.slots // 4), self.tuning.most_rows)
+        return self.tuning.rows(self.slots)
 
     @property
     def places(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ _ONE_HEAD = CacheOrder(keys=(0, 1, 3, 2), values=(0, 1, 2, 3))
 
 # Of an accelerator: up to some 250 tokens a call cost it what reading the weights costs, and each
 # row's scores over the whole context have to lie somewhere.
-_CHUNKS, _MOST_ROWS = (64, 256), 8
+_CHUNKS, _MOST_ROWS = (64, 256), 4
 # Decoding reads a quarter or all of the places.  A TPU copies a part before it multiplies it: by
 # its compiler's cycles a step takes 0.68 of the time with a quarter of 4096, and no less with half.
 _PARTS = (4, 1)
@@ -44,6 +44,10 @@ class Tuning:
     chunks: tuple[int, ...] = (16, 24, 32, 48)
     most_rows: int = 1 << 30
     parts: tuple[int, ...] = (1,)
+
+    def rows(self, slots: int) -> int:
+        """Chunks that a prefill call reads."""
+        return min(-(-slots // 4), self.most_rows)
 
     def places(self, context_length: int) -> tuple[int, ...]:
         """The numbers of places that decoding reads, ascending; the last is all."""

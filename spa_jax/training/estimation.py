@@ -9,7 +9,7 @@ import numpy as np
 
 from spa_jax.models.config import Params
 from spa_jax.stage_config import ProgressConfig
-from spa_jax.training import estimator_data, estimator_update, partition, schedule
+from spa_jax.training import estimator_data, estimator_update, schedule
 from spa_jax.training import state as state_lib
 from spa_jax.training.estimator_data import FrozenTrunk, TrainedTrunk
 from spa_jax.training.estimator_update import StepFeatures
@@ -80,7 +80,7 @@ def estimate(
         epoch = carry["epoch"] + [sums["squared_error"], len(chosen)]
         if (update + 1) % per_epoch:
             return Outcome(state, None, carry={"epoch": epoch})
-        now = _clocked(partition.unreplicate(state.params), clock)
+        now = _clocked(trainer.fetch(state.params), clock)
         judged = estimator_data.judge(now, trunk, valid)
         line = {"loss": epoch[0] / epoch[1], **judged}
         return Outcome(state, line, carry={"epoch": np.zeros(2)})

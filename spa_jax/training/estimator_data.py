@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import optax
 
 from spa_jax import batching, episodes, evaluation
 from spa_jax import run as run_lib
@@ -21,6 +20,7 @@ from spa_jax.models.config import Params
 from spa_jax.policy import Policy
 from spa_jax.training import estimator_update, partition, scoring
 from spa_jax.training.estimator_update import EstimatorRows, StepFeatures
+from spa_jax.training.state import Guarded
 from spa_jax.training.trainable import Trainable
 from spa_jax.trajectory import Trajectory
 
@@ -42,7 +42,7 @@ class FrozenTrunk:
         """What is trained of it: nothing."""
         return {}
 
-    def trainer(self, optimizer: optax.GradientTransformation, clock: Params) -> partition.Pmap:
+    def trainer(self, optimizer: Guarded, clock: Params) -> partition.Trainer:
         """The trainer of heads on it."""
         loss = estimator_update.make_loss(self.prefixes)
         return partition.Pmap(loss, optimizer, frozen=clock)
@@ -80,11 +80,12 @@ class TrainedTrunk:
         """What is trained of it: {"policy": tree} or {"adapter": tree}."""
         return self.trainable.parts.trained
 
-    def trainer(self, optimizer: optax.GradientTransformation, clock: Params) -> partition.Pmap:
+    def trainer(self, optimizer: Guarded, clock: Params) -> partition.Trainer:
         """The trainer of the heads and the trunk."""
         parts = self.trainable.parts
         config = self.trainable.policy.config
-        return partition.Pmap(
+        return partition.make(
+            self.rows,
             parts.on_parts(estimator_update.make_trunk_loss(config, self.prefixes)),
             optimizer,
             frozen=parts.frozen_in(config.dtype) | clock,

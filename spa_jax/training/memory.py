@@ -125,21 +125,29 @@ def forward(config: ModelConfig, rows: RowsConfig, *, fsdp: int = 1, tensor: int
     )
 
 
-def exploration(config: ModelConfig, sampling: SamplingConfig) -> Need:
+def exploration(config: ModelConfig, sampling: SamplingConfig, prefill_tokens: int = 0) -> Need:
     """The generation engine.
 
     Its weights are cast layer by layer before the cache is allocated and anything is played
     (`sampling.weights`).  Where one float32 layer is larger than cache and logits, the difference
-    is counted under `activations`: it is what the engine needs at its start only.
+    is counted under `activations`: it is what the engine needs at its start only.  So is what the
+    scores of the largest prefill call need beyond the logits; the two are never there at once.
+
+    Args:
+      config: the model, as it is computed.
+      sampling: the slots of a device, their context and their cache.
+      prefill_tokens: of the largest call that reads; 0 leaves its scores out.
     """
     weights = _elements(shapes(config)) * _width(config)
     sizes, dtype = (sampling.slots, sampling.context_length), sampling.cache_dtype or None
     cache = jax.eval_shape(lambda: transformer.empty_cache(config, *sizes, dtype))
     logits = _LOGITS_FORWARD * sampling.slots * config.vocab_size * _FLOAT32
     layer = _elements(shapes(config)["layers"]) / config.num_layers * _FLOAT32
+    # Scores and their softmax, over the whole context.
+    scores = 2 * prefill_tokens * config.num_heads * sampling.context_length * _FLOAT32
     return Need(
         parameters=weights,
-        activations=max(0.0, layer - logits - _bytes(cache)),
+        activations=max(0.0, layer - logits - _bytes(cache), scores - logits),
         logits=logits,
         cache=_bytes(cache),
     )

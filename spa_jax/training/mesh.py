@@ -247,7 +247,6 @@ class Mesh:
     def _add_up(self, gradient: Params, sums: Any) -> tuple[Params, Any]:
         """The gradient and the sums of all devices' rows, from one device's."""
 
-
         def psum(x: Any, over: Sequence[str]) -> Any:
             several = tuple(axis for axis in over if self._mesh.shape[axis] > 1)
             return jax.lax.psum(x, several) if several else x

@@ -159,3 +159,12 @@ def test_the_engine_needs_what_the_plan_says():
     print(planned, _total(compiled))
     assert planned.cache == _bytes(state.cache)
     assert planned.total == pytest.approx(_total(compiled), rel=TOLERANCE)
+
+
+def test_the_scores_of_a_prefill_call_are_planned_by_hand():
+    """Scores and softmax [tokens, heads, context] float32, where they exceed the logits."""
+    sampling = SamplingConfig(slots=1, context_length=512)
+    none, some = (memory.exploration(CONFIG, sampling, tokens) for tokens in (0, 4096))
+    scores = 2 * 4096 * CONFIG.num_heads * 512 * 4
+    assert some.activations == scores - none.logits > none.activations
+    assert some.total == none.parameters + none.cache + scores
