@@ -295,6 +295,19 @@ class PpoConfig(Checked):
     kl_coef: float = setting(
         0.0, "Weight of the KL to the reference policy.", flag="ppo_kl_coef", minimum=0, group=MAY
     )
+    kl_target: float = setting(
+        0.0,
+        "With --kl=reward: the KL of an episode, in nats, that the weight is adapted to; a larger "
+        "one raises it, a smaller one lowers it. 0: the weight stays.",
+        flag="ppo_kl_target",
+        minimum=0,
+    )
+    kl_horizon: float = setting(
+        10_000.0,
+        "Episodes over which an adapted weight of the KL moves by about its own size.",
+        flag="ppo_kl_horizon",
+        above=0,
+    )
     kl: Literal["loss", "reward"] = setting(
         "loss",
         "Where the KL to the reference policy enters. loss: as a term of the loss (k3); reward: "
@@ -356,6 +369,7 @@ def _unheeded(ppo: PpoConfig) -> list[tuple[bool, str, str]]:
         (ppo.gae == "token" and ppo.step_baseline, "--gae=token", "--step_baseline compares steps"),
         (ppo.step_baseline and (grouped or name == RFT), "--step_baseline", own),
         (in_reward and not ppo.kl_coef, "--kl=reward", "--ppo_kl_coef is 0"),
+        (bool(ppo.kl_target) and not in_reward, "--ppo_kl_target", "it adapts --kl=reward alone"),
         (in_reward and name in ("grpo", "gagpo"), "--kl=reward", spread),
         (name == "ragen" and bool(ppo.kl_coef), "--ppo_kl_coef", "StarPO-S has no KL term"),
         (name == "ragen" and ppo.clip > CLIP_HIGH, f"--ppo_clip={ppo.clip:g}", wide),

@@ -189,3 +189,24 @@ def nll(log_probs: chex.Array, mask: chex.Array) -> chex.Array:
     """
     chex.assert_equal_shape([log_probs, mask])
     return -jnp.sum(jnp.where(mask.astype(bool), log_probs, 0.0))
+
+
+def adapted_kl_coef(
+    coefficient: float, kl: float, *, target: float, episodes: int, horizon: float
+) -> float:
+    """The next update's weight of the KL.
+
+        c' = c (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)
+
+    Source: the adaptive controller of arXiv 1909.08593, section 2.2, as TRL and SPA-RL's released
+    trainer compute it.
+
+    Args:
+      coefficient: c, of this update.
+      kl: the mean over its episodes of log pi - log pi_ref, summed over their tokens, in nats.
+      target: what the KL should be.
+      episodes: n, of this update.
+      horizon: episodes.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * episodes / horizon)

@@ -18,7 +18,7 @@ from spa_jax.models import heads
 from spa_jax.models.config import Params
 from spa_jax.models.io import pretrained
 from spa_jax.policy import Policy
-from spa_jax.rl import objectives
+from spa_jax.rl import losses, objectives
 from spa_jax.stage_config import RFT, PpoConfig
 from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
@@ -79,6 +79,7 @@ class Learner:
             out,
             trainer=trainer,
             params=parts.trained | self.head,
+            carry={"kl_coef": np.float64(ppo.kl_coef)} if ppo.kl_target else None,
             every=ppo.checkpoint_every,
             max_skipped_share=self.rows.max_skipped_share,
         )
@@ -86,10 +87,10 @@ class Learner:
         total = ppo.epochs * -(-len(trajectories) // ppo.batch_size)
 
         def step(update: int, state: TrainState, carry: Mapping[str, Any]) -> Outcome:
-            del carry
             tick = time.time()
             chosen = schedule.batch_of(update, lengths, ppo.batch_size, seed)
-            made = make(chosen, state.params)
+            kl_coef = float(carry["kl_coef"]) if ppo.kl_target else ppo.kl_coef
+            made = make(chosen, state.params, kl_coef)
             state, sums = trainer.update(state, made.batches, made.counts)
             tokens = float(batching.token_count(made.packed))
             line = ppo_data.update_metrics(sums, made, [trajectories[i] for i in chosen])
@@ -99,17 +100,30 @@ class Learner:
                 "padding_share": batching.padding_share(*(b.rows for b in made.batches)),
                 **constants,
             }
-            return Outcome(state, line)
+            if not ppo.kl_target:
+                return Outcome(state, line)
+            assert made.kl is not None
+            after = losses.adapted_kl_coef(
+                kl_coef,
+                made.kl,
+                target=ppo.kl_target,
+                episodes=len(chosen),
+                horizon=ppo.kl_horizon,
+            )
+            line |= {"kl_coef": kl_coef, "kl_episode": made.kl}
+            return Outcome(state, line, carry={"kl_coef": np.float64(after)})
 
         return trainer.fetch(loop.run(step, total=total, title="ppo"))
 
-    def _updates(self, trainer: partition.Trainer) -> Callable[[np.ndarray, Any], ppo_data.Update]:
-        """(indices of an update's episodes, parameters on the devices) -> the update's data."""
+    def _updates(
+        self, trainer: partition.Trainer
+    ) -> Callable[[np.ndarray, Any, float], ppo_data.Update]:
+        """(indices of episodes, parameters on the devices, KL weight) -> an update's data."""
         ppo, rows, trajectories = self.ppo, self.rows, self.trajectories
         parts, config = self.trainable.parts, self.trainable.policy.config
         lower = self._lower_states(trainer)
         if ppo.objective == RFT:
-            return lambda chosen, _: ppo_data.make_rft_update(
+            return lambda chosen, *_: ppo_data.make_rft_update(
                 trajectories, chosen, rows, devices=trainer.devices, lower_states=lower
             )
         values = None if self.scores is None else self.scores.values
@@ -128,7 +142,7 @@ class Learner:
         log_probs = trainer.forward(
             parts.on_parts(ppo_update.make_log_probs(config, self.temperature))
         )
-        return lambda chosen, now: ppo_data.make_update(
+        return lambda chosen, now, kl_coef: ppo_data.make_update(
             trajectories,
             table,
             chosen,
@@ -137,6 +151,7 @@ class Learner:
             devices=trainer.devices,
             lower_states=lower,
             log_probs=functools.partial(log_probs, now),
+            kl_coef=kl_coef,
         )
 
     def _lower_states(self, trainer: partition.Trainer) -> list[np.ndarray] | None:

@@ -237,7 +237,7 @@ def token_values(
     return values
 
 
-def less_kl(table: Table, kl: np.ndarray, ppo: PpoConfig) -> Table:
+def less_kl(table: Table, kl: np.ndarray, ppo: PpoConfig, coefficient: float) -> Table:
     """The table of an update with `kl=reward`.
 
         r'_k = r_k - c_kl KL_k,   KL_k = sum of log pi(a_t) - log pi_ref(a_t) over step k's tokens
@@ -250,9 +250,10 @@ def less_kl(table: Table, kl: np.ndarray, ppo: PpoConfig) -> Table:
     Args:
       table: of the update's n episodes.
       kl: [n, K] at the ends of their steps, in nats.
-      ppo: the coefficient and the objective.
+      ppo: the objective.
+      coefficient: c_kl.
     """
-    paid = ppo.kl_coef * kl
+    paid = coefficient * kl
     with_critic = objectives.OBJECTIVES[ppo.objective].critic
     gae_lambda = ppo.gae_lambda if with_critic else 1.0
     minus, _ = advantages.step_gae(
@@ -274,12 +275,14 @@ class Update(NamedTuple):
       batches: its microbatches, with a leading device axis.
       counts: its global counts, which normalise the loss.
       table: that of its episodes; None for `rft`.
+      kl: the mean KL of its episodes, in nats; None without `kl=reward`.
     """
 
     packed: PackedRows
     batches: list[Any]
     counts: dict[str, float]
     table: Table | None
+    kl: float | None = None
 
 
 def make_update(
@@ -292,6 +295,7 @@ def make_update(
     devices: int,
     lower_states: Sequence[np.ndarray] | None = None,
     log_probs: Forward | None = None,
+    kl_coef: float | None = None,
 ) -> Update:
     """An update's microbatches, whitened over all its places.
 
@@ -304,26 +308,29 @@ def make_update(
       devices: that share the update.
       lower_states: of each trajectory, if layers are frozen (`scoring.lower_states`).
       log_probs: of the policy at the update's start, for `kl=reward`.
+      kl_coef: the weight of the KL now; None: as the objective says.
     """
     packed = batching.pack([trajectories[i] for i in chosen], **rows.packing)
     counts = {"tokens": float(packed.token_mask.sum()), "steps": float(packed.step_mask.sum())}
     cut = list(batching.microbatches(packed, rows.rows_per_device, devices, rows.row_buckets))
     lower = [scoring.lower_states_in_rows(lower_states, chosen, part) for part in cut]
-    table = table.take(chosen)
+    table, mean = table.take(chosen), None
     if ppo.kl == "reward":
         assert log_probs is not None
         kl = sum(
             step_kl(log_probs(part, states), part, table, ppo)
             for part, states in zip(cut, lower, strict=True)
         )
-        table = less_kl(table, np.asarray(kl), ppo)
+        coefficient = ppo.kl_coef if kl_coef is None else kl_coef
+        table = less_kl(table, np.asarray(kl), ppo, coefficient)
+        mean = float(np.mean(np.sum(kl, -1)))
     given = by_place(table, ppo)
     put = _scatter_tokens if ppo.gae == "token" else batching.scatter_steps
     batches = []
     for part, states in zip(cut, lower, strict=True):
         in_slots = {name: put(values, part) for name, values in given.items()}
         batches.append(PpoBatch(rows=part, lower_states=states, **in_slots))
-    return Update(packed, batches, counts, table)
+    return Update(packed, batches, counts, table, mean)
 
 
 def won(trajectories: Sequence[Trajectory], source: object) -> list[Trajectory]:

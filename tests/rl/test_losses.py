@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
 
+from spa_jax.parity import released
 from spa_jax.rl import losses
 
 few = hypothesis.settings(max_examples=25, deadline=None)
@@ -205,6 +206,27 @@ class EveryLossTest(parameterized.TestCase):
             policy_loss(np.zeros(3), np.zeros(3), np.zeros((3, 1)), np.ones(3))
         with self.assertRaises(AssertionError):
             losses.entropy(np.zeros(3), np.ones(3))
+
+
+class AdaptedKlTest(parameterized.TestCase):
+    @parameterized.parameters(
+        # c, KL, what c is multiplied with: target 6, 8 episodes, horizon 10,000
+        (0.3, 6.0, 1.0),
+        (0.3, 6.6, 1 + 0.1 * 8 / 10_000),
+        (0.3, 5.4, 1 - 0.1 * 8 / 10_000),
+        (0.3, 60.0, 1 + 0.2 * 8 / 10_000),
+        (2.0, -1.0, 1 - 0.2 * 8 / 10_000),
+    )
+    def test_it_moves_towards_the_target_and_no_faster_than_a_fifth(self, c, kl, factor):
+        found = losses.adapted_kl_coef(c, kl, target=6.0, episodes=8, horizon=10_000)
+        self.assertAlmostEqual(found, c * factor)
+
+    def test_it_is_the_released_trainers(self):
+        """That of `parity.released`, which golden cases hold to the authors' own numbers."""
+        config = released.Config(8, 1, target=6.0, horizon=10_000.0)
+        for kl in (0.5, 5.9, 6.3, 20.0):
+            ours = losses.adapted_kl_coef(0.3, kl, target=6.0, episodes=8, horizon=10_000.0)
+            self.assertAlmostEqual(ours, released.next_kl_coef(0.3, kl, config), places=9)
 
 
 if __name__ == "__main__":

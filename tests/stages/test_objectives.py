@@ -11,6 +11,7 @@ from spa_jax import policy as policy_lib
 from spa_jax import store
 from spa_jax.attribution import credit
 from spa_jax.config import ComputeConfig, LoraConfig
+from spa_jax.errors import UserError
 from spa_jax.models import tree
 from spa_jax.models.io import huggingface, tensors
 from spa_jax.rl.objectives import OBJECTIVES
@@ -236,6 +237,27 @@ def test_rft_clones_the_won_episodes(policy, tmp_path):
     assert len(lines) == 4 and not heads
     assert all(line["rollout_success"] == 1 for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+
+
+def test_the_weight_of_the_kl_is_adapted_from_update_to_update(policy, tmp_path):
+    """Its KL is far below the target, so the weight falls by 0.2 x 6 episodes / 12 an update.
+
+    The next update is made with it, and a checkpoint holds it.
+    """
+    ppo = PpoConfig(
+        kl="reward", kl_coef=0.1, kl_target=50.0, kl_horizon=12.0, batch_size=6, learning_rate=1e-3
+    )
+    lines, _ = _trained(tmp_path / "adapted", policy, ppo)
+    wanted = [0.1, 0.1 * (1 - 0.2 * 6 / 12)]
+    assert [line["kl_coef"] for line in lines] == pytest.approx(wanted)
+    assert lines[0]["kl_episode"] < 40 and lines[1]["kl_episode"] != lines[0]["kl_episode"]
+    stays, _ = _trained(
+        tmp_path / "stays", policy, dataclasses.replace(ppo, kl_target=0.0)
+    )
+    assert lines[0]["policy_loss"] == pytest.approx(stays[0]["policy_loss"])
+    assert lines[1]["policy_loss"] != pytest.approx(stays[1]["policy_loss"], rel=1e-6)
+    with pytest.raises(UserError, match="--ppo_kl_target"):
+        PpoConfig(kl_coef=0.1, kl_target=6.0)
 
 
 SLOW = {
