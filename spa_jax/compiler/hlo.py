@@ -233,7 +233,7 @@ class Program:
         """How often one run writes an array of so many numbers to memory in another order.
 
         A fusion that does more than that writes no copy, and what it turns inside is a tile.  An
-        array that is fetched into the chip's own memory (`S(1)`), as it lies, is none either.
+        array that goes into the chip's own memory (`S(1)`) or out of it lies there as it did.
 
         Args:
           elements: those of a layer's keys in a cache.
@@ -249,7 +249,7 @@ class Program:
             first = instruction.shape.partition("}")[0]
             if name in fused or next(arrays(first), ("", 0))[1] != elements:
                 continue
-            if instruction.opcode == "copy-start" and "S(1)" in first:
+            if instruction.opcode == "copy-start" and "S(1)" in instruction.shape:
                 continue
             opcodes = [instruction.opcode]
             if instruction.opcode == "fusion":

@@ -12,7 +12,8 @@ from spa_jax.compiler.stages import Program, Stage
 from spa_jax.sampling.programs import Shape
 
 _GIB, _GB, _TERA = 2**30, 1e9, 1e12
-_USED = re.compile(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]i?B? hbm")
+# What a refusal says: of a whole program, or of its temporaries alone.
+_USED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])")
 _UNITS = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
 
 
@@ -63,7 +64,7 @@ def of_program(program: Program, stage: Stage, chip: Chip) -> Verdict:
     """Compiles a program and reads what came of it."""
     lowered = program.lower()
     try:
-        compiled = lowered.compile()
+        compiled = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         used = _USED.search(str(error))
         gib = float(used[1]) * _UNITS[used[2]] + program.beside / _GIB if used else 0.0
@@ -88,6 +89,16 @@ def of_program(program: Program, stage: Stage, chip: Chip) -> Verdict:
         kinds={kind: size / _GB for kind, size in hlo.by_kind().items()},
         outside=sum(c.total for c in hlo.collectives if not c.in_loop) / _GB,
     )
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Without JAX's cache, which writes programs for devices that are not here and reads none."""
+    caches = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", caches)
 
 
 def cache_elements(shape: Shape) -> int:

@@ -12,7 +12,7 @@ from spa_jax.compiler.stages import Stages
 from spa_jax.config import ComputeConfig, RowsConfig, SamplingConfig
 from spa_jax.models.config import ModelConfig
 from spa_jax.sampling import programs
-from spa_jax.stage_config import MethodConfig, Settings
+from spa_jax.stage_config import Settings
 from spa_jax.training import memory
 
 pytestmark = pytest.mark.slow
@@ -43,18 +43,14 @@ def _settings(mesh: str) -> Settings:
         partition="mesh",
         mesh=mesh,
     )
-    sampling = SamplingConfig(slots=8, context_length=512)
+    sampling = SamplingConfig(slots=10, context_length=768)
     return Settings(rows=rows, sampling=sampling, compute=COMPUTE)
 
 
 @functools.cache
-def _stages(name: str, mesh: str, lora: str = "") -> dict:
-    settings = _settings(mesh)
-    if lora:
-        adapters = dataclasses.replace(settings.lora, rank=8)
-        method = MethodConfig(lora_stages=(lora,))
-        settings = dataclasses.replace(settings, lora=adapters, method=method)
-    return {stage.name: stage for stage in Stages(settings, CONFIG, topology.devices(name))}
+def _stages(name: str, mesh: str) -> dict:
+    stages = Stages(_settings(mesh), CONFIG, topology.devices(name))
+    return {stage.name: stage for stage in stages}
 
 
 @functools.cache
@@ -71,22 +67,19 @@ def _layers() -> int:
 EMBEDDING = BF16 * CONFIG.vocab_size * CONFIG.hidden_size
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_an_update_moves_what_fsdp_moves_on_any_number_of_chips(stage):
+@pytest.mark.parametrize(
+    ("stage", "name", "mesh"),
+    [("sft", "v5e:2x4", "fsdp:8"), ("sft", "v5e:4x4", "fsdp:16"), ("ppo", "v5e:2x4", "fsdp:8")],
+)
+def test_an_update_moves_what_fsdp_moves_on_any_number_of_chips(stage, name, mesh):
     """A layer's weights twice and its gradients once, in bfloat16, and the embedding twice."""
     floor = 3 * _layers() + 2 * EMBEDDING
-    found = {
-        name: _compiled(name, mesh, stage)
-        for name, mesh in (("v5e:2x4", "fsdp:8"), ("v5e:4x4", "fsdp:16"))
-    }
-    for program in found.values():
-        assert floor <= program.collective_bytes <= 1.2 * floor
-        outside = [c for c in program.collectives if not c.in_loop and c.size > EMBEDDING / 100]
-        assert all(c.size <= EMBEDDING * 1.01 for c in outside), "more than the embedding is whole"
-        float32 = sum(c.total for c in program.collectives if c.dtype == "f32")
-        assert float32 < 0.02 * floor, "numbers travel in twice the width"
-    few, many = (program.collective_bytes for program in found.values())
-    assert many == pytest.approx(few, rel=0.02)
+    program = _compiled(name, mesh, stage)
+    assert floor <= program.collective_bytes <= 1.02 * floor
+    outside = [c for c in program.collectives if not c.in_loop and c.size > EMBEDDING / 100]
+    assert all(c.size <= EMBEDDING * 1.01 for c in outside), "more than the embedding is whole"
+    float32 = sum(c.total for c in program.collectives if c.dtype == "f32")
+    assert float32 < 0.02 * floor, "numbers travel in twice the width"
 
 
 def test_a_pass_moves_each_layer_once():
@@ -139,11 +132,11 @@ def test_all_stages_have_a_line_each(capsys):
 
 
 def test_what_does_not_fit_is_refused_with_what_it_needs():
-    sampling = SamplingConfig(slots=512, context_length=8192)  # 26 GB of keys and values
+    sampling = SamplingConfig(slots=1024, context_length=8192)  # 26 GB of keys and values
     settings = dataclasses.replace(_settings("fsdp:8"), sampling=sampling)
     stages = {s.name: s for s in Stages(settings, CONFIG, topology.devices("v5e:2x4"))}
     chip = chip_of("v5e:2x4")
     verdict_, (decode,) = verdict.of_stage(stages["decode"], chip)
-    assert not decode.compiled and decode.gib > chip.hbm_gib and "hbm" in decode.why
+    assert not decode.compiled and decode.gib > chip.hbm_gib and "hbm" in decode.why.lower()
     line = list(verdict.lines([stages["decode"]], chip))[1]
     assert line.startswith(f"STAGE decode compiled=0 fits=0 gib={verdict_.gib:.2f} plan_gib=")
