@@ -10,9 +10,9 @@ With --compile the TPU's own compiler compiles every program of every stage for 
 without a TPU (`make setup-tpu` once; minutes a stage), and a line a stage says what it made of it.
 
 --model is a Hugging Face folder or its config.json (by default that of --policy), or a name:
-smollm2-135m, llama-3.2-3b.  All flags of `run_spa` count: rows, adapters, dtypes, --remat.  Two
-tables: parameters whole on every device (--partition=pmap), and cut over --mesh (all devices, if
-it is empty).
+smollm2-135m, llama-3.2-3b, llama-3.1-8b, llama-3.1-70b.  All flags of `run_spa` count: rows,
+adapters, dtypes, --remat.  Two tables: parameters whole on every device (--partition=pmap), and cut
+over --mesh (all devices, if it is empty).
 """
 
 import dataclasses

@@ -98,7 +98,8 @@ def update(
     count = functools.partial(_elements, fsdp=fsdp, tensor=tensor)
     return Need(
         parameters=count(trained) * param + count(frozen) * _width(config),
-        gradients=count(trained) * (_FLOAT32 + param),
+        # On a mesh a microbatch's come in the dtype that they travelled in.
+        gradients=count(trained) * (_FLOAT32 + (param if fsdp == 1 else _width(config))),
         optimizer=count(trained) * (_MOMENTS + averaged) * _FLOAT32,
         gathered=_gathered(config, lora, tensor) if fsdp > 1 else 0.0,
         activations=saved,
@@ -115,13 +116,14 @@ def forward(config: ModelConfig, rows: RowsConfig, *, fsdp: int = 1, tensor: int
       fsdp: as in `update`.
       tensor: as in `update`.
     """
-    every = shapes(config)
+    every, layer = shapes(config), layer_bytes(config, rows)
     chunk = forward_lib.projected_at_once(config.compute.logits_chunk, rows.slots)
     return Need(
         parameters=_elements(every, fsdp=fsdp, tensor=tensor) * _width(config),
         gathered=_gathered_forward(config, tensor) if fsdp > 1 else 0.0,
-        activations=layer_bytes(config, rows),
-        logits=_LOGITS_FORWARD * chunk * config.vocab_size * _FLOAT32,
+        activations=layer,
+        # The layers are done when the first logits are made.
+        logits=max(0.0, _LOGITS_FORWARD * chunk * config.vocab_size * _FLOAT32 - layer),
     )
 
 

@@ -57,6 +57,8 @@ def test_the_whole_method_prints_both_tables(tmp_path):
     ("flags", "words"),
     [
         (("--devices=0", "--hbm_gib=80"), "--devices=0 --hbm_gib=80: give both"),
+        (("--compile=v5e",), "--compile=v5e: write CHIP:SHAPE, such as v5e:4x4"),
+        (("--compile=h100:8",), "the chips are v4, v5e, v5p, v6e (a GPU's compiler is not asked"),
         (("--devices=8", "--hbm_gib=80", "--row_length=4096"), "--row_length: 4096 tokens exceed"),
         (("--devices=2", "--hbm_gib=80", "--partition=mesh", "--mesh=fsdp:4"), "1 x 4 devices"),
     ],
