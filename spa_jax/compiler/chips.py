@@ -45,6 +45,6 @@ def of(topology: str) -> Chip:
         raise UserError(
             f"--compile={topology}: write CHIP:SHAPE, such as v5e:4x4 or v5p:2x2x2; the chips are "
             + ", ".join(CHIPS)
-            + " (a GPU's compiler is not asked: it tells neither cycles nor, without a card, memory)"
+            + " (a GPU's compiler is not asked: it estimates no cycles)"
         )
     return CHIPS[name]
