@@ -93,7 +93,7 @@ def of_program(program: Program, stage: Stage, chip: Chip) -> Verdict:
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Without JAX's cache, which writes programs for devices that are not here and reads none."""
-    caches = jax.config.jax_enable_compilation_cache
+    caches = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         return lowered.compile()

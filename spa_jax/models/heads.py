@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from spa_jax.models.config import Params
 
 _EPSILON = 1e-6
+# A TPU multiplies float32 as bfloat16 unless it is told not to.
+_PRECISION = "highest"
 
 
 class Head(nn.Module):
@@ -44,8 +46,9 @@ class Head(nn.Module):
         """hidden [..., D], any float dtype -> one number a position [...], float32."""
         x = nn.LayerNorm(name="norm", epsilon=_EPSILON)(hidden.astype(jnp.float32))
         if self.width:
-            x = nn.gelu(nn.Dense(self.width, name="hidden")(x))
-        return nn.Dense(1, name="out", kernel_init=nn.initializers.zeros)(x)[..., 0]
+            x = nn.gelu(nn.Dense(self.width, name="hidden", precision=_PRECISION)(x))
+        out = nn.Dense(1, name="out", kernel_init=nn.initializers.zeros, precision=_PRECISION)
+        return out(x)[..., 0]
 
 
 def fit_norm(params: Params, hidden: chex.Array, mask: chex.Array) -> Params:

@@ -1,5 +1,7 @@
 """A critic without training: ridge regression of returns on frozen hidden states, cross-fitted."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -44,13 +46,15 @@ def cross_fitted_values(
     mask = step_mask.astype(bool)
     x = standardised(hidden, mask)
     y = jnp.where(mask, returns, 0.0).astype(jnp.float32)
+    # A TPU multiplies float32 as bfloat16 unless it is told not to.
+    einsum = functools.partial(jnp.einsum, precision="highest")
 
     def values(f: chex.Array) -> chex.Array:
         seen = jnp.where(mask & (fold != f)[:, None], 1.0, 0.0)
         mean = jnp.sum(y * seen) / jnp.maximum(jnp.sum(seen), 1.0)
-        gram = jnp.einsum("nsd,ns,nse->de", x, seen, x) + penalty * jnp.eye(x.shape[-1])
-        moment = jnp.einsum("nsd,ns->d", x, (y - mean) * seen)
-        return mean + x @ jax.scipy.linalg.solve(gram, moment, assume_a="pos")
+        gram = einsum("nsd,ns,nse->de", x, seen, x) + penalty * jnp.eye(x.shape[-1])
+        moment = einsum("nsd,ns->d", x, (y - mean) * seen)
+        return mean + einsum("nsd,d->ns", x, jax.scipy.linalg.solve(gram, moment, assume_a="pos"))
 
     every = jax.lax.map(values, jnp.arange(folds))
     own = jnp.take_along_axis(every, fold[None, :, None], axis=0)[0]

@@ -53,12 +53,15 @@ class Learner:
     lower_states_file: pathlib.Path
 
     def run(self, out: pathlib.Path, *, seed: int, constants: Mapping[str, float]) -> TrainState:
-        """All updates, from the newest checkpoint if there is one; the last state, on the host.
+        """All updates, from the newest checkpoint if there is one.
 
         Args:
           out: gets metrics.jsonl and checkpoints.
           seed: of the order of the trajectories.
           constants: metrics that are the same for every update.
+
+        Returns:
+          The last state, on the host, without the optimiser's part.
         """
         ppo, trajectories, parts = self.ppo, self.trajectories, self.trainable.parts
         config = self.trainable.policy.config
@@ -113,7 +116,8 @@ class Learner:
             line |= {"kl_coef": kl_coef, "kl_episode": made.kl}
             return Outcome(state, line, carry={"kl_coef": np.float64(after)})
 
-        return trainer.fetch(loop.run(step, total=total, title="ppo"))
+        state = loop.run(step, total=total, title="ppo")
+        return trainer.fetch(dataclasses.replace(state, opt_state=None))  # three times the size of the rest
 
     def _updates(
         self, trainer: partition.Trainer
