@@ -117,7 +117,8 @@ class Learner:
             return Outcome(state, line, carry={"kl_coef": np.float64(after)})
 
         state = loop.run(step, total=total, title="ppo")
-        return trainer.fetch(dataclasses.replace(state, opt_state=None))  # three times the size of the rest
+        # The moments are twice the size of all else, and nobody reads them.
+        return trainer.fetch(dataclasses.replace(state, opt_state=None))
 
     def _updates(
         self, trainer: partition.Trainer
