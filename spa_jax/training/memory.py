@@ -93,17 +93,23 @@ def update(
         param = _FLOAT32  # adapters are small
     saved = residual_bytes(config, rows, lora, train_layers)
     # What is not saved is made again, one layer's at a time.
-    saved += layer_bytes(config, rows, "none") - layer_bytes(config, rows, compute.remat)
+    again = layer_bytes(config, rows, "none") - layer_bytes(config, rows, compute.remat)
     chunk = forward_lib.projected_at_once(compute.logits_chunk, rows.slots)
+    logits = _LOGITS_UPDATE * chunk * config.vocab_size * _FLOAT32
     count = functools.partial(_elements, fsdp=fsdp, tensor=tensor)
+    gathered = 0.0
+    if fsdp > 1:
+        # With its gradient, if it has one.  The logits are done when the layers are computed again.
+        layer, table = (size * (1 if lora.rank else 2) for size in _gathered(config, tensor))
+        gathered, logits = layer, max(0.0, logits + table - again)
     return Need(
         parameters=count(trained) * param + count(frozen) * _width(config),
         # On a mesh a microbatch's come in the dtype that they travelled in.
         gradients=count(trained) * (_FLOAT32 + (param if fsdp == 1 else _width(config))),
         optimizer=count(trained) * (_MOMENTS + averaged) * _FLOAT32,
-        gathered=_gathered(config, lora, tensor) if fsdp > 1 else 0.0,
-        activations=saved,
-        logits=_LOGITS_UPDATE * chunk * config.vocab_size * _FLOAT32,
+        gathered=gathered,
+        activations=saved + again,
+        logits=logits,
     )
 
 
@@ -116,14 +122,18 @@ def forward(config: ModelConfig, rows: RowsConfig, *, fsdp: int = 1, tensor: int
       fsdp: as in `update`.
       tensor: as in `update`.
     """
-    every, layer = shapes(config), layer_bytes(config, rows)
+    saved, layer, table = layer_bytes(config, rows), 0.0, 0.0
     chunk = forward_lib.projected_at_once(config.compute.logits_chunk, rows.slots)
+    logits = chunk * config.vocab_size * _FLOAT32
+    if fsdp > 1:
+        layer, table = _gathered(config, tensor)
+    else:
+        logits *= _LOGITS_FORWARD
     return Need(
-        parameters=_elements(every, fsdp=fsdp, tensor=tensor) * _width(config),
-        gathered=_gathered_forward(config, tensor) if fsdp > 1 else 0.0,
-        activations=layer,
-        # The layers are done when the first logits are made.
-        logits=max(0.0, _LOGITS_FORWARD * chunk * config.vocab_size * _FLOAT32 - layer),
+        parameters=_elements(shapes(config), fsdp=fsdp, tensor=tensor) * _width(config),
+        gathered=layer,
+        activations=saved,
+        logits=max(0.0, table + logits - saved),  # the layers are done when they are made
     )
 
 
@@ -273,14 +283,9 @@ def _width(config: ModelConfig) -> int:
     return jnp.dtype(config.dtype).itemsize
 
 
-def _gathered(config: ModelConfig, lora: LoraConfig, tensor: int) -> float:
-    """A layer's weights and the embedding, all of them, as a mesh uses them, with gradients."""
-    return _gathered_forward(config, tensor) * (1 if lora.rank else 2)
-
-
-def _gathered_forward(config: ModelConfig, tensor: int) -> float:
-    """A layer's weights and the embedding, all of them, in the dtype that they travel in."""
-    every = shapes(config)
-    layers = _elements(every["layers"], tensor=tensor)
-    outside = _elements(every, tensor=tensor) - layers
-    return (layers / config.num_layers + outside) * _width(config)
+def _gathered(config: ModelConfig, tensor: int) -> tuple[float, float]:
+    """(a layer's weights, the larger table of the vocabulary's) as a mesh brings them together."""
+    every, width = shapes(config), _width(config)
+    layer = _elements(every["layers"], tensor=tensor) / config.num_layers
+    tables = (_elements({name: every[name]}, tensor=tensor) for name in every if "embed" in name)
+    return layer * width, max(tables) * width
