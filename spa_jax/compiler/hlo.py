@@ -35,6 +35,7 @@ _CALLS = re.compile(
     r"called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**62  # the compiler writes the largest number where it has none
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _MOVES = ("copy", "copy-start", "transpose")
 _CONSTANT = re.compile(r"^s32\[\]")
@@ -214,7 +215,8 @@ class Program:
         """Cycles of one run of the instructions that the compiler has estimated."""
         total = 0
         for name, instruction in self._instructions():
-            if found := _CYCLES.search(instruction.rest):
+            found = _CYCLES.search(instruction.rest)
+            if found and int(found[1]) < _NO_ESTIMATE:
                 total += self.times[name] * int(found[1])
         return total
 

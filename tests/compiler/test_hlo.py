@@ -43,7 +43,7 @@ TEXT = """HloModule jit_f, entry_computation_layout={()->f32[]}
   %b.0 = (s32[], bf16[8,16]{1,0}) parameter(0)
   %w = bf16[8,16]{1,0} get-tuple-element(%b.0), index=1
   %f.1 = bf16[64,16]{1,0} fusion(%w), kind=kCustom, calls=%start, backend_config={"estimated_cycles":"100"}
-  %f.2 = bf16[64,16]{1,0} fusion(%w), kind=kCustom, calls=%done
+  %f.2 = bf16[64,16]{1,0} fusion(%w), kind=kCustom, calls=%done, backend_config={"estimated_cycles":"9223372036854775807"}
   %x = bf16[5,64]{1,0} constant({...})
   %y = bf16[5,16]{1,0} convolution(%x, %f.2), dim_labels=bf_io->bf, backend_config={"estimated_cycles":"20"}
   %rs = f32[8,16]{1,0} reduce-scatter(%f.2), channel_id=2, dimensions={0}, to_apply=%sum
