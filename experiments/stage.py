@@ -7,13 +7,19 @@ from typing import Any
 from absl import flags
 
 from experiments import flags as flags_lib
-from spa_jax import provenance, redo
+from spa_jax import exclusive, provenance, redo
 from spa_jax import run as run_lib
 from spa_jax.config import DistributedConfig
 from spa_jax.run import Run
-from spa_jax.runtime import setup
+from spa_jax.runtime import distributed, setup
 
 ROUND = "iteration"
+# What a program writes of a run, by the names of its locks; one that is not here only reads.
+_WRITES: dict[str, tuple[str, ...]] = {
+    name: (name,)
+    for name in ("sft", "explore", "train_progress", "annotate", "train_ppo", "judge_credit")
+}
+_WRITES["run_spa"] = (*_WRITES, f"evaluate-{run_lib.BASE}", f"evaluate-{run_lib.SPA}")
 
 
 def define_round() -> None:
@@ -48,6 +54,10 @@ def run(
         def body() -> None:
             if check:
                 check(made)
+            claims = _WRITES.get(program, ())
+            if program == "evaluate":
+                claims = (f"evaluate-{flags.FLAGS.name}",)
+            distributed.first_alone("locks", lambda: exclusive.claim(made.workdir, claims))
             if again := flags_lib.redo():
                 if again == program == "evaluate":  # this evaluation, and not all
                     again += f":{flags.FLAGS.name}"

@@ -95,7 +95,7 @@ def update(
     # What is not saved is made again, one layer's at a time.
     again = layer_bytes(config, rows, "none") - layer_bytes(config, rows, compute.remat)
     chunk = forward_lib.projected_at_once(compute.logits_chunk, rows.slots)
-    logits = _LOGITS_UPDATE * chunk * config.vocab_size * _FLOAT32
+    logits = float(_LOGITS_UPDATE * chunk * config.vocab_size * _FLOAT32)
     count = functools.partial(_elements, fsdp=fsdp, tensor=tensor)
     gathered = 0.0
     if fsdp > 1:

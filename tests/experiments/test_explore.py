@@ -15,7 +15,7 @@ import time
 import psutil
 import pytest
 
-from spa_jax import store
+from spa_jax import exclusive, store
 from spa_jax.envs.alfworld.generate import generate
 from spa_jax.envs.local import LocalServer
 from spa_jax.server_config import ServerConfig
@@ -121,6 +121,15 @@ def _compare_with_failures(workdir: pathlib.Path, unbroken: list[Trajectory]) ->
     retries = {t.key: t.retry for t in played}
     for key in {t.key for t in failures}:
         assert sorted(t.retry for t in failures if t.key == key) == list(range(retries[key]))
+
+
+def test_a_second_exploration_of_a_folder_is_refused(flags, tmp_path):
+    """This process holds what the first one would."""
+    exclusive.claim(tmp_path, ["explore"])
+    done = programs.run("explore", f"--workdir={tmp_path}", *flags)
+    assert done.returncode == 2 and f"(process {os.getpid()} on " in done.stderr
+    assert "is at work on its explore" in done.stderr
+    assert not list(tmp_path.rglob("trajectories*"))
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
