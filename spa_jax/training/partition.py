@@ -238,19 +238,27 @@ def without_loss(rows: RowsConfig) -> Trainer:
 def mesh_shape(mesh: str, devices: int) -> tuple[int, int, int]:
     """(data, fsdp, tensor) of "data:2,fsdp:4"; an axis that is not named is 1, "" is all data.
 
+    One axis may have * devices: all that the others leave.
+
     Raises:
       UserError: if it cannot be read, or asks for more than `devices`.
     """
     if not mesh:
         return devices, 1, 1
     found: dict[str, int] = {}
+    rest: str | None = None
     for part in mesh.split(","):
         name, _, size = part.strip().partition(":")
-        if name not in _AXES or name in found or not size.isdecimal() or int(size) < 1:
+        is_rest = size == "*" and rest is None
+        if name not in _AXES or name in found or not (is_rest or size.isdecimal()) or size == "0":
             raise UserError(
-                f"--mesh={mesh}: write data:A,fsdp:B,tensor:C with numbers of devices A, B and C"
+                f"--mesh={mesh}: write data:A,fsdp:B,tensor:C with numbers of devices A, B and C; "
+                "one of them may be *, all that are left"
             )
-        found[name] = int(size)
+        rest = name if is_rest else rest
+        found[name] = 1 if is_rest else int(size)
+    if rest is not None:
+        found[rest] = max(1, devices // math.prod(found.values()))
     data, fsdp, tensor = (found.get(axis, 1) for axis in _AXES)
     if data * fsdp * tensor > devices:
         asked = f"{data} x {fsdp}" + (f" x {tensor}" if tensor > 1 else "")
