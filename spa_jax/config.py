@@ -282,8 +282,8 @@ class RowsConfig(Checked):
     mesh: str = setting(
         "",
         "data:A,fsdp:B,tensor:C with --partition=mesh: A x B devices share a batch, B x C of them "
-        "each parameter, and C the work on a row; an axis that is not named is 1, and one of them may be *, all "
-        "that are left. Empty: all devices share the batch, and each holds whole parameters.",
+        "each parameter, and C the work on a row; an axis that is not named is 1, and one of them "
+        "may be *, all that are left. Empty: all devices share the batch, and each holds whole parameters.",
         operational=True,
     )
 
