@@ -167,7 +167,8 @@ class SamplingConfig(Checked):
     )
     slots: int = setting(
         16,
-        "Episodes that are played at once on each device: 16 on a machine of 8 are 128.",
+        "Episodes that are played at once on each device: 16 on a machine of 8 are 128. With "
+        "--sampling_tensor on each group of devices.",
         minimum=1,
         group=MAY,
         operational=True,
@@ -180,6 +181,15 @@ class SamplingConfig(Checked):
         "Numbers of the keys and values that are kept of every token. bfloat16 takes half of "
         "float32's memory and rounds them; native attention does not read it, and xla's is "
         "computed then. Empty: those of the weights (--compute_dtype).",
+    )
+
+    sampling_tensor: int = setting(
+        1,
+        "Devices of a host that share each weight and the cache where the policy writes, for a "
+        "model that one cannot hold; it divides the key/value heads. They compute attention as "
+        "--attention=xla.",
+        minimum=1,
+        operational=True,
     )
 
     def check(self) -> None:
@@ -283,7 +293,8 @@ class RowsConfig(Checked):
         "",
         "data:A,fsdp:B,tensor:C with --partition=mesh: A x B devices share a batch, B x C of them "
         "each parameter, and C the work on a row; an axis that is not named is 1, and one of them "
-        "may be *, all that are left. Empty: all devices share the batch, and each holds whole parameters.",
+        "may be *, all that are left. Empty: all devices share the batch, and each holds whole "
+        "parameters.",
         operational=True,
     )
 
@@ -482,21 +493,3 @@ def fit_attention(compute: ComputeConfig, rows: RowsConfig) -> ComputeConfig:
     else:
         return compute
     raise UserError(f"{wrong[0]} with --attention={kernel}: {wrong[1]}, or --attention=xla")
-
-
-def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:
-    """Refuses adapters and top layers at once.
-
-    Args:
-      lora: the adapters' settings.
-      train_layers: the stage's.
-      flag: that of `train_layers`, for the message.
-
-    Raises:
-      UserError: names both flags.
-    """
-    if lora.rank and train_layers:
-        raise UserError(
-            f"--lora_rank={lora.rank} trains adapters in every layer and no weight of the model; "
-            f"it contradicts {flag}={train_layers}: drop one of them"
-        )

@@ -29,6 +29,7 @@ from spa_jax.models import limits
 from spa_jax.policy import EXPERT, Policy
 from spa_jax.run import Run
 from spa_jax.runtime import distributed
+from spa_jax.sampling import placement
 from spa_jax.sampling.engine import Engine
 from spa_jax.sampling.parallel import ParallelEngine
 from spa_jax.server_config import ServerConfig
@@ -205,23 +206,28 @@ def choose_games(client: EnvClient, games: ExploreConfig) -> list[Task]:
 
 
 def most_slots(sampling: SamplingConfig) -> int:
-    """Episodes that this process can play at once: --slots on each of its devices."""
-    return sampling.slots * jax.local_device_count()
+    """Episodes that this process can play at once: --slots on each of its engines.
+
+    Raises:
+      UserError: --sampling_tensor does not divide the devices.
+    """
+    return sampling.slots * len(placement.groups(jax.local_devices(), sampling.sampling_tensor))
 
 
 def make_engine(
     policy: Policy, sampling: SamplingConfig, episodes: int, seed: int
 ) -> Engine | ParallelEngine:
-    """The generation engine of a policy: one on each local device.
+    """The generation engine of a policy: one on each --sampling_tensor local devices.
 
     Args:
       policy: who writes.
-      sampling: how; its slots are those of each device.
-      episodes: to be played, at least 1: there are no more devices and slots than they can fill.
+      sampling: how; its slots are those of each engine.
+      episodes: to be played, at least 1: there are no more engines and slots than they can fill.
       seed: the base of every episode's random key.
 
     Raises:
-      UserError: the model takes no context of this length.
+      UserError: the model takes no context of this length, or --sampling_tensor divides neither
+        its key heads nor the devices.
     """
     limits.check_length(policy.config, sampling.context_length, "--context_length")
     drawn = Sampling(
@@ -233,7 +239,7 @@ def make_engine(
     )
     ends = (policy.chat.end_of_turn, *policy_lib.other_ends(policy))
 
-    def make(slots: int, device: jax.Device) -> Engine:
+    def make(slots: int, devices: placement.Devices) -> Engine:
         return Engine(
             policy.config,
             policy.params,
@@ -244,15 +250,16 @@ def make_engine(
             seed=seed,
             text=policy.chat.decode,
             turn_deadline_s=sampling.turn_deadline_s,
-            device=device,
+            devices=devices,
             cache_dtype=sampling.cache_dtype,
         )
 
-    devices = jax.local_devices()[:episodes]
-    each = min(sampling.slots, -(-episodes // len(devices)))
-    if len(devices) == 1:
-        return make(each, devices[0])
-    return ParallelEngine(make, each * len(devices), devices)
+    placement.check(policy.config, sampling.sampling_tensor)
+    groups = placement.groups(jax.local_devices(), sampling.sampling_tensor)[:episodes]
+    each = min(sampling.slots, -(-episodes // len(groups)))
+    if len(groups) == 1:
+        return make(each, groups[0])
+    return ParallelEngine(make, each * len(groups), groups)
 
 
 @contextlib.contextmanager

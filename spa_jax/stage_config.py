@@ -15,7 +15,6 @@ from spa_jax.config import (
     LoraConfig,
     RowsConfig,
     SamplingConfig,
-    check_trained,
     fit_attention,
 )
 from spa_jax.data_config import DataConfig, at_horizon
@@ -455,4 +454,22 @@ def check_together(ppo: PpoConfig, credit: CreditConfig, explore: ExploreConfig)
         raise UserError(
             f"--credit={credit.credit} with --objective=rft: rft clones whole episodes, no step's "
             "credit enters; drop one of them"
+        )
+
+
+def check_trained(lora: LoraConfig, train_layers: int, flag: str) -> None:
+    """Refuses adapters and top layers at once.
+
+    Args:
+      lora: the adapters' settings.
+      train_layers: the stage's.
+      flag: that of `train_layers`, for the message.
+
+    Raises:
+      UserError: names both flags.
+    """
+    if lora.rank and train_layers:
+        raise UserError(
+            f"--lora_rank={lora.rank} trains adapters in every layer and no weight of the model; "
+            f"it contradicts {flag}={train_layers}: drop one of them"
         )

@@ -37,6 +37,8 @@ _CALLS = re.compile(
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62  # the compiler writes the largest number where it has none
 _CHAIN = re.compile(r'chain_id="(\d+)"')
+_PLACED = re.compile(r"\w+\[[\d,]*\]\{[^}]*\}")  # an array's shape and how it lies
+_OWN = "S(1)"
 _MOVES = ("copy", "copy-start", "transpose")
 _CONSTANT = re.compile(r"^s32\[\]")
 
@@ -235,7 +237,8 @@ class Program:
         """How often one run writes an array of so many numbers to memory in another order.
 
         A fusion that does more than that writes no copy, and what it turns inside is a tile.  An
-        array that goes into the chip's own memory (`S(1)`) or out of it lies there as it did.
+        array that is fetched into the chip's own memory (`S(1)`), or written back from it, as it
+        lies, is none either.
 
         Args:
           elements: those of a layer's keys in a cache.
@@ -251,7 +254,7 @@ class Program:
             first = instruction.shape.partition("}")[0]
             if name in fused or next(arrays(first), ("", 0))[1] != elements:
                 continue
-            if instruction.opcode == "copy-start" and "S(1)" in instruction.shape:
+            if instruction.opcode == "copy-start" and _lies_as_before(instruction.shape):
                 continue
             opcodes = [instruction.opcode]
             if instruction.opcode == "fusion":
@@ -263,6 +266,13 @@ class Program:
     def _root(self, computation: str) -> str:
         """The opcode of its result, which is its last line."""
         return self.computations[computation][-1].opcode
+
+
+def _lies_as_before(shape: str) -> bool:
+    """Whether (target, source, flag) of a move from memory to memory are in one order."""
+    target, source = _PLACED.findall(shape)[:2]
+    moves = _OWN in target or _OWN in source
+    return moves and target.replace(_OWN, "") == source.replace(_OWN, "")
 
 
 def arrays(shape: str) -> Iterator[tuple[str, int, int]]:

@@ -15,8 +15,8 @@ from spa_jax.config import LoraConfig, RowsConfig
 from spa_jax.models import axes, heads
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.rl import objectives
+from spa_jax.sampling import placement, tuning
 from spa_jax.sampling import programs as engine_programs
-from spa_jax.sampling import tuning
 from spa_jax.stage_config import Settings
 from spa_jax.training import (
     estimator_update,
@@ -205,7 +205,10 @@ class Stages:
         )
 
     def _engine(self) -> Iterator[Stage]:
-        sampling, config, device = self._settings.sampling, self._config, self._devices[0]
+        sampling, config = self._settings.sampling, self._config
+        tensor = sampling.sampling_tensor
+        placement.check(config, tensor)
+        devices = placement.groups(self._devices, tensor)[0]
         shape = engine_programs.Shape(
             config=dataclasses.replace(
                 config, compute=dataclasses.replace(config.compute, attention="xla")
@@ -218,8 +221,8 @@ class Stages:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
-            device=device,
-            tuning=tuning.of(device.platform, config.num_kv_heads),
+            devices=devices,
+            tuning=tuning.of(devices[0].platform, config.num_kv_heads // tensor),
             cache_dtype=np.dtype(sampling.cache_dtype) if sampling.cache_dtype else None,
         )
         read = shape.rows * shape.tuning.chunks[-1]

@@ -102,9 +102,9 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def cache_elements(shape: Shape) -> int:
-    """Numbers in a layer's keys of all slots; its values have as many."""
-    config = shape.config
-    return shape.slots * config.num_kv_heads * config.head_dim * shape.context_length
+    """Numbers in a layer's keys of all slots on a device; its values have as many."""
+    config, heads = shape.config, shape.config.num_kv_heads // len(shape.devices)
+    return shape.slots * heads * config.head_dim * shape.context_length
 
 
 def of_stage(stage: Stage, chip: Chip) -> tuple[Verdict, list[Verdict]]:

@@ -47,7 +47,7 @@ _MATRICES = {
     "down": ("mlp", "embed"),
     "unembed": ("embed", "vocab"),
 }
-_LEAVES = ("kernel", "bias", "a", "b", "lora_a", "lora_b")
+_LEAVES = ("kernel", "transposed", "bias", "a", "b", "lora_a", "lora_b")
 _GATHERED = contextvars.ContextVar("gathered", default=False)
 
 
@@ -70,6 +70,8 @@ def names(path: tuple[Any, ...]) -> tuple[str | None, ...]:
     match keys[1]:
         case "bias":
             return (outputs,)
+        case "transposed":  # in sampling, by `tree.unstack`
+            return (outputs, inputs)
         case "a" | "lora_a":
             return (inputs, None)
         case "b" | "lora_b":
@@ -90,6 +92,23 @@ def spec(path: tuple[Any, ...], ndim: int, mesh: Mapping[str, int]) -> Partition
     while cut and cut[-1] is None:
         cut.pop()
     return PartitionSpec(*[None] * (ndim - len(found)), *cut) if cut else PartitionSpec()
+
+
+def even(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
+    """`spec`, but what a mesh would not cut into equal parts lies whole.
+
+    Args:
+      path: as in `names`.
+      shape: of the weight.
+      mesh: as in `spec`.
+    """
+    cut = spec(path, len(shape), mesh)
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh[axis] == 0 else None
+            for size, axis in zip(shape, cut, strict=False)
+        )
+    )
 
 
 def _mesh_axis(name: str, mesh: Mapping[str, int]) -> str | None:

@@ -39,8 +39,10 @@ import jax
 import numpy as np
 
 from spa_jax.models.config import ModelConfig, Params
+from spa_jax.sampling import placement as placement_lib
 from spa_jax.sampling import programs, tuning, weights
 from spa_jax.sampling.decode import PrefillRows
+from spa_jax.sampling.placement import Placement
 from spa_jax.sampling.tuning import Tuning
 from spa_jax.trajectory import Sampling
 
@@ -120,7 +122,7 @@ class _Turn:
 
 
 class Engine:
-    """Multi-turn sampling over a fixed number of slots, on one device."""
+    """Multi-turn sampling over a fixed number of slots, on one device or several of one host."""
 
     def __init__(
         self,
@@ -134,7 +136,7 @@ class Engine:
         seed: int,
         text: Callable[[Sequence[int]], str] | None = None,
         turn_deadline_s: float = 0.0,
-        device: jax.Device | None = None,
+        devices: Sequence[jax.Device] = (),
         cache_dtype: str = "",
         tuned: Tuning | None = None,
     ) -> None:
@@ -151,19 +153,28 @@ class Engine:
           text: the text of ids; only stop strings need it.
           turn_deadline_s: seconds from `submit` on that a turn may take; 0: no limit.  It is
             looked at after each chunk.
-          device: where it runs; None: JAX's first.
+          devices: where it runs; several share each weight and the cache (`placement`), and
+            compute attention by XLA.  None: JAX's first.
           cache_dtype: bfloat16 or float32, of keys and values; empty: that of the weights.
-          tuned: how the programs are laid out; None: as suits the device.  It changes no token.
+          tuned: how the programs are laid out; None: as suits the devices.  It changes no
+            token.
+
+        Raises:
+          UserError: several devices do not share the key heads evenly.
         """
         self.slots = slots
         self.context_length = context_length
         self.sampling = sampling
         self.usage = Usage()
-        device = device or jax.local_devices()[0]
-        tuned = tuned or tuning.of(device.platform, config.num_kv_heads)
-        self._params = weights.place(config, params, device)
+        placement = Placement(tuple(devices) or (jax.local_devices()[0],))
+        tensor = len(placement.devices)
+        placement_lib.check(config, tensor)
+        config = placement.computed(config)
+        kind = placement.devices[0].platform
+        tuned = tuned or tuning.of(kind, config.num_kv_heads // tensor)
+        self._params = weights.place(config, params, placement)
         dtype = self._params["embed"]["embedding"].dtype
-        self._base_key = jax.device_put(jax.random.key(seed), device)
+        self._base_key = jax.device_put(jax.random.key(seed), placement.whole)
         shape = programs.Shape(
             config=config,
             dtype=dtype,
@@ -174,7 +185,7 @@ class Engine:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
-            device=device,
+            devices=placement.devices,
             tuning=tuned,
             cache_dtype=np.dtype(cache_dtype) if cache_dtype else None,
         )

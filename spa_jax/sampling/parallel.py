@@ -1,40 +1,39 @@
-"""Several engines, one a local device, behind the face of a single one.
+"""Several engines, each on local devices of its own, behind the face of a single one.
 
-    slots      0 1 2 3   4 5 6 7        two devices, four slots each
+    slots      0 1 2 3   4 5 6 7        two engines, four slots each
     engine     0 0 0 0   1 1 1 1
     its slot   0 1 2 3   0 1 2 3
 
-The engines share nothing and run no collective: each process of a pod plays on its own devices
-at its own pace.  An episode's tokens are the same on any of them.
+The engines share nothing, and only the devices of one exchange anything: each process of a pod
+plays on its own devices at its own pace.  An episode's tokens are the same on any of them.
 """
 
 import concurrent.futures
 from collections.abc import Callable, Sequence
 
-import jax
-
 from spa_jax.sampling.engine import Engine, Response, Usage
+from spa_jax.sampling.placement import Devices
 
 
 class ParallelEngine:
-    """`Engine` over several devices.
+    """Several `Engine`s.
 
     Attributes:
-      slots: conversations held at once, on all devices together.
+      slots: conversations held at once, on all engines together.
     """
 
     def __init__(
-        self, make: Callable[[int, jax.Device], Engine], slots: int, devices: Sequence[jax.Device]
+        self, make: Callable[[int, Devices], Engine], slots: int, devices: Sequence[Devices]
     ) -> None:
         """Makes the engines.
 
         Args:
-          make: (slots, device) -> an engine; all of one kind.
-          slots: the most that there shall be; each device gets as many as the others.
-          devices: no more than `slots`.
+          make: (slots, devices) -> an engine; all of one kind.
+          slots: the most that there shall be; each engine gets as many as the others.
+          devices: those of each engine; no more engines than `slots`.
         """
         each = slots // len(devices)
-        self._engines = [make(each, device) for device in devices]
+        self._engines = [make(each, own) for own in devices]
         self._each = each
         self._pool = concurrent.futures.ThreadPoolExecutor(len(devices))
         self.slots = each * len(devices)
@@ -56,7 +55,7 @@ class ParallelEngine:
 
     @property
     def compiled(self) -> int:
-        """See `Engine.compiled`: of all devices."""
+        """See `Engine.compiled`: of all engines."""
         return sum(engine.compiled for engine in self._engines)
 
     @property
@@ -84,7 +83,7 @@ class ParallelEngine:
         engine.submit(own, ids)
 
     def advance(self) -> dict[int, Response]:
-        """See `Engine.advance`; the devices work at the same time."""
+        """See `Engine.advance`; they work at the same time."""
         responses: dict[int, Response] = {}
         for number, ended in enumerate(self._pool.map(Engine.advance, self._engines)):
             responses |= {number * self._each + own: turn for own, turn in ended.items()}

@@ -4,8 +4,8 @@ Engines of the same `Shape` share their programs, so new weights (the next round
 evaluation's) compile nothing.  Programs are compiled ahead of time: one that is given another
 shape refuses it, and nothing is ever compiled in its place.
 
-A `Shape` names its device, and everything that depends on the kind of device follows from it and
-from `tuning`: `lower` needs no array and no device of that kind on this machine.
+A `Shape` names its devices, and everything that depends on their kind follows from them and from
+`tuning`: `lower` needs no array and no device of that kind on this machine.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ import chex
 import jax
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.sharding import SingleDeviceSharding
 
 from spa_jax.models import transformer, tree
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.sampling import decode
 from spa_jax.sampling.decode import Chunk, PrefillRows, SlotState
+from spa_jax.sampling.placement import Devices, Placement
 from spa_jax.sampling.tuning import Tuning
 
 STEPS = 4  # decoding steps between two looks at who has ended
@@ -42,8 +42,9 @@ class Shape:
       temperature: see `decode.draw`.
       top_k: see `decode.draw`.
       top_p: see `decode.draw`.
-      device: where it runs, or one of a topology that is not here.
-      tuning: what suits the device.
+      devices: where it runs, or some of a topology that is not here; several share each weight
+        and the cache.
+      tuning: what suits them.
       cache_dtype: of keys and values in the cache; None: `dtype`.
     """
 
@@ -56,9 +57,14 @@ class Shape:
     temperature: float
     top_k: int
     top_p: float
-    device: jax.Device
+    devices: Devices
     tuning: Tuning
     cache_dtype: np.dtype | None = None
+
+    @property
+    def placement(self) -> Placement:
+        """What lies where on the devices."""
+        return Placement(self.devices)
 
     @property
     def rows(self) -> int:
@@ -81,7 +87,8 @@ class _Functions(NamedTuple):
 
 
 def _functions(shape: Shape) -> _Functions:
-    config, here, state = shape.config, SingleDeviceSharding(shape.device), _formats(shape)
+    config, here, state = shape.config, shape.placement.whole, _formats(shape)
+    weights = here if len(shape.devices) == 1 else shape.placement.weights(_weights(config))
 
     def empty() -> SlotState:
         return decode.empty_state(
@@ -120,14 +127,14 @@ def _functions(shape: Shape) -> _Functions:
         empty=jit(empty),
         prefill=jit(
             functools.partial(decode.prefill, config, order=shape.tuning.order),
-            in_shardings=(here, state, here),
+            in_shardings=(weights, state, here),
             donate_argnums=1,
         ),
         copy=jit(decode.copy_cache, in_shardings=(state, here, here), donate_argnums=0),
         decode={
             places: jax.jit(
                 functools.partial(decode_chunk, places=places),
-                in_shardings=(here, state, here, here, here),
+                in_shardings=(weights, state, here, here, here),
                 out_shardings=(state, here),
                 donate_argnums=1,
             )
@@ -138,22 +145,22 @@ def _functions(shape: Shape) -> _Functions:
 
 def _formats(shape: Shape) -> SlotState:
     """Where the slots lie, and in which order, in the place of each array of a `SlotState`."""
-    here, order = SingleDeviceSharding(shape.device), shape.tuning.order
-    layer: Any = (here, here)
+    cut, order = shape.placement.cache, shape.tuning.order
+    layer: Any = (cut, cut)
     if order is not None:
-        layer = (Format(Layout(order.keys), here), Format(Layout(order.values), here))
+        layer = (Format(Layout(order.keys), cut), Format(Layout(order.values), cut))
     cache: Any = [layer] * shape.config.num_layers
-    whole: Any = here
+    whole: Any = shape.placement.whole
     return SlotState(cache=cache, hidden=whole, length=whole)
 
 
 def lower(
     shape: Shape, names: Collection[str] | None = None, params: Params | None = None
 ) -> dict[str, jax.stages.Lowered]:
-    """The programs of an engine, lowered for its device: nothing runs, no array is made.
+    """The programs of an engine, lowered for its devices: nothing runs, no array is made.
 
-    The device may be one of a topology (`jax.experimental.topologies`) that this machine has not;
-    only the compiler for it is needed, and that by `compile()` alone.
+    The devices may be of a topology (`jax.experimental.topologies`) that this machine has not; only
+    the compiler for it is needed, and that by `compile()` alone.
 
         lowered = programs.lower(shape, ["decode 4096"])
         lowered["decode 4096"].compile().memory_analysis()
@@ -179,7 +186,7 @@ def lower(
     arguments = _arguments(shape, params, state, key)
     chosen = list(arguments) if names is None else names
     # GPUs are one platform to a device, and several to the compiler: theirs is JAX's own choice.
-    platform = shape.device.platform
+    platform = shape.devices[0].platform
     platforms = None if platform == "gpu" else (platform,)
     return {
         name: _named(functions, name).trace(*arguments[name]).lower(lowering_platforms=platforms)
@@ -247,7 +254,7 @@ class Programs:
         self._complete = False
 
     def empty_state(self) -> SlotState:
-        """`decode.empty_state`, made on the device and in the order of its cache."""
+        """`decode.empty_state`, made on the devices and in the order of its cache."""
         return self._functions.empty()
 
     def warm_up(self, params: Params, state: SlotState, key: chex.PRNGKey) -> None:

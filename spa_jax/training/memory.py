@@ -147,21 +147,25 @@ def exploration(config: ModelConfig, sampling: SamplingConfig, prefill_tokens: i
 
     Args:
       config: the model, as it is computed.
-      sampling: the slots of a device, their context and their cache.
+      sampling: the slots of an engine, their context and their cache; --sampling_tensor devices
+        share them.
       prefill_tokens: of the largest call that reads; 0 leaves its scores out.
     """
-    weights = _elements(shapes(config)) * _width(config)
+    tensor = sampling.sampling_tensor
+    weights = _elements(shapes(config), tensor=tensor) * _width(config)
     sizes, dtype = (sampling.slots, sampling.context_length), sampling.cache_dtype or None
-    cache = jax.eval_shape(lambda: transformer.empty_cache(config, *sizes, dtype))
+    whole = jax.eval_shape(lambda: transformer.empty_cache(config, *sizes, dtype))
+    cache = _bytes(whole) / tensor
     logits = _LOGITS_FORWARD * sampling.slots * config.vocab_size * _FLOAT32
-    layer = _elements(shapes(config)["layers"]) / config.num_layers * _FLOAT32
+    layer = _elements(shapes(config)["layers"], tensor=tensor) / config.num_layers * _FLOAT32
     # Scores and their softmax, over the whole context.
-    scores = 2 * prefill_tokens * config.num_heads * sampling.context_length * _FLOAT32
+    heads = config.num_heads / tensor
+    scores = 2 * prefill_tokens * heads * sampling.context_length * _FLOAT32
     return Need(
         parameters=weights,
-        activations=max(0.0, layer - logits - _bytes(cache), scores - logits),
+        activations=max(0.0, layer - logits - cache, scores - logits),
         logits=logits,
-        cache=_bytes(cache),
+        cache=cache,
     )
 
 
@@ -262,7 +266,7 @@ def device_bytes(tree: Params, *, fsdp: int = 1, tensor: int = 1) -> float:
 
 def _shares(path: tuple, leaf: Any, sizes: dict[str, int]) -> int:
     """How many devices share a weight."""
-    return math.prod(sizes[axis] for axis in axes.spec(path, leaf.ndim, sizes) if axis)
+    return math.prod(sizes[axis] for axis in axes.even(path, leaf.shape, sizes) if axis)
 
 
 def _elements(tree: Params, fsdp: int = 1, tensor: int = 1) -> float:

@@ -115,6 +115,30 @@ def test_the_engine_copies_no_cache(heads):
     assert _copies(programs.lower(plain, [name])[name], plain) > 0
 
 
+def test_an_engine_of_four_chips_copies_no_cache_and_moves_no_weight():
+    """What a step moves: activations twice a layer, and the logits; a key head a chip."""
+    config = dataclasses.replace(CONFIG, num_kv_heads=4)
+    settings = _settings("fsdp:8")
+    # A layer's keys are as large as nothing else, and the chip's own memory has no room for them.
+    sampling = SamplingConfig(slots=64, context_length=4096, sampling_tensor=4)
+    settings = dataclasses.replace(settings, sampling=sampling)
+    stages = Stages(settings, config, topology.devices("v5e:2x4"))
+    for stage in (s for s in stages if s.cache is not None):
+        assert len(stage.cache.devices) == 4
+        (program,) = stage.programs
+        compiled = program.lower().compile()
+        found, memory_ = Program(compiled.as_text()), compiled.memory_analysis()
+        assert found.copies(verdict.cache_elements(stage.cache)) == 0, stage.name
+        arguments = memory_.argument_size_in_bytes
+        assert arguments == pytest.approx(stage.plan.parameters + stage.plan.cache, rel=0.02)
+        tokens = {"prefill": stage.cache.rows * stage.cache.tuning.chunks[-1]}
+        activations = BF16 * tokens.get(stage.name, sampling.slots) * config.hidden_size
+        logits = 4 * sampling.slots * config.vocab_size
+        steps = stage.cache.steps if stage.name == "decode" else 1
+        moved = (2 * config.num_layers + 1) * activations + logits
+        assert found.collective_bytes <= 1.1 * (steps * moved + logits)
+
+
 def _copies(lowered, shape: programs.Shape) -> int:
     return Program(lowered.compile().as_text()).copies(verdict.cache_elements(shape))
 

@@ -290,10 +290,10 @@ def test_a_slots_device_changes_no_token():
     """Three devices, two slots each, played at the same time."""
     one = _play(_shared_engine(4, DRAWN), _episodes(), 0)
 
-    def make(slots, device):
-        return _engine(slots, DRAWN, device=device)
+    def make(slots, devices):
+        return _engine(slots, DRAWN, devices=devices)
 
-    engine = ParallelEngine(make, 7, jax.local_devices()[:3])
+    engine = ParallelEngine(make, 7, [(device,) for device in jax.local_devices()[:3]])
     assert engine.slots == 6
     engine.warm_up()
     compiled = engine.compiled

@@ -24,7 +24,7 @@ def _shape(**settings) -> Shape:
     settings = {"tuning": CPU, "slots": 4, "context_length": 32} | settings
     return Shape(
         config=test_engine.CONFIG, dtype=jnp.dtype("float32"), steps=4, end_of_turn=(2,),
-        temperature=1.0, top_k=0, top_p=1.0, device=jax.local_devices()[0], **settings,
+        temperature=1.0, top_k=0, top_p=1.0, devices=(jax.local_devices()[0],), **settings,
     )
 
 

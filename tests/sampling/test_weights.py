@@ -10,6 +10,7 @@ import pytest
 from spa_jax.config import ComputeConfig
 from spa_jax.models import tree
 from spa_jax.sampling import weights
+from spa_jax.sampling.placement import Placement
 from tests import tiny
 
 PARAMS = tiny.random_params(tiny.UNTIED)
@@ -33,7 +34,7 @@ def test_they_are_those_of_one_cast(compute, where):
     config, params = _config(**compute), PARAMS
     if where == "device":
         params = jax.device_put(params, jax.local_devices()[1])
-    placed = weights.place(config, params, jax.local_devices()[2])
+    placed = weights.place(config, params, Placement((jax.local_devices()[2],)))
     wanted = tree.unstack(jax.device_put(PARAMS), config.dtype, config.matmul_dtype)
     assert all(x.devices() == {jax.local_devices()[2]} for x in jax.tree.leaves(placed))
     assert jax.tree.map(lambda x: x.dtype, placed) == jax.tree.map(lambda x: x.dtype, wanted)
@@ -56,7 +57,7 @@ class _Watched(np.ndarray):
 def test_the_device_never_holds_the_weights_in_two_types():
     """At no layer do the matrices of an earlier one lie there as they came."""
     params = PARAMS | {"layers": jax.tree.map(lambda x: x.view(_Watched), PARAMS["layers"])}
-    placed = weights.place(_config(compute_dtype="bfloat16"), params, _Watched.device)
+    placed = weights.place(_config(compute_dtype="bfloat16"), params, Placement((_Watched.device,)))
     assert len(_Watched.seen) == 2 * len(jax.tree.leaves(PARAMS["layers"]))
     # Of the layer that is being cut nothing has been sent yet: only cast ones lie there.
     assert all(types == {"bfloat16"} for types in _Watched.seen)

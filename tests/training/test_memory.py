@@ -161,6 +161,14 @@ def test_the_engine_needs_what_the_plan_says():
     assert planned.total == pytest.approx(_total(compiled), rel=TOLERANCE)
 
 
+def test_devices_that_share_an_engine_share_its_weights_and_cache():
+    sampling = SamplingConfig(slots=8, context_length=512)
+    halves = dataclasses.replace(sampling, sampling_tensor=2)
+    one, two = (memory.exploration(CONFIG, s, 4096) for s in (sampling, halves))
+    assert two.cache == one.cache / 2 and two.logits == one.logits
+    assert 0.5 * one.parameters < two.parameters < 0.51 * one.parameters  # norms are whole
+
+
 def test_the_scores_of_a_prefill_call_are_planned_by_hand():
     """Scores and softmax [tokens, heads, context] float32, where they exceed the logits."""
     sampling = SamplingConfig(slots=1, context_length=512)
