@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from spa_jax.errors import UserError
 from spa_jax.models import axes
 from spa_jax.runtime import distributed
 from spa_jax.training import devices as devices_lib
@@ -297,10 +298,22 @@ class Mesh:
         return devices_lib.place(zeros, self._everywhere)
 
     def _shardings(self, tree: Any) -> Any:
-        """Where each array of a tree lies, see `axes.spec`."""
+        """Where each array of a tree lies, see `axes.spec`.
+
+        Raises:
+          UserError: an array cannot be cut into equal parts; says which.
+        """
 
         def of(path: tuple, x: Any) -> NamedSharding:
-            return NamedSharding(self._mesh, axes.spec(path, np.ndim(x), self._mesh.shape))
+            cut = axes.spec(path, np.ndim(x), self._mesh.shape)
+            for size, axis in zip(np.shape(x), cut, strict=False):
+                if axis and size % self._mesh.shape[axis]:
+                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    raise UserError(
+                        f"--mesh={axis}:{self._mesh.shape[axis]} does not divide the {size} of "
+                        f"{name} {list(np.shape(x))}: give a number of devices that does"
+                    )
+            return NamedSharding(self._mesh, cut)
 
         return jax.tree_util.tree_map_with_path(of, tree)
 

@@ -473,6 +473,12 @@ def test_a_mesh_holds_each_parameter_and_its_moments_in_parts():
     jax.tree.map(np.testing.assert_array_equal, trainer.unreplicate(state).params, params)
 
 
+def test_a_mesh_that_does_not_divide_the_model_is_refused():
+    trainer = partition.Mesh(sft_update.make_loss(CONFIG), SGD, (1, 3))
+    with pytest.raises(UserError, match=r"--mesh=fsdp:3 does not divide the 32 of policy/.*\["):
+        trainer.create({"policy": _params()["policy"]})
+
+
 def test_the_mesh_flag():
     shape = partition.mesh_shape
     assert shape("data:2,fsdp:4", 8) == (2, 4, 1) and shape("fsdp:4", 8) == (1, 4, 1)
