@@ -13,10 +13,9 @@ A loss function is written for whole weights and its own rows.  Inside `gatherin
 both do nothing.
 """
 
-import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -116,14 +115,18 @@ def _mesh_axis(name: str, mesh: Mapping[str, int]) -> str | None:
     return next((axis for axis in RULES[name] if mesh.get(axis, 1) > 1), None)
 
 
-@contextlib.contextmanager
-def gathering() -> Iterator[None]:
-    """Traces what is inside for parts of weights, in a `shard_map` over fsdp."""
-    token = _GATHERED.set(True)
-    try:
-        yield
-    finally:
-        _GATHERED.reset(token)
+def gathering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced for parts of weights: for a `shard_map` over fsdp."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        token = _GATHERED.set(True)
+        try:
+            return function(*args)
+        finally:
+            _GATHERED.reset(token)
+
+    return traced
 
 
 def is_gathering() -> bool:
@@ -154,10 +157,8 @@ def whole(params: Params, dtype: jax.typing.DTypeLike) -> Params:
       params: a decoder's tree, or some of it.
       dtype: that it is computed in: it travels, and is summed in the backward pass, in that.
     """
-    return {
-        name: tree if name == "layers" else gather({name: tree}, dtype)[name]
-        for name, tree in params.items()
-    }
+    outside = {name: tree for name, tree in params.items() if name != "layers"}
+    return {**params, **gather(outside, dtype)}
 
 
 def gather(params: Params, dtype: jax.typing.DTypeLike) -> Params:
@@ -169,28 +170,57 @@ def gather(params: Params, dtype: jax.typing.DTypeLike) -> Params:
     """
     if not is_gathering():
         return params
+    return jax.lax.platform_dependent(
+        params,
+        tpu=functools.partial(_gather_at_once, dtype=dtype),
+        default=functools.partial(_gather_in_order, dtype=dtype),
+    )
+
+
+def _gather_at_once(params: Params, dtype: jax.typing.DTypeLike) -> Params:
+    """As a TPU gathers: what does not wait for another travels while something is computed.
+
+    The axis that is cut goes first.  Along another one a TPU has no reduce-scatter: it would add up
+    whole gradients on every device, in twice the time.
+    """
 
     def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        found = names(path)
-        if "embed" not in found:
+        axis = _cut_axis(path, x.ndim)
+        if axis is None:
             return x
-        axis = x.ndim - len(found) + found.index("embed")
         # The barrier keeps the cast before the transfer: XLA would move twice the bytes.
-        part = jax.lax.optimization_barrier(x.astype(dtype))
-        return jax.lax.platform_dependent(
-            part,
-            tpu=functools.partial(_gather_first, axis=axis),
-            default=functools.partial(jax.lax.all_gather, axis_name=FSDP, axis=axis, tiled=True),
-        )
+        first = jnp.moveaxis(jax.lax.optimization_barrier(x.astype(dtype)), axis, 0)
+        return jnp.moveaxis(jax.lax.all_gather(first, FSDP, axis=0, tiled=True), 0, axis)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _gather_first(x: jax.Array, axis: int) -> jax.Array:
-    """`all_gather` along the first axis, moved there and back.
+def _gather_in_order(params: Params, dtype: jax.typing.DTypeLike) -> Params:
+    """As a CPU gathers: one after the other, backwards too.
 
-    Along another one a TPU has no reduce-scatter: it would add up whole gradients on every device,
-    in twice the time.
+    XLA tells two transfers of a CPU program apart by their kind and their devices alone: of two
+    under way at once, one in a loop and one outside, each would take the other's numbers.
     """
-    first = jnp.moveaxis(x, axis, 0)
-    return jnp.moveaxis(jax.lax.all_gather(first, FSDP, axis=0, tiled=True), 0, axis)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    # The embedding comes last: the first layer waits for it, and so for all of them.
+    order = sorted(range(len(leaves)), key=lambda i: "embedding" in str(leaves[i][0][-1]))
+    made: list[jax.Array] = [x for _, x in leaves]
+    before: int | None = None
+    for i in order:
+        path, x = leaves[i]
+        axis = _cut_axis(path, x.ndim)
+        if axis is None:
+            continue
+        part = x.astype(dtype)
+        if before is not None:
+            # What is taken from here on depends on both, and so do their gradients.
+            part, made[before] = jax.lax.optimization_barrier((part, made[before]))
+        made[i] = jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
+        before = i
+    return jax.tree_util.tree_unflatten(tree, made)
+
+
+def _cut_axis(path: tuple[Any, ...], ndim: int) -> int | None:
+    """The axis of a weight that fsdp cuts."""
+    found = names(path)
+    return ndim - len(found) + found.index("embed") if "embed" in found else None

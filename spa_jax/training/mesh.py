@@ -252,28 +252,26 @@ class Mesh:
             several = tuple(axis for axis in over if self._mesh.shape[axis] > 1)
             return jax.lax.psum(x, several) if several else x
 
-        def one(path: tuple, x: jax.Array) -> jax.Array:
-            # Of a weight in parts, the devices of an fsdp row have added up theirs already.
-            cut = self._fsdp > 1 and "embed" in axes.names(path)
-            return psum(x, [axes.DATA] if cut else _ROWS)
-
-        return jax.tree_util.tree_map_with_path(one, gradient), psum(sums, _ROWS)
+        # Of a weight in parts, the devices of an fsdp row have added up theirs already.
+        leaves, tree = jax.tree_util.tree_flatten_with_path(gradient)
+        cut = [self._fsdp > 1 and "embed" in axes.names(path) for path, _ in leaves]
+        parts = psum([x for (_, x), is_cut in zip(leaves, cut, strict=True) if is_cut], [axes.DATA])
+        others = [x for (_, x), is_cut in zip(leaves, cut, strict=True) if not is_cut]
+        others, sums = psum((others, sums), _ROWS)
+        added = {True: iter(parts), False: iter(others)}
+        leaves_added = [next(added[is_cut]) for is_cut in cut]
+        return jax.tree_util.tree_unflatten(tree, leaves_added), sums
 
     def _on_parts(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """A function of one device's rows and whole weights, on the mesh's parts of both."""
         if self._count == 1:
             return function
-
-        def gathering(*args: Any) -> Any:
-            if self._fsdp == 1:
-                return function(*args)
-            with axes.gathering():
-                return function(*args)
-
+        if self._fsdp > 1:
+            function = axes.gathering(function)
         # A kernel wants to be told of every axis, also of one with a single device.
         left_to_xla = self._mesh.shape[axes.TENSOR] > 1
         return jax.shard_map(
-            gathering,
+            function,
             mesh=self._mesh,
             in_specs=in_specs,
             out_specs=out_specs,

@@ -273,7 +273,7 @@ def test_a_step_whose_reward_is_zero_is_a_step():
     ppo = PpoConfig(gamma=0.5, gae_lambda=1.0)
     table = ppo_data.make_table([episode], np.zeros((1, 3), np.float32), ppo)
     np.testing.assert_allclose(table.returns, [[0.25, 0.5, 1.0]])
-    _, (batch,), counts, _ = ppo_data.make_update(
+    _, (batch,), counts, *_ = ppo_data.make_update(
         [episode], table, np.array([0]), dataclasses.replace(ROWS, row_length=64), ppo, devices=1
     )
     assert counts == {"tokens": sum(s >= 0 for s in episode.step_id), "steps": 3}
