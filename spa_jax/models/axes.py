@@ -172,13 +172,13 @@ def gather(params: Params, dtype: jax.typing.DTypeLike) -> Params:
         return params
     return jax.lax.platform_dependent(
         params,
-        tpu=functools.partial(_gather_at_once, dtype=dtype),
-        default=functools.partial(_gather_in_order, dtype=dtype),
+        cpu=functools.partial(_gather_in_order, dtype=dtype),
+        default=functools.partial(_gather_at_once, dtype=dtype),
     )
 
 
 def _gather_at_once(params: Params, dtype: jax.typing.DTypeLike) -> Params:
-    """As a TPU gathers: what does not wait for another travels while something is computed.
+    """As accelerators gather: what does not wait for another travels while something is computed.
 
     The axis that is cut goes first.  Along another one a TPU has no reduce-scatter: it would add up
     whole gradients on every device, in twice the time.
