@@ -17,7 +17,7 @@ from spa_jax.models.config import ModelConfig, Params
 from spa_jax.rl import objectives
 from spa_jax.sampling import placement, tuning
 from spa_jax.sampling import programs as engine_programs
-from spa_jax.stage_config import Settings
+from spa_jax.stage_config import RFT, Settings
 from spa_jax.training import (
     estimator_update,
     forward,
@@ -29,8 +29,6 @@ from spa_jax.training import (
 from spa_jax.training import state as state_lib
 from spa_jax.training.memory import Need
 from spa_jax.training.parts import Parts
-
-RFT = "rft"
 
 
 @dataclasses.dataclass(frozen=True)

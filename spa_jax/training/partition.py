@@ -294,12 +294,6 @@ def pmap_forward(function: Callable, devices: int | None = None) -> Callable[...
     return call
 
 
-def replicate(tree: Any, devices: int | None = None) -> Any:
-    """A copy of the tree on every device of this process, or on the first `devices`."""
-    own = devices_lib.of_this_process(devices_lib.of_all_processes(devices))
-    return flax.jax_utils.replicate(tree, own, AXIS)
-
-
 def unreplicate(tree: Any) -> Any:
     """The first device's copy."""
     # flax.jax_utils.unreplicate would leave a device axis of length 1 if one of several devices
