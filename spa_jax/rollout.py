@@ -367,7 +367,7 @@ class Rollout:
         """An environment error is not the policy's failure: it is recorded, and tried again."""
         _raise_if_final(error)
         episode = self.episodes[slot]
-        self._end(slot, Status.ENV_ERROR, error.whole)
+        self._end(slot, Status.ENV_ERROR, error.full_message)
         job = episode.job
         if error.retryable and job.retry < self.player.max_retries:
             self.jobs.append(dataclasses.replace(job, retry=job.retry + 1))
@@ -495,6 +495,6 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
         except EnvError as error:
             _raise_if_final(error)
             if not error.retryable or job.retry >= player.max_retries:
-                return episode.result(player, Status.ENV_ERROR, error.whole)
+                return episode.result(player, Status.ENV_ERROR, error.full_message)
             time.sleep(0.5)
             job = dataclasses.replace(job, retry=job.retry + 1)

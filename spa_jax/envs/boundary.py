@@ -39,7 +39,9 @@ def asked(where: str, ask: Callable[[], _T]) -> _T:
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too
-        raise UserError(f"{where} raised {one_line(error)}\n{indented(whole(error))}") from error
+        raise UserError(
+            f"{where} raised {one_line(error)}\n{indented(full_traceback(error))}"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:
@@ -51,7 +53,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[:1000]}".removesuffix(": ")
 
 
-def whole(error: BaseException) -> str:
+def full_traceback(error: BaseException) -> str:
     """An error's traceback."""
     return "".join(traceback.format_exception(error)).rstrip()
 

@@ -46,7 +46,7 @@ def load_class(name: str) -> type:
     except (Exception, SystemExit) as error:  # whatever a module does when it is imported
         raise UserError(
             f"--custom_data={name}: importing {module} raised {boundary.one_line(error)}\n"
-            f"{boundary.indented(boundary.whole(error))}"
+            f"{boundary.indented(boundary.full_traceback(error))}"
         ) from error
     if missing := [part for part in _NEEDS if not hasattr(found, part)]:
         raise UserError(f"{name} lacks {', '.join(missing)}; see docs/environments.md")

@@ -51,7 +51,7 @@ class EnvError(Exception):
         self.traceback = traceback
 
     @property
-    def whole(self) -> str:
+    def full_message(self) -> str:
         """The message, and below it the traceback."""
         return f"{self}\n{self.traceback}".rstrip()
 

@@ -69,7 +69,7 @@ def _answer(engine: Engine, request: tuple[Any, ...]) -> tuple[str, Any]:
         return "user_error", str(error)
     # Whatever the engine does, the server must hear of it: SystemExit too.
     except BaseException as error:
-        return "env_error", (boundary.one_line(error), boundary.whole(error))
+        return "env_error", (boundary.one_line(error), boundary.full_traceback(error))
 
 
 def _main(connection: Connection, benchmark: Benchmark) -> None:

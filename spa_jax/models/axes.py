@@ -9,8 +9,8 @@
     down      [mlp, embed]       F over tensor, D over fsdp
 
 A loss function is written for whole weights and its own rows.  Inside `gathering` the layers that
-`transformer` scans over, and what `whole` is asked for, are gathered from the parts; anywhere else
-both do nothing.
+`transformer` scans over, and what `gathered` is asked for, are gathered from the parts; anywhere
+else both do nothing.
 """
 
 import contextvars
@@ -150,7 +150,7 @@ def cast(params: Params, dtype: jax.typing.DTypeLike) -> Params:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def whole(params: Params, dtype: jax.typing.DTypeLike) -> Params:
+def gathered(params: Params, dtype: jax.typing.DTypeLike) -> Params:
     """The tree with its parts brought together, but for the layers, which a scan takes one by one.
 
     Args:
@@ -166,7 +166,7 @@ def gather(params: Params, dtype: jax.typing.DTypeLike) -> Params:
 
     Args:
       params: parts of weights; the last two keys of a path name them.
-      dtype: as in `whole`.
+      dtype: as in `gathered`.
     """
     if not is_gathering():
         return params

@@ -174,7 +174,7 @@ class Engine:
         tuned = tuned or tuning.of(kind, config.num_kv_heads // tensor)
         self._params = weights.place(config, params, placement)
         dtype = self._params["embed"]["embedding"].dtype
-        self._base_key = jax.device_put(jax.random.key(seed), placement.whole)
+        self._base_key = jax.device_put(jax.random.key(seed), placement.replicated)
         shape = programs.Shape(
             config=config,
             dtype=dtype,

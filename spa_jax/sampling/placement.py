@@ -33,7 +33,7 @@ class Placement:
     devices: Devices
 
     @property
-    def whole(self) -> Sharding:
+    def replicated(self) -> Sharding:
         """Of what lies whole on each device."""
         return self._cut(PartitionSpec())
 

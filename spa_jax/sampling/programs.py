@@ -87,7 +87,7 @@ class _Functions(NamedTuple):
 
 
 def _functions(shape: Shape) -> _Functions:
-    config, here, state = shape.config, shape.placement.whole, _formats(shape)
+    config, here, state = shape.config, shape.placement.replicated, _formats(shape)
     weights = here if len(shape.devices) == 1 else shape.placement.weights(_weights(config))
 
     def empty() -> SlotState:
@@ -150,8 +150,8 @@ def _formats(shape: Shape) -> SlotState:
     if order is not None:
         layer = (Format(Layout(order.keys), cut), Format(Layout(order.values), cut))
     cache: Any = [layer] * shape.config.num_layers
-    whole: Any = shape.placement.whole
-    return SlotState(cache=cache, hidden=whole, length=whole)
+    replicated: Any = shape.placement.replicated
+    return SlotState(cache=cache, hidden=replicated, length=replicated)
 
 
 def lower(

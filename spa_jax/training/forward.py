@@ -28,7 +28,7 @@ def rows_hidden(
 
 def rows_lower_states(config: ModelConfig, frozen: Params, rows: PackedRows) -> jax.Array:
     """[R, L, D] hidden states of packed rows after the frozen layers {"policy": ...}."""
-    policy = axes.whole(frozen["policy"], config.dtype)
+    policy = axes.gathered(frozen["policy"], config.dtype)
     return transformer.lower_states(config, policy, rows.tokens, rows.positions, rows.segment_ids)
 
 
@@ -39,7 +39,7 @@ def with_frozen(config: ModelConfig, params: Params, frozen: Params) -> Params:
     With frozen lower layers, `layers` and `norm` are the trained ones and `embed` is frozen.
     On a mesh all of it but the layers is whole.
     """
-    return axes.whole({**frozen.get("policy", {}), **params["policy"]}, config.dtype)
+    return axes.gathered({**frozen.get("policy", {}), **params["policy"]}, config.dtype)
 
 
 def at(hidden: jax.Array, index: jax.Array) -> jax.Array:

@@ -350,7 +350,7 @@ def test_a_traceback_travels_whole(server):
         session.reset("train_0", "train")
         with pytest.raises(EnvError, match="RuntimeError: out of luck") as caught:
             session.step("fail")
-    lines = caught.value.whole.splitlines()
+    lines = caught.value.full_message.splitlines()
     assert lines[1].startswith("Traceback") and lines[-1] == "RuntimeError: out of luck"
     assert 'raise RuntimeError("out of luck")' in caught.value.traceback
     events = [json.loads(line) for line in server.log.read_text().splitlines() if line[0] == "{"]

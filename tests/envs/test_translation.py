@@ -18,16 +18,16 @@ class _Counted:
 def test_a_text_is_translated_once(tmp_path: Path) -> None:
     first, second = _Counted(), _Counted()
     asked = [("a", "b"), ("ab", ""), ("a", "b")]
-    assert [translation.kept(first, tmp_path / "new")(*text) for text in asked] == asked
+    assert [translation.cached(first, tmp_path / "new")(*text) for text in asked] == asked
     assert first.calls == [("a", "b"), ("ab", "")]
-    assert [translation.kept(second, tmp_path / "new")(*text) for text in asked] == asked
+    assert [translation.cached(second, tmp_path / "new")(*text) for text in asked] == asked
     assert not second.calls
     assert len(list((tmp_path / "new").iterdir())) == 2
 
 
 def test_a_broken_file_is_made_anew(tmp_path: Path) -> None:
     counted = _Counted()
-    translate = translation.kept(counted, tmp_path)
+    translate = translation.cached(counted, tmp_path)
     translate("a", "b")
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -41,7 +41,7 @@ def test_a_broken_file_is_made_anew(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     counted = _Counted()
-    translate = translation.kept(counted, tmp_path / "file")
+    translate = translation.cached(counted, tmp_path / "file")
     assert translate("a", "b") == translate("a", "b") == ("a", "b")
     assert len(counted.calls) == 2
     assert os.listdir(tmp_path) == ["file"]

@@ -124,7 +124,7 @@ def test_each_device_holds_its_heads_of_the_cache():
 def test_one_device_has_the_shardings_it_always_had():
     here = Placement(DEVICES[3:4])
     one = jax.sharding.SingleDeviceSharding(DEVICES[3])
-    assert here.whole == here.cache == one
+    assert here.replicated == here.cache == one
     assert set(jax.tree.leaves(here.weights(test_engine.PARAMS))) == {one}
     assert here.computed(CONFIG) is CONFIG
 

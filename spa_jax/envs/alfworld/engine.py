@@ -48,8 +48,8 @@ def memoise() -> None:
     query = functools.lru_cache(maxsize=4096)(textworld.logic.Rule.parse_conjunctive_query)
     textworld.logic.Rule.parse_conjunctive_query = staticmethod(query)
     textgen.copy_context = _copy_context
-    kept = translation.kept(fast_downward.pddl2sas, translation.user_folder())
-    translate = functools.lru_cache(maxsize=2)(kept)
+    on_disk = translation.cached(fast_downward.pddl2sas, translation.user_folder())
+    translate = functools.lru_cache(maxsize=2)(on_disk)
     # Asked for at the load and again at the reset, each time also in a form that only
     # TextWorld's planner reads, which is never called here.
     fast_downward.pddl2sas = lambda domain, problem, **unused: translate(domain, problem)

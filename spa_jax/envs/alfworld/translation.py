@@ -18,7 +18,7 @@ from typing import Any
 _LEVEL = 1  # of the compression: speed, a fifth of the size
 
 
-def kept(translate: Callable[[str, str], Any], folder: pathlib.Path) -> Callable[[str, str], Any]:
+def cached(translate: Callable[[str, str], Any], folder: pathlib.Path) -> Callable[[str, str], Any]:
     """`translate(domain, problem)`, each answer kept in a file of `folder`.
 
     A file that cannot be read is made anew, and a folder that cannot be written is none.  Files
