@@ -22,6 +22,13 @@ class DataConfig(Checked):
     demo_valid_games: int = setting(
         0, "How many of that split's games are held out; 0: all.", minimum=0
     )
+    demo_slips: float = setting(
+        0.0,
+        "Share of the steps of a demonstration at which the expert does something else that could "
+        "be done: a base that is cloned from it wavers, and rewards can teach it more.",
+        minimum=0,
+        below=1,
+    )
     heldout_split: str = setting("heldout", "The split that is evaluated in the end.", group=MAY)
     heldout_games: int = setting(
         0, "How many of that split's games are evaluated; 0: all.", minimum=0, group=MAY

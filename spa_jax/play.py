@@ -52,6 +52,7 @@ class Recording:
       games: which games, and how often.
       sampling: how the policy writes.
       title: of the progress bar.
+      slips: the share of steps at which the expert does something else.
       flags: those that give the split, the games and the temperature, where not exploration's.
     """
 
@@ -61,6 +62,7 @@ class Recording:
     games: ExploreConfig
     sampling: SamplingConfig
     title: str
+    slips: float = 0.0
     flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -362,7 +364,7 @@ def _play(
     player = make_player(env, policy)
     with bar, _concluded(told, client, folder):
         if policy is None:
-            rollout.play_expert(client, todo, player=player, on_done=on_done)
+            rollout.play_expert(client, todo, player=player, on_done=on_done, slips=recording.slips)
         elif engine is not None:
             playing = rollout.Rollout(engine, policy.chat, client, player=player, on_done=on_done)
             timing = playing.play(todo)

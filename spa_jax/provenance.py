@@ -42,7 +42,7 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
         "data.max_",
         "data.closed_",
     ),
-    "demos": ("env",),
+    "demos": ("env", "data.demo_slips"),
     "sft": ("sft", "lora", "chat", "compute"),
     "explore": (*_PLAYING, "explore"),
     "progress": ("progress", "lora", "compute"),

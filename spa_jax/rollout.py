@@ -14,6 +14,7 @@ No slot waits for the slowest one.  The wall clock has four parts too, which `Ti
 
 import concurrent.futures
 import dataclasses
+import random
 import time
 import zlib
 from collections import deque
@@ -26,14 +27,13 @@ from spa_jax.envs.client import EnvClient, Session
 from spa_jax.envs.protocol import NO_SERVER, USER_ERROR, EnvError, Observation, Task
 from spa_jax.envs.text import parse_action
 from spa_jax.errors import UserError
+from spa_jax.timing import Timing
 from spa_jax.trajectory import Sampling, Status, Step, Trajectory
 
 if TYPE_CHECKING:
-    from spa_jax.sampling.engine import Engine, Response, Usage
+    from spa_jax.sampling.engine import Engine, Response
     from spa_jax.sampling.parallel import ParallelEngine
 
-# Environments are the bottleneck if the engine waits for them for this share of the time.
-_WAITS = 0.2
 # If the engine has nothing to do: seconds that a round waits for other environments, once one has
 # answered.  Prompts that are read together cost less.
 _GRACE = 0.05
@@ -97,64 +97,6 @@ class Player:
     prompt: str
     max_retries: int = 3
     give_up_after: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Where the time of a `Rollout.play` went.
-
-    Attributes:
-      wall_s: seconds in all.
-      waiting_s: seconds in which the engine waited for environments.
-      env_s: seconds that environments took for steps, each counted by itself.
-      env_steps: how many.
-      slots: episodes played at once.
-      usage: what the engine did in that time.
-    """
-
-    wall_s: float
-    waiting_s: float
-    env_s: float
-    env_steps: int
-    slots: int
-    usage: "Usage"
-
-    def metrics(self) -> dict[str, float]:
-        """Name -> number, for the log: shares of the wall clock, tokens a second, occupancy."""
-        wall, usage = max(self.wall_s, 1e-9), self.usage
-        host = wall - usage.prefill_s - usage.decode_s - self.waiting_s
-        return {
-            "seconds": self.wall_s,
-            "prefill_share": usage.prefill_s / wall,
-            "decode_share": usage.decode_s / wall,
-            "waiting_share": self.waiting_s / wall,
-            "host_share": max(0.0, host) / wall,
-            "occupancy": usage.occupancy,
-            "tokens_per_second": usage.generated / wall,
-            "generated_tokens": usage.generated,
-            "prefilled_tokens": usage.prefilled,
-            "reused_tokens": usage.reused,
-            "env_steps": self.env_steps,
-            "env_step_seconds": self.env_s / max(self.env_steps, 1),
-        }
-
-    def bottleneck(self) -> str:
-        """What to say if the environments are too slow for the engine; "" if they are not.
-
-        Waiting for their processes to start does not count: no wait for a step is longer than all
-        steps together.
-        """
-        share = min(self.waiting_s, self.env_s) / max(self.wall_s, 1e-9)
-        if share < _WAITS:
-            return ""
-        step = 1e3 * self.env_s / max(self.env_steps, 1)
-        return (
-            f"environments are the bottleneck: the policy waited for them {share:.0%} of the time "
-            f"({step:.0f} ms a step with {self.slots} episodes at once). Raise --slots, so that "
-            "more episodes think while others act; if a step then takes longer, the environments "
-            "have too few processor cores: run python -m experiments.serve_env on a machine with "
-            "more, and give its --env_address"
-        )
 
 
 class _Episode:
@@ -459,6 +401,7 @@ def play_expert(
     *,
     player: Player,
     on_done: Callable[[Trajectory], None],
+    slips: float = 0.0,
 ) -> None:
     """Plays every job with the environment's own expert.
 
@@ -467,16 +410,24 @@ def play_expert(
       jobs: the episodes.
       player: what the records say, and the limits of an episode; its policy is "expert".
       on_done: called with each finished trajectory, from this thread.
+      slips: the share of steps at which it does something else that could be done.
+
+    Raises:
+      UserError: it is to slip, and the environment does not list what could be done.
     """
+
+    def play(job: Job) -> Trajectory:
+        return _expert_episode(client, job, player, slips)
+
     with concurrent.futures.ThreadPoolExecutor(_EXPERT_SESSIONS) as pool:
-        for trajectory in pool.map(lambda job: _expert_episode(client, job, player), jobs):
+        for trajectory in pool.map(play, jobs):
             on_done(trajectory)
 
 
-def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
+def _expert_episode(client: EnvClient, job: Job, player: Player, slips: float) -> Trajectory:
     """One episode of the expert; an environment error is tried again here."""
     while True:
-        episode = _Episode(job)
+        episode, draw = _Episode(job), random.Random(job.number)
         try:
             with client.session() as session:
                 now = session.reset(
@@ -485,6 +436,8 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
                 episode.instruction, episode.initial_progress = now.instruction, now.progress
                 while (status := _outcome(now, episode.steps, player)) is None:
                     action = now.expert_action
+                    if draw.random() < slips:
+                        action = draw.choice(_others(now))
                     after = session.step(action, parsed=True)
                     episode.steps.append(
                         Step(now.text, action, action, after.grounded, progress=after.progress)
@@ -498,3 +451,18 @@ def _expert_episode(client: EnvClient, job: Job, player: Player) -> Trajectory:
                 return episode.result(player, Status.ENV_ERROR, error.full_message)
             time.sleep(0.5)
             job = dataclasses.replace(job, retry=job.retry + 1)
+
+
+def _others(now: Observation) -> list[str]:
+    """What the expert could do in place of what it would do.
+
+    Raises:
+      UserError: the environment does not say.
+    """
+    others = [action for action in now.admissible if action != now.expert_action]
+    if not others:
+        raise UserError(
+            "--demo_slips: the environment does not list what could be done "
+            "(Observation.admissible), so its expert cannot slip; drop the flag"
+        )
+    return others

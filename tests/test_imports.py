@@ -31,7 +31,7 @@ FLOORS = (
     {"data_config", "judging", "models", "runtime", "server_config", "truth"},
     {"stage_config"},
     {"envs", "games", "parity", "run", "sampling"},
-    {"episodes", "exclusive", "failures", "files", "replay"},
+    {"episodes", "exclusive", "failures", "files", "replay", "timing"},
     {"env_check", "policy", "provenance", "rollout"},
     {"model_card", "redo", "training"},
     {"annotation", "compiler", "export", "play", "report"},

@@ -11,11 +11,11 @@ from spa_jax import rollout, tokenizer
 from spa_jax.chat import ChatFormat
 from spa_jax.envs.local import LocalServer
 from spa_jax.envs.protocol import Observation, Task
+from spa_jax.errors import UserError
 from spa_jax.rollout import (
     Job,
     Player,
     Rollout,
-    Timing,
     _Episode,
     _final_reward,
     _outcome,
@@ -23,6 +23,7 @@ from spa_jax.rollout import (
 )
 from spa_jax.sampling.engine import Engine, Usage
 from spa_jax.server_config import ServerConfig
+from spa_jax.timing import Timing
 from spa_jax.trajectory import Sampling, Status, Step, from_json, to_json
 from tests import programs, tiny
 
@@ -208,6 +209,33 @@ def test_progress_is_recorded_of_the_experts_episodes(marching):
     play_expert(marching, jobs, player=player, on_done=played.append)
     assert [t.progress for t in played] == [(0.0, 0.25, 0.5, 0.75)] * 2
     assert {t.status for t in played} == {Status.MAX_STEPS}
+
+
+def _actions(jobs, slips: float) -> list[str]:
+    config = ServerConfig("tests.envs.odd:Listing", env="custom", max_sessions=4)
+    player = Player("custom", "expert", 0, max_steps=9, prompt="short")
+    played = []
+    with LocalServer(config, start_deadline_s=120) as server:
+        play_expert(server.client(), jobs, player=player, on_done=played.append, slips=slips)
+    return [step.action for t in played for step in t.steps]
+
+
+def test_an_expert_slips_as_often_as_it_is_told_and_never_into_its_own_action(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(programs.ROOT))
+    jobs = [Job(Task("train_0", "train", "", ""), 0, attempt) for attempt in range(40)]
+    actions = _actions(jobs, 0.5)
+    assert len(actions) == 160 and _actions(jobs, 0.5) == actions
+    slips = [action for action in actions if action != "march"]
+    assert 55 <= len(slips) <= 105  # 80 and four standard deviations
+    assert min(slips.count("left"), slips.count("right")) >= 15
+    assert _actions(jobs[:2], 0.0) == ["march"] * 8
+
+
+def test_an_expert_slips_only_where_something_else_is_listed(marching):
+    player = Player("custom", "expert", 0, max_steps=3, prompt="short")
+    jobs = [Job(Task("train_0", "train", "", ""), 0, 0)]
+    with pytest.raises(UserError, match="--demo_slips: the environment does not list"):
+        play_expert(marching, jobs, player=player, on_done=lambda _: None, slips=0.9)
 
 
 def test_slow_environments_are_named_as_the_bottleneck(chat, client):

@@ -127,6 +127,17 @@ def text(field: str, value: Any) -> str:
     return str.__str__(found)
 
 
+def _texts(field: str, value: Any) -> list[str]:
+    """Texts.
+
+    Raises:
+      ValueError: it is no sequence of them.
+    """
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"its {field} must be a sequence of texts, not {value!r:.100}")
+    return [text(field, one) for one in value]
+
+
 def observation(where: str, now: Any, *, first: bool = False) -> Observation:
     """What a reset or a step answered, in plain types.
 
@@ -153,6 +164,7 @@ def observation(where: str, now: Any, *, first: bool = False) -> Observation:
             task=text("task", now.task),
             task_type=text("task_type", now.task_type),
             expert_action=text("expert_action", now.expert_action),
+            admissible=tuple(_texts("admissible", now.admissible)),
             progress=progress(now.progress),
         )
         check_outcome(checked, first=first)

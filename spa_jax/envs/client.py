@@ -313,7 +313,7 @@ class Session:
           task: one of `EnvClient.tasks(split)`.
           split: the split.
           seed: of what is random in the game.
-          expert: whether observations carry `expert_action`.
+          expert: whether observations carry `expert_action` and `admissible`.
           prompt: which instruction; the server's default if empty.
 
         Raises:

@@ -32,7 +32,8 @@ class Engine(Protocol[_Opened]):
           place: what `Index.place` gave for the task.
           task: the task's name, which all observations carry.
           prompt: which instruction to show, one of the environment's `PROMPTS`.
-          expert: whether each observation carries `expert_action` until the task is done.
+          expert: whether each observation carries `expert_action`, and `admissible` if it can be
+            listed, until the task is done.
           seed: all that is random comes from it and the task.  Environments without anything
             random do not look at it.
 

@@ -70,6 +70,8 @@ class Observation:
       task: the task's name in its split.
       task_type: its kind, for tables by type.
       expert_action: what the expert would do next, if the reset asked for it.
+      admissible: what could be done now, if the reset asked for the expert and the environment
+        can list it.  No policy reads it.
       progress: how much of the task is done now, in [0, 1]; None if the environment does not know.
         Credit is judged by it.  No policy reads it.
     """
@@ -83,6 +85,7 @@ class Observation:
     task: str = ""
     task_type: str = ""
     expert_action: str = ""
+    admissible: tuple[str, ...] = ()
     progress: float | None = None
 
 

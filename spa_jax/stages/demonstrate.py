@@ -38,6 +38,7 @@ def run(run: Run) -> None:
                 games=ExploreConfig(rollouts=1, split=split, games=games),
                 sampling=run.settings.sampling,
                 title=f"demos {part}",
+                slips=data.demo_slips,
                 flags={"split": f"{flag}_split", "games": f"{flag}_games"},
             ),
         )

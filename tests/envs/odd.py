@@ -1,5 +1,6 @@
 """An environment that does what a bad day does; `python -m` never runs it, tests serve it."""
 
+import dataclasses
 import os
 import time
 
@@ -90,6 +91,21 @@ class Marching(Odd):
         done = self._steps == 4
         share = self._steps / 4
         return Observation(f"step {self._steps}", float(done), done, done, True, progress=share)
+
+
+class Listing(Marching):
+    """Marching that lists what could be done, and has an expert."""
+
+    def reset(self, task: str, seed: int) -> Observation:
+        first = super().reset(task, seed)
+        return dataclasses.replace(first, admissible=("left", "march", "right"))
+
+    def step(self, action: str) -> Observation:
+        after = super().step(action)
+        return dataclasses.replace(after, admissible=("left", "march", "right"))
+
+    def expert(self) -> str:
+        return "march"
 
 
 class Slow(Odd):

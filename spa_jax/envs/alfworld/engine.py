@@ -191,12 +191,13 @@ class AlfworldEngine(Engine[Path]):
     def _observation(
         self, text: str, reward: float, grounded: bool, instruction: str = "", command: str = ""
     ) -> Observation:
-        expert_action = ""
+        expert_action, admissible = "", []
         if self._expert is not None:
             if command:
                 self._expert.observe(command, text)
             if not self._won:
-                expert_action = self._expert.act(self._state["admissible_commands"])
+                admissible = sorted(set(self._state["admissible_commands"]) - {"help"})
+                expert_action = self._expert.act(admissible)
         return Observation(
             text=text,
             reward=reward,
@@ -207,5 +208,6 @@ class AlfworldEngine(Engine[Path]):
             task=self._task,
             task_type=self._task_type,
             expert_action=expert_action,
+            admissible=tuple(admissible),
             progress=self._share(text),
         )
