@@ -24,8 +24,9 @@ import jax
 from absl import flags
 
 from experiments import flags as flags_lib
-from spa_jax.compiler import chips, verdict
+from spa_jax import chips
 from spa_jax.compiler import topology as topology_lib
+from spa_jax.compiler import verdict
 from spa_jax.compiler.stages import Stages
 from spa_jax.config import ComputeConfig, LoraConfig, RowsConfig, SamplingConfig
 from spa_jax.errors import UserError

@@ -71,6 +71,13 @@ class LabConfig(Checked):
     feed_forward: int = setting(384, "Units of a layer's feed-forward part.", minimum=1)
     vocabulary: int = setting(704, "Tokens of its byte-level BPE, at the most.", minimum=260)
     games: int = setting(2000, "Games of the expert that it is cloned from.", minimum=1)
+    slips: float = setting(
+        0.35,
+        "Share of the expert's steps at which it does something else that could be done: so the "
+        "base wavers between actions that it knows, and rewards can choose among them.",
+        minimum=0,
+        below=1,
+    )
     valid_games: int = setting(60, "Games of the held-out loss.", minimum=1)
     heldout_games: int = setting(400, "Held-out games that it is judged on.", minimum=1)
     updates: int = setting(400, "Updates of SFT.", minimum=1)
@@ -196,7 +203,7 @@ def commands(root: pathlib.Path, config: LabConfig, seed: int) -> list[list[str]
 def _games(config: LabConfig, data: pathlib.Path | None = None) -> tuple[DataConfig, EnvConfig]:
     """The settings of the games, which lie in the folder `data`."""
     env = EnvConfig(alfworld_data=str(data or ""), give_up_after=GIVE_UP_AFTER)
-    return at_horizon(DataConfig(horizon=config.horizon), env)
+    return at_horizon(DataConfig(horizon=config.horizon, demo_slips=config.slips), env)
 
 
 # --- the run ----------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Timing:
             "waiting_share": self.waiting_s / wall,
             "host_share": max(0.0, host) / wall,
             "occupancy": usage.occupancy,
+            **({"bandwidth_share": usage.read_s / usage.decode_s} if usage.read_s else {}),
             "tokens_per_second": usage.generated / wall,
             "generated_tokens": usage.generated,
             "prefilled_tokens": usage.prefilled,

@@ -15,7 +15,7 @@ TESTS = pathlib.Path(__file__).parent
 # From the ground up: a room imports rooms of lower floors only.
 FLOORS = (
     {"errors"},
-    {"schema"},
+    {"chips", "schema"},
     {
         "horizons",
         "limited",

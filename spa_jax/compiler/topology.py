@@ -9,7 +9,7 @@ from importlib import util
 import jax
 from jax.experimental import topologies
 
-from spa_jax.compiler import chips
+from spa_jax import chips
 from spa_jax.errors import UserError
 
 # What libtpu asks of a machine with chips; it believes this of one without.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
-from spa_jax.compiler.chips import Chip
+from spa_jax.chips import Chip
 from spa_jax.compiler.hlo import Program as Hlo
 from spa_jax.compiler.stages import Program, Stage
 from spa_jax.sampling.programs import Shape

@@ -34,10 +34,12 @@ import dataclasses
 import enum
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from spa_jax import chips
 from spa_jax.models.config import ModelConfig, Params
 from spa_jax.sampling import placement as placement_lib
 from spa_jax.sampling import programs, tuning, weights
@@ -92,6 +94,8 @@ class Usage:
       reused: tokens that were not read, because a slot's cache had them.
       generated: tokens written.
       places: slots x decoding steps: tokens that could have been written in that time.
+      read_s: the seconds that reading the weights and the live part of the cache takes at the peak
+        of the device's memory, in these decoding steps; 0 of a device that `chips` does not know.
     """
 
     prefill_s: float = 0.0
@@ -100,6 +104,7 @@ class Usage:
     reused: int = 0
     generated: int = 0
     places: int = 0
+    read_s: float = 0.0
 
     @property
     def occupancy(self) -> float:
@@ -191,6 +196,10 @@ class Engine:
         )
         self._programs = programs.of(shape)
         self._state = self._programs.empty_state()
+        peak = chips.peak(placement.devices[0].device_kind)
+        self._bandwidth = peak.bandwidth * tensor if peak else 0.0
+        self._weight_bytes = _bytes(self._params)
+        self._token_bytes = _bytes(self._state.cache) / (slots * context_length)
         self._text = text
         self._deadline_s = turn_deadline_s
         self._rows = shape.rows
@@ -365,7 +374,7 @@ class Engine:
         chunk = jax.device_get(chunk)
         self.usage.decode_s += time.perf_counter() - started
         self.usage.generated += int(chunk.count.sum())
-        self.usage.places += self.slots * int(chunk.count.max())
+        self._note_reading(int(chunk.count.max()), writing)
         responses = {}
         for slot in writing:
             turn, count = self._turns[slot], chunk.count[slot]
@@ -379,6 +388,14 @@ class Engine:
                 self._unfed[slot] = response.ids[-1:]
                 responses[slot] = response
         return responses
+
+    def _note_reading(self, steps: int, writing: list[int]) -> None:
+        """Counts decoding steps, and the least time that their reading takes."""
+        self.usage.places += self.slots * steps
+        if self._bandwidth:
+            live = sum(int(self._length[slot]) + len(self._turns[slot].ids) for slot in writing)
+            read = self._weight_bytes + self._token_bytes * live
+            self.usage.read_s += steps * read / self._bandwidth
 
     def _over(self, turn: _Turn, new: int, going_on: bool, ended: bool) -> Response | None:
         """The turn, if it is over after the `new` tokens of a chunk."""
@@ -408,6 +425,10 @@ class Engine:
             if found:
                 return end, min(found, key=text.index)
         return None
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _common(ids: Sequence[int], cached: Sequence[int]) -> int:

@@ -51,6 +51,7 @@ class ParallelEngine:
             reused=sum(p.reused for p in parts),
             generated=sum(p.generated for p in parts),
             places=sum(p.places for p in parts),
+            read_s=sum(p.read_s for p in parts) / len(parts),
         )
 
     @property

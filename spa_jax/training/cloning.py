@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from spa_jax import batching
@@ -12,7 +13,7 @@ from spa_jax.config import RowsConfig
 from spa_jax.models.config import ModelConfig
 from spa_jax.runtime import distributed
 from spa_jax.stage_config import SftConfig
-from spa_jax.training import metrics, partition, schedule, scoring, sft_update
+from spa_jax.training import costs, metrics, partition, schedule, scoring, sft_update
 from spa_jax.training import state as state_lib
 from spa_jax.training.loop import Loop, Outcome
 from spa_jax.training.state import TrainState
@@ -79,7 +80,15 @@ def clone(
         nonlocal best, bad, done
         del carry
         chosen = schedule.batch_of(update, lengths, sft.batch_size, seed)
+        tick = time.time()
         state, line = _update(trainer, state, data, chosen)
+        flops = costs.update_flops(
+            config,
+            [train[i] for i in chosen],
+            layers=sft.train_layers,
+            adapters=bool(parts.lora.rank),
+        )
+        line |= costs.shares(flops, time.time() - tick, jax.devices())
         line["learning_rate"] = float(rate(update))
         done = update + 1
         if valid and (done % eval_every == 0 or done == total):

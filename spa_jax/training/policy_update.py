@@ -20,7 +20,15 @@ from spa_jax.models.io import pretrained
 from spa_jax.policy import Policy
 from spa_jax.rl import losses, objectives
 from spa_jax.stage_config import RFT, PpoConfig
-from spa_jax.training import partition, ppo_data, ppo_update, schedule, scoring, sft_update
+from spa_jax.training import (
+    costs,
+    partition,
+    ppo_data,
+    ppo_update,
+    schedule,
+    scoring,
+    sft_update,
+)
 from spa_jax.training import state as state_lib
 from spa_jax.training.loop import Loop, Outcome
 from spa_jax.training.state import TrainState
@@ -103,6 +111,13 @@ class Learner:
                 "padding_share": batching.padding_share(*(b.rows for b in made.batches)),
                 **constants,
             }
+            flops = costs.update_flops(
+                config,
+                [trajectories[i] for i in chosen],
+                layers=ppo.train_layers,
+                adapters=bool(parts.lora.rank),
+            )
+            line |= costs.shares(flops, time.time() - tick, jax.devices())
             if not ppo.kl_target:
                 return Outcome(state, line)
             assert made.kl is not None

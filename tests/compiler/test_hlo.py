@@ -2,7 +2,7 @@
 
 import pytest
 
-from spa_jax.compiler import chips
+from spa_jax import chips
 from spa_jax.compiler.hlo import Program, arrays
 from spa_jax.errors import UserError
 

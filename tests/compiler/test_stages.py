@@ -5,8 +5,8 @@ import functools
 
 import pytest
 
+from spa_jax.chips import of as chip_of
 from spa_jax.compiler import topology, verdict
-from spa_jax.compiler.chips import of as chip_of
 from spa_jax.compiler.hlo import Program
 from spa_jax.compiler.stages import Stages
 from spa_jax.config import ComputeConfig, RowsConfig, SamplingConfig
