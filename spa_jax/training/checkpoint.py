@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,13 +64,14 @@ class Checkpoints:
         return jax.device_get(restored)
 
     def maybe_save(
-        self, update: int, tree: Any, *, last: bool = False, force: bool = False
+        self, update: int, make: Callable[[], Any], *, last: bool = False, force: bool = False
     ) -> None:
         """Saves after every `every` updates, and the last; returns when it is on the disk.
 
         Args:
           update: how many there have been.
-          tree: as a trainer's `unreplicate` gives it.
+          make: gives what is saved, as a trainer's `unreplicate` does; not called if none is due,
+            because a small state has many small arrays.
           last: no update follows.
           force: save it, whatever `every` is.
 
@@ -79,6 +81,7 @@ class Checkpoints:
         due = self._every and update and (last or update % self._every == 0)
         if not due and not force:
             return
+        tree = make()
         self._check_room(tree)
         self._manager.save(update, args=ocp.args.StandardSave(jax.tree.map(_host, tree)))
         self._manager.wait_until_finished()

@@ -142,7 +142,9 @@ class Loop:
         self._trainer = trainer
         self._carries = bool(carry)
         self._checkpoints = Checkpoints(run_lib.checkpoints(folder), every=every)
-        saved = self._checkpoints.restore(self._tree(_template(trainer, params), carry or {}))
+        saved = self._checkpoints.restore(
+            self._in_a_checkpoint(_template(trainer, params), carry or {})
+        )
         start = skipped = 0
         if saved is None:
             state = trainer.create(params)
@@ -186,8 +188,8 @@ class Loop:
                 made = step(update, state, carry)
                 state, carry, done = made.state, dict(made.carry), update + 1
                 last = done == total or made.last
-                on_host = self._trainer.unreplicate(state)
-                skipped = self._skipped.after(done, int(on_host.skipped), made.metrics)
+                count = int(self._trainer.unreplicate(state.skipped))
+                skipped = self._skipped.after(done, count, made.metrics)
                 if made.metrics is not None:
                     writer.write(done, {**made.metrics, "skipped": skipped})
                 shown = {**made.shown} | ({"skipped": str(skipped)} if skipped else {})
@@ -196,10 +198,7 @@ class Loop:
                 self._skipped.check(title, done, done if last else total)
                 asked = preemption.asked()
                 self._checkpoints.maybe_save(
-                    done,
-                    self._tree(on_host, carry),
-                    last=last,
-                    force=asked,
+                    done, functools.partial(self._tree, state, carry), last=last, force=asked
                 )
                 if asked:
                     preemption.stop(done, total)
@@ -209,7 +208,10 @@ class Loop:
         return state
 
     def _tree(self, state: TrainState, carry: Mapping[str, Any]) -> Any:
-        """What a checkpoint holds."""
+        """What a checkpoint holds, of a state on the devices."""
+        return self._in_a_checkpoint(self._trainer.unreplicate(state), carry)
+
+    def _in_a_checkpoint(self, state: TrainState, carry: Mapping[str, Any]) -> Any:
         return {"state": state, **carry} if self._carries else state
 
 

@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_shape(policy, tmp_path):
     optimizer = state_lib.adamw(1e-3, clip_norm=1.0, weight_decay=0.0)
     folder = tmp_path / "iteration_0" / "ppo" / "checkpoints"
     checkpoints = Checkpoints(folder, every=1)
-    checkpoints.maybe_save(1, state_lib.create(params, optimizer))
+    checkpoints.maybe_save(1, lambda: state_lib.create(params, optimizer))
     checkpoints.close()
     said = _refused(tmp_path, "train_ppo", f"--policy={policy}", *ROWS)
     assert str(folder / "1") in said and "--workdir" in said

@@ -44,7 +44,8 @@ def updates(trainer: partition.Trainer, folder: pathlib.Path | None = None) -> d
         state, _ = trainer.update(state, batches, counts)
     checkpoints = folder and Checkpoints(folder, every=2)
     if checkpoints:
-        checkpoints.maybe_save(2, trainer.unreplicate(state))
+        saved = trainer.unreplicate(state)
+        checkpoints.maybe_save(2, lambda: saved)
     state, metrics = trainer.update(state, batches, counts)
     last = trainer.fetch(state)
     if checkpoints:

@@ -1,5 +1,6 @@
 """When a stage's state is saved."""
 
+import functools
 import shutil
 
 import numpy as np
@@ -28,7 +29,8 @@ def test_a_checkpoint_is_saved_every_few_updates_at_the_end_and_when_told(
     for update in range(1, 13):
         end = update == 12
         state = {"update": np.int32(update)}
-        checkpoints.maybe_save(update, state, last=end and last, force=end and force)
+        keep = functools.partial(dict, state)
+        checkpoints.maybe_save(update, keep, last=end and last, force=end and force)
     checkpoints.close()
     again = Checkpoints(tmp_path, every=every)
     found = again.restore({"update": np.int32(0)})
@@ -39,7 +41,7 @@ def test_a_checkpoint_is_saved_every_few_updates_at_the_end_and_when_told(
 def test_a_damaged_checkpoint_is_said_to_be(tmp_path):
     state = {"w": np.arange(400.0, dtype=np.float32)}
     checkpoints = Checkpoints(tmp_path, every=1)
-    checkpoints.maybe_save(1, state)
+    checkpoints.maybe_save(1, lambda: state)
     checkpoints.close()
     held = tmp_path / "1" / "default"
     chosen = [held / "_METADATA", held / "manifest.ocdbt", *(held / "d").iterdir()]
@@ -62,5 +64,5 @@ def test_a_checkpoint_that_the_disk_cannot_hold_is_not_begun(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     large = np.broadcast_to(np.zeros(1, np.float64), (free // 4,))  # takes no memory
     with pytest.raises(UserError, match="the disk is full: a checkpoint takes .*, and .* are free"):
-        checkpoints.maybe_save(1, {"w": large})
+        checkpoints.maybe_save(1, lambda: {"w": large})
     checkpoints.close()

@@ -95,10 +95,11 @@ def unbroken(tmp_path_factory):
 def test_every_update_has_its_line_before_its_checkpoint(tmp_path, monkeypatch):
     seen, save = [], Checkpoints.maybe_save
 
-    def watched(self, update, tree, **when):
+    def watched(self, update, make, **when):
+        tree = make()
         seen.append((update, _records(tmp_path)[-1]["update"], when["last"], when["force"]))
         assert int(tree["state"].update) == update and tree["sum"][1] == update
-        save(self, update, tree, **when)
+        save(self, update, make, **when)
 
     monkeypatch.setattr(Checkpoints, "maybe_save", watched)
     stage = _Stage(tmp_path)
