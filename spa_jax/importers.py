@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from spa_jax import parquet
 from spa_jax.errors import UserError
 from spa_jax.texts import replace_surrogates
 from spa_jax.trajectory import Status, Step, Trajectory
@@ -34,7 +35,7 @@ _ACTION = re.compile(r"^\s*Action:\s*(.*?)\s*$", re.MULTILINE)
 
 
 def read_log(path: str | os.PathLike[str], *, env: str, split: str = "train") -> list[Trajectory]:
-    """Reads conversations: a JSON list of records, or a record a line.
+    """Reads conversations: a JSON list of records, a record a line, or a row of Parquet each.
 
     A record's turns are its "conversations" ("from", "value") or its "messages" ("role",
     "content").  The first human turn is the instruction if the answer is an acknowledgement: a bare
@@ -75,7 +76,10 @@ def read_log(path: str | os.PathLike[str], *, env: str, split: str = "train") ->
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, record) of a JSON list, or of JSON lines."""
+    """(where it stands, record) of a JSON list, of JSON lines, or of a Parquet table's rows."""
+    if path.suffix == parquet.ENDING:
+        yield from parquet.read(path)
+        return
     try:
         data = path.read_bytes()
         marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -15,7 +15,7 @@ TESTS = pathlib.Path(__file__).parent
 # From the ground up: a room imports rooms of lower floors only.
 FLOORS = (
     {"errors"},
-    {"chips", "schema"},
+    {"chips", "parquet", "schema"},
     {
         "horizons",
         "limited",
@@ -33,7 +33,7 @@ FLOORS = (
     {"envs", "games", "parity", "run", "sampling"},
     {"episodes", "exclusive", "failures", "files", "replay", "timing"},
     {"env_check", "policy", "provenance", "rollout"},
-    {"model_card", "redo", "training"},
+    {"interchange", "model_card", "redo", "training"},
     {"annotation", "compiler", "export", "play", "report"},
     {"continuations"},
     {"stages"},

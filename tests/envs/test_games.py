@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -111,3 +112,18 @@ def test_the_layout_is_the_room_and_the_goal() -> None:
     assert layout_hash(problem) == layout_hash(reordered)
     assert layout_hash(problem) != layout_hash(problem.replace("m d)", "m t)"))
     assert layout_hash(problem) != layout_hash(problem.replace("m s)", "m t)"))
+
+
+def test_a_reset_looks_into_one_game_however_many_there_are(tmp_path, monkeypatch):
+    for number in range(50):
+        (tmp_path / "train" / f"game-{number}" / "trial").mkdir(parents=True)
+    index, looked = GameIndex(tmp_path), []
+    scandir = os.scandir
+
+    def counted(folder):
+        looked.append(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    assert index.place("train", "game-7/trial") == tmp_path / "train" / "game-7" / "trial"
+    assert len(looked) == 3  # the splits, the games of one, the trials of one of these

@@ -129,15 +129,17 @@ class GameIndex(Index[Path]):
         """The names of the splits, sorted."""
         return _subfolders(self.root)
 
-    def _names(self, split: str) -> Iterator[str]:
+    def _games(self, split: str) -> list[str]:
         if split not in self.splits():
             raise UserError(
                 f"{self.root} has no split {split!r}; it has: {', '.join(self.splits()) or 'none'}"
             )
-        for game in _subfolders(self.root / split):
-            # As the official loader: these need actions that the text engine does not have.
-            if "movable" in game or "Sliced" in game:
-                continue
+        games = _subfolders(self.root / split)
+        # As the official loader: these need actions that the text engine does not have.
+        return [game for game in games if "movable" not in game and "Sliced" not in game]
+
+    def _names(self, split: str) -> Iterator[str]:
+        for game in self._games(split):
             for trial in _subfolders(self.root / split / game):
                 yield f"{game}/{trial}"
 
@@ -147,7 +149,10 @@ class GameIndex(Index[Path]):
         Raises:
           UserError: if there is no such split or game.
         """
-        if task not in set(self._names(split)):
+        # A reset asks: of thousands of games, only the folder of this one is looked into.
+        game, _, trial = task.partition("/")
+        known = game in self._games(split)
+        if not known or trial not in _subfolders(self.root / split / game):
             raise UserError(f"no game {task!r} in split {split!r} of {self.root}")
         return self.root / split / task
 
