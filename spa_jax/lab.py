@@ -45,7 +45,6 @@ _MAKING = "making"
 _FIRST_SEED = 90_000  # of the games; each seed of a lab has a hundred
 # Tokens that an episode may have, by horizon: the prompt, and what a step takes times their limit.
 _CONTEXT = {"8": 640, "16": 1280, "32": 2304}
-_ROW = 640  # tokens of a row of SFT: longer ones cost attention over more than an episode
 GIVE_UP_AFTER = 4  # of its arms too: who is stuck stays so
 _USER, _ASSISTANT, _END = _SPECIAL = ("<|user|>", "<|assistant|>", "<|end|>")
 # A turn costs three tokens beside its text.
@@ -221,8 +220,12 @@ def _run(making: pathlib.Path, config: LabConfig, seed: int, data: pathlib.Path)
             env=env,
             data=games_of_it,
             sampling=SamplingConfig(slots=32, context_length=context, max_new_tokens=20),
+            # A row holds an episode or some: attention over a longer one would cost most of all.
             rows=RowsConfig(
-                row_length=_ROW, policy_slots=_ROW // 2, step_slots=48, rows_per_device=8
+                row_length=context,
+                policy_slots=context // 2,
+                step_slots=3 * env.max_steps,
+                rows_per_device=max(1, 5120 // context),
             ),
             sft=SftConfig(
                 learning_rate=config.learning_rate,
