@@ -65,7 +65,7 @@ def test_what_is_made_is_not_made_again(start, tmp_path):
     }
     (out / lab.RECORD).write_text(json.dumps(record))
     assert lab.make(out, SMALL, 3) == record
-    with pytest.raises(UserError, match="--updates was 400, is 7; --seed was 3, is 4.*another --o"):
+    with pytest.raises(UserError, match="--updates was 1200, is 7; --seed was 3, is 4.*another --"):
         lab.make(out, dataclasses.replace(SMALL, updates=7), 4)
     (out / lab.RECORD).write_text(json.dumps(record | {"digest": "0"}))
     with pytest.raises(UserError, match="its weights are not those"):
@@ -79,7 +79,7 @@ def test_what_is_begun_goes_on_with_its_own_settings_alone(tmp_path):
     asked = {"settings": dataclasses.asdict(SMALL), "seed": 0}
     (tmp_path / "lab" / "making").mkdir(parents=True)
     (tmp_path / "lab" / "making" / lab.RECORD).write_text(json.dumps(asked))
-    with pytest.raises(UserError, match="--games was 2000, is 9"):
+    with pytest.raises(UserError, match="--games was 5000, is 9"):
         lab.make(tmp_path / "lab", dataclasses.replace(SMALL, games=9), 0)
 
 

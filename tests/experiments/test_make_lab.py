@@ -18,7 +18,7 @@ _SMALL = (
     "--width=32",
     "--heads=2",
     "--feed_forward=32",
-    "--vocabulary=320",
+    "--vocabulary=1500",
 )
 
 
