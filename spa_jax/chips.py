@@ -11,24 +11,7 @@ import dataclasses
 from spa_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One device.
-
-    Attributes:
-      hbm_gib: memory that a program can have, GiB.
-      flops: products' peak, a second.
-      bandwidth: of its memory, bytes a second.
-      hertz: of the clock that the compiler's cycles are of.
-    """
-
-    hbm_gib: float
-    flops: float
-    bandwidth: float
-    hertz: float
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Peak:
     """The most that a device can do.
 
@@ -41,6 +24,19 @@ class Peak:
     bandwidth: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip(Peak):
+    """A TPU that can be compiled for.
+
+    Attributes:
+      hbm_gib: memory that a program can have, GiB.
+      hertz: of the clock that the compiler's cycles are of.
+    """
+
+    hbm_gib: float
+    hertz: float
+
+
 CHIPS = {
     "v4": Chip(hbm_gib=30.75, flops=275e12, bandwidth=1228e9, hertz=1.05e9),
     "v5e": Chip(hbm_gib=15.75, flops=197e12, bandwidth=819e9, hertz=1.5e9),
@@ -48,27 +44,33 @@ CHIPS = {
     "v6e": Chip(hbm_gib=31.25, flops=918e12, bandwidth=1640e9, hertz=1.75e9),
 }
 
-# How JAX's `device_kind` begins -> a TPU of above, or a GPU's peaks.  A longer name comes first.
-_KINDS: dict[str, str | Peak] = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6": "v6e",
-    "NVIDIA A100-SXM4-40GB": Peak(312e12, 1555e9),
-    "NVIDIA A100": Peak(312e12, 2039e9),
-    "NVIDIA H100": Peak(989e12, 3350e9),
-    "NVIDIA H200": Peak(989e12, 4800e9),
-    "NVIDIA L4": Peak(121e12, 300e9),
+# How JAX's `device_kind` begins, up to the end of a word.  A longer name comes first.
+_KINDS: dict[str, Peak] = {
+    "TPU v4": CHIPS["v4"],
+    "TPU v5 lite": CHIPS["v5e"],
+    "TPU v5e": CHIPS["v5e"],
+    "TPU v5": CHIPS["v5p"],
+    "TPU v5p": CHIPS["v5p"],
+    "TPU v6": CHIPS["v6e"],
+    "TPU v6e": CHIPS["v6e"],
+    "NVIDIA A100-SXM4-40GB": Peak(flops=312e12, bandwidth=1555e9),
+    "NVIDIA A100": Peak(flops=312e12, bandwidth=2039e9),
+    "NVIDIA H100": Peak(flops=989e12, bandwidth=3350e9),
+    "NVIDIA H200": Peak(flops=989e12, bandwidth=4800e9),
+    "NVIDIA L4": Peak(flops=121e12, bandwidth=300e9),
 }
 
 
 def peak(kind: str) -> Peak | None:
     """What a device can do at most, by JAX's `device_kind`; None of one that is not known."""
-    found = next((known for name, known in _KINDS.items() if kind.startswith(name)), None)
-    if isinstance(found, str):
-        return Peak(CHIPS[found].flops, CHIPS[found].bandwidth)
-    return found
+    return next(
+        (
+            known
+            for name, known in _KINDS.items()
+            if kind.startswith(name) and not kind[len(name) : len(name) + 1].isalnum()
+        ),
+        None,
+    )
 
 
 def of(topology: str) -> Chip:

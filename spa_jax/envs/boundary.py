@@ -11,7 +11,7 @@ import numbers
 import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Set
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from spa_jax.envs.protocol import USER_ERROR, EnvError, Observation
 from spa_jax.errors import UserError
@@ -127,13 +127,17 @@ def text(field: str, value: Any) -> str:
     return str.__str__(found)
 
 
+def _is_sequence(value: Any) -> TypeGuard[Iterable[Any]]:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
 def _texts(field: str, value: Any) -> list[str]:
     """Texts.
 
     Raises:
       ValueError: it is no sequence of them.
     """
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    if not _is_sequence(value):
         raise ValueError(f"its {field} must be a sequence of texts, not {value!r:.100}")
     return [text(field, one) for one in value]
 
@@ -224,7 +228,7 @@ def names(where: str, given: Any, of: str) -> list[str]:
     Raises:
       UserError: it is none, is empty, or names something twice.
     """
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+    if not _is_sequence(given):
         raise UserError(
             f"{where} gives {given!r:.100}: it must be a sequence of texts, the names of {of}s"
         )

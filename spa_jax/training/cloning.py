@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from spa_jax import batching
@@ -82,13 +81,13 @@ def clone(
         chosen = schedule.batch_of(update, lengths, sft.batch_size, seed)
         tick = time.time()
         state, line = _update(trainer, state, data, chosen)
-        flops = costs.update_flops(
+        line |= costs.of_update(
             config,
             [train[i] for i in chosen],
+            time.time() - tick,
             layers=sft.train_layers,
             adapters=bool(parts.lora.rank),
         )
-        line |= costs.shares(flops, time.time() - tick, jax.devices())
         line["learning_rate"] = float(rate(update))
         done = update + 1
         if valid and (done % eval_every == 0 or done == total):

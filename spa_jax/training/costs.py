@@ -47,6 +47,19 @@ def update_flops(
     return (2 if adapters else 3) * (products + attention)
 
 
+def of_update(
+    config: ModelConfig,
+    trajectories: Sequence[Trajectory],
+    seconds: float,
+    *,
+    layers: int,
+    adapters: bool,
+) -> dict[str, float]:
+    """`shares` of an update that took so long on all devices; arguments as `update_flops`."""
+    flops = update_flops(config, trajectories, layers=layers, adapters=adapters)
+    return shares(flops, seconds, jax.devices())
+
+
 def shares(flops: float, seconds: float, devices: Sequence[jax.Device]) -> dict[str, float]:
     """What a stage's metrics say of an update's cost.
 

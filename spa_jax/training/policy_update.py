@@ -104,20 +104,21 @@ class Learner:
             made = make(chosen, state.params, kl_coef)
             state, sums = trainer.update(state, made.batches, made.counts)
             tokens = float(batching.token_count(made.packed))
-            line = ppo_data.update_metrics(sums, made, [trajectories[i] for i in chosen])
+            episodes = [trajectories[i] for i in chosen]
+            line = ppo_data.update_metrics(sums, made, episodes)
             line |= {
                 "tokens": tokens,
                 "tokens_per_second": tokens / (time.time() - tick),
                 "padding_share": batching.padding_share(*(b.rows for b in made.batches)),
                 **constants,
             }
-            flops = costs.update_flops(
+            line |= costs.of_update(
                 config,
-                [trajectories[i] for i in chosen],
+                episodes,
+                time.time() - tick,
                 layers=ppo.train_layers,
                 adapters=bool(parts.lora.rank),
             )
-            line |= costs.shares(flops, time.time() - tick, jax.devices())
             if not ppo.kl_target:
                 return Outcome(state, line)
             assert made.kl is not None

@@ -67,6 +67,10 @@ def test_a_device_is_known_by_the_beginning_of_its_kind(kind, flops):
     assert found is not None and found.flops == flops and found.bandwidth > 0
 
 
+def test_a_kind_that_only_begins_like_another_is_not_taken_for_it():
+    assert chips.peak("NVIDIA L40S") is None and chips.peak("NVIDIA L4") is not None
+
+
 def test_a_cpu_has_no_peak_and_tells_the_memory_of_its_process():
     assert chips.peak(jax.devices()[0].device_kind) is None
     shares = costs.shares(1e12, 1.0, jax.devices())
@@ -77,6 +81,7 @@ def test_a_cpu_has_no_peak_and_tells_the_memory_of_its_process():
 
 
 def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
-    monkeypatch.setitem(chips._KINDS, jax.devices()[0].device_kind, chips.Peak(1e12, 1e9))
+    peak = chips.Peak(flops=1e12, bandwidth=1e9)
+    monkeypatch.setitem(chips._KINDS, jax.devices()[0].device_kind, peak)
     shares = costs.shares(1e12, 2.0, [jax.devices()[0]] * 4)
     assert shares["mfu"] == pytest.approx(0.125)
